@@ -1,0 +1,25 @@
+# Two commands: `make demo` and `make test`. Each makes the environment first when it is missing.
+# A warm environment can be reused: make test VENV=/path/to/venv
+VENV ?= .venv
+PYTHON ?= python3
+OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+BIN := $(VENV)/bin
+READY := $(VENV)/.lowpass-ready
+
+.PHONY: demo test lint
+
+demo: $(READY)
+	$(BIN)/lowpass demo --out $(OUT)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tensorrt-rtx]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Slim model in, deployable artefact out: ONNX, TensorRT engine, and the sessions that run them."""

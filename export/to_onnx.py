@@ -1,0 +1,164 @@
+"""ONNX files: opset 23, dynamic batch, `images` -> `logits`, and what the model is in the metadata."""
+
+import importlib.metadata
+import json
+import logging
+import platform
+import warnings
+from pathlib import Path
+from typing import Literal, get_args
+
+import onnx
+import onnx_ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from export.deploy import deployable
+from pipeline.errors import InputError, RunError
+from pipeline.files import sha256, write_bytes
+from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
+
+Precision = Literal["fp32", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+OPSET = 23
+PRODUCER = "lowpass"
+PACKAGES = ("lowpass-vit", "torch", "timm", "onnx", "onnxscript")
+# Operators whose output shape hangs on data, and the transform that TensorRT's parser refuses.
+FORBIDDEN = {"DFT", "NonZero", "Unique", "Compress", "NonMaxSuppression", "StringSplit", "Loop", "If", "Scan"}
+
+
+def onnx_path(directory: Path, precision: str, dense: bool = False) -> Path:
+    """`model.<precision>.onnx`, or `dense.<precision>.onnx` for the model it came from."""
+    return directory / f"{'dense' if dense else 'model'}.{precision}.onnx"
+
+
+def weights_path(directory: Path, dense: bool = False) -> Path:
+    """The weights an ONNX file is made from."""
+    return directory / (DENSE_WEIGHTS_FILE if dense else WEIGHTS_FILE)
+
+
+def export_onnx(directory: Path, precision: Precision, dense: bool = False) -> Path:
+    """Export a run's slim (or dense) model.
+
+    Returns:
+        The file, `model.<precision>.onnx` or `dense.<precision>.onnx`; the same weights give the same bytes.
+
+    Raises:
+        InputError: the run directory holds no such model.
+        RunError: the graph holds an operator that must not be there.
+    """
+    slim = SlimViT.load(directory, weights_path(directory, dense).name)
+    model = to_onnx(slim, precision)
+    for key, value in _metadata(slim, precision, sha256(weights_path(directory, dense))).items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.checker.check_model(model)
+    path = onnx_path(directory, precision, dense)
+    write_bytes(path, model.SerializeToString(deterministic=True))
+    return path
+
+
+def to_onnx(slim: SlimViT, precision: Precision) -> onnx.ModelProto:
+    """The graph of `slim`, weights inside, without metadata.
+
+    Raises:
+        RunError: it holds a `DFT`, complex or data-dependent-shape node.
+    """
+    dense = slim.architecture.dense
+    module = deployable(slim.cpu(), DTYPES[precision])
+    example = torch.zeros(2, dense.in_chans, *dense.img_size)
+    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}} if precision == "fp32" else ({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    assert program is not None
+    # The exporter writes stack traces of this machine into every node.
+    ClearMetadataAndDocStringPass()(program.model)
+    model: onnx.ModelProto = onnx_ir.to_proto(program.model)
+    model.producer_name = PRODUCER
+    _refuse_forbidden(model)
+    return model
+
+
+def _refuse_forbidden(model: onnx.ModelProto) -> None:
+    kinds = {onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128}
+    for node in model.graph.node:
+        if node.op_type in FORBIDDEN:
+            raise RunError(f"the exported graph holds a {node.op_type} node ({node.name})")
+    for value in [*model.graph.value_info, *model.graph.output]:
+        if value.type.tensor_type.elem_type in kinds:
+            raise RunError(f"the exported graph holds a complex tensor ({value.name})")
+
+
+def _metadata(slim: SlimViT, precision: str, weights: str) -> dict[str, str]:
+    """What a client or a later step must know, as strings."""
+    architecture = slim.architecture
+    return {
+        "model": architecture.dense.name,
+        "num_classes": str(architecture.dense.num_classes),
+        "precision": precision,
+        "architecture": architecture.model_dump_json(),
+        "preprocessing": architecture.preprocessing.model_dump_json(),
+        "input_size": json.dumps([architecture.dense.in_chans, *architecture.dense.img_size]),
+        "weights_sha256": weights,
+        "versions": json.dumps(
+            {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+        ),
+    }
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of an ONNX file written by `export_onnx`.
+
+    Raises:
+        InputError: missing, damaged or not ours.
+    """
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; run `lowpass export {path.parent}` first") from None
+    except Exception as error:  # protobuf's decoding errors share no base that is public
+        raise InputError(f"{path} is not an ONNX file: {error}") from None
+    if model.producer_name != PRODUCER:
+        raise InputError(f"{path} was not exported by lowpass; run `lowpass export {path.parent}`")
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def current_onnx(directory: Path, precision: str, dense: bool = False) -> Path:
+    """The exported file, which must have been made from the weights that are there now.
+
+    Raises:
+        InputError: it is missing or older than the weights; the message says the command.
+    """
+    path, weights = onnx_path(directory, precision, dense), weights_path(directory, dense)
+    made_from = read_metadata(path).get("weights_sha256")
+    if made_from != sha256(weights):
+        raise InputError(
+            f"{path} was exported from other weights than {weights.name} holds now; "
+            f"run `lowpass export {directory} --precision {precision}`"
+        )
+    return path
+
+
+class _quiet:
+    """Loggers at error level for a while."""
+
+    def __init__(self, *names: str) -> None:
+        self.loggers = [logging.getLogger(name) for name in names]
+
+    def __enter__(self) -> None:
+        self.levels = [logger.level for logger in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level in zip(self.loggers, self.levels, strict=True):
+            logger.setLevel(level)

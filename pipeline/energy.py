@@ -1,0 +1,102 @@
+"""LFE and the token score (paper, eq. 6, 8 and 9): which image tokens a block passes on."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.frequency import token_lowpass_matrix
+
+EnergyNorm = Literal["l2", "l1"]
+
+
+def low_frequency_energy(tokens: Tensor, cutoff: float, norm: EnergyNorm = "l2") -> Tensor:
+    """LFE: how much of each image token is left after a low-pass along the token axis (eq. 6).
+
+    Args:
+        tokens: image tokens [B, N, C], in raster order, prefix tokens left out.
+        cutoff: token cutoff in (0, 1); the released weights use 0.85.
+        norm: `l2` (the paper) divides each token's L2 norm after by its own before; `l1` (the released code and
+            weights) divides its L1 norm after by the image's mean L1 norm before.
+
+    Returns:
+        [B, N], non-negative, FP32 or wider.
+
+    Raises:
+        ValueError: `cutoff` is outside (0, 1) or `norm` is neither.
+    """
+    matrix = token_lowpass_matrix(tokens.shape[1], cutoff).to(tokens.device, tokens.dtype)
+    return filtered_energy(tokens, matrix, norm)
+
+
+def filtered_energy(tokens: Tensor, lowpass: Tensor, norm: EnergyNorm) -> Tensor:
+    """`low_frequency_energy` with its low-pass matrix [N, N] given. Norms are taken in FP32: squares overflow FP16."""
+    low, tokens = (lowpass @ tokens).float(), tokens.float()
+    tiny = torch.finfo(torch.float32).tiny
+    if norm == "l2":
+        return low.norm(dim=-1) / tokens.norm(dim=-1).clamp_min(tiny)
+    if norm == "l1":
+        return low.abs().sum(-1) / tokens.abs().sum(-1).mean(-1, keepdim=True).clamp_min(tiny)
+    raise ValueError(f"the LFE norm must be 'l2' or 'l1', not {norm!r}")
+
+
+def attention_importance(attention: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The attention factor of the token score (eq. 8): what CLS receives from each image token, directly and through
+    the others.
+
+    Args:
+        attention: softmax attention [B, H, P + N, P + N], row = query, CLS first.
+        num_prefix_tokens: P.
+
+    Returns:
+        [B, N], FP32 or wider.
+    """
+    attention = attention.float()
+    image_rows = attention[:, :, num_prefix_tokens:].mean(2)  # [B, H, P + N], averaged over image queries
+    direct = attention[:, :, 0, num_prefix_tokens:] * image_rows[:, :, :1]
+    indirect = attention[:, :, 0, :1] * image_rows[:, :, num_prefix_tokens:]
+    return (direct + indirect).mean(1)
+
+
+def token_scores(
+    tokens: Tensor, attention: Tensor, cutoff: float, norm: EnergyNorm = "l2", num_prefix_tokens: int = 1
+) -> Tensor:
+    """Attention importance times LFE (eq. 8-9).
+
+    Args:
+        tokens: image tokens [B, N, C] as they leave the attention residual, or [B, P + N, C] with the prefix tokens.
+        attention: the block's softmax attention [B, H, P + N, P + N].
+        cutoff: token cutoff in (0, 1).
+        norm: the LFE norm.
+        num_prefix_tokens: P where `tokens` holds the prefix tokens too; they are not scored.
+
+    Returns:
+        [B, N].
+
+    Raises:
+        ValueError: `attention` covers fewer tokens than are given.
+    """
+    length, count = attention.shape[-1], tokens.shape[1]
+    if count > length:
+        raise ValueError(f"attention covers {length} tokens, but {count} are given")
+    if count == length:
+        tokens = tokens[:, num_prefix_tokens:]
+    else:
+        num_prefix_tokens = length - count
+    return attention_importance(attention, num_prefix_tokens) * low_frequency_energy(tokens, cutoff, norm)
+
+
+def keep_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:
+    """Prefix tokens and the `keep` best-scored image tokens in raster order: [B, P + N, C], [B, N] -> [B, P + keep, C].
+
+    The next block filters along the token axis, so the order must stay.
+    """
+    num_prefix_tokens = tokens.shape[1] - scores.shape[1]
+    index = kept_indices(scores, keep)[..., None].expand(-1, -1, tokens.shape[2])
+    return torch.cat([tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:].gather(1, index)], 1)
+
+
+def kept_indices(scores: Tensor, keep: int) -> Tensor:
+    """Indices [B, keep] of the best-scored image tokens, ascending. Sorted as FP32, which TensorRT's TopK takes."""
+    best = scores.topk(keep, sorted=False).indices.float()
+    return best.topk(keep, largest=False, sorted=True).values.long()

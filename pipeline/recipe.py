@@ -1,0 +1,101 @@
+"""Everything a run can be told, typed and validated; saved beside its result as `recipe.yaml`."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.architecture import first_problem
+from pipeline.errors import InputError
+from pipeline.files import write_text
+
+RECIPE_FILE = "recipe.yaml"
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class FinetuneSettings(BaseModel):
+    """Distillation after the search. Defaults are for ImageNet, after the paper; `for_digits` suits the embedded data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: Count = 150
+    batch_size: Count = 128
+    lr: Annotated[float, Field(gt=0, description="learning rate at 512 images a step; scaled linearly")] = 1e-4
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.25
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998
+
+    @classmethod
+    def for_digits(cls) -> Self:
+        """A minute or two on two cores."""
+        return cls(epochs=40, batch_size=64, lr=4e-3, ema_decay=0.99)
+
+
+class Recipe(BaseModel):
+    """One compression. Exactly one of `target_macs`, `allowable_drop` and `architecture` says how far to go."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    weights: Path | None = None
+    random_weights: bool = False
+    data: str | None = None
+    target_macs: Fraction | None = None
+    allowable_drop: Annotated[float, Field(gt=0, le=100)] | None = None
+    architecture: Path | None = None
+    image_cutoff: Annotated[float, Field(gt=0)] = 0.1
+    token_cutoff: Fraction = 0.85
+    energy_norm: Literal["l2", "l1"] = "l2"
+    lfs_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
+    token_share: Annotated[float, Field(ge=0, le=1)] = 0.56
+    score_images: Count = 2000
+    measure_images: Count = 5000
+    batch_size: Count = 64
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Self:
+        goals = [goal is not None for goal in (self.target_macs, self.allowable_drop, self.architecture)]
+        if sum(goals) != 1:
+            raise ValueError("give exactly one of --target-macs, --allowable-drop and --architecture")
+        if self.data is None and not self.random_weights:
+            raise ValueError("give --data: 'digits', an image folder, or a timm reader like hfds/NAME")
+        if self.random_weights and self.architecture is None:
+            raise ValueError("random weights have no accuracy to search by; give --architecture FILE")
+        return self
+
+    def save(self, directory: Path) -> None:
+        """Write `recipe.yaml`."""
+        write_text(directory / RECIPE_FILE, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+    @classmethod
+    def load(cls, directory: Path) -> "Recipe":
+        """The recipe of a run.
+
+        Raises:
+            InputError: it is missing or malformed.
+        """
+        path = directory / RECIPE_FILE
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text()))
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; is {directory} a run directory?") from None
+        except (ValidationError, yaml.YAMLError) as error:
+            reason = first_problem(error) if isinstance(error, ValidationError) else "not YAML"
+            raise InputError(f"{path} is not a recipe: {reason}") from None
+
+
+def make_recipe(**options: object) -> Recipe:
+    """A recipe from the command line's options.
+
+    Raises:
+        InputError: with the option and what is wrong with it.
+    """
+    try:
+        return Recipe.model_validate(options)
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise InputError(problem.removeprefix("Value error, ")) from None

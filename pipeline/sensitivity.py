@@ -1,0 +1,95 @@
+"""LFS: how much each channel matters to low-frequency images (paper, eq. 3-5)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.frequency import lowpass_images
+from pipeline.slim import SlimViT
+
+
+@dataclass(frozen=True)
+class ChannelScores:
+    """One block's channel scores; higher matters more.
+
+    A query channel and the key channel it multiplies share one score, the sum of the two: `query_key` [H, Dqk].
+    `value` [H, Dv] and `hidden` [M] stand alone. All on the CPU, FP32.
+    """
+
+    query_key: Tensor
+    value: Tensor
+    hidden: Tensor
+
+
+def low_frequency_sensitivity(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    block: int,
+    cutoff: float = 0.1,
+    weight: float = 0.1,
+) -> ChannelScores:
+    """LFS of one block of the model as it stands now.
+
+    With low-passed images X~, `g` is the gradient of `weight * CE(model(X~), y) + (1 - weight) * KL(softmax(T) ||
+    softmax(T~))`, where T and T~ are the CLS token leaving the block for X (no gradient) and for X~ and KL is summed and
+    divided by the number of elements (eq. 3-4). Gradients are averaged over the batches; a channel's score is the sum
+    over its weight row of `(g * weight)^2`, bias left out (eq. 5).
+
+    Args:
+        model: a SlimViT, or a plain dense timm ViT.
+        batches: (images [B, C, H, W], labels [B]); moved to the model's device.
+        block: index of the block to score, from the bottom.
+        cutoff: image cutoff in cycles per pixel.
+        weight: share of the cross-entropy, in [0, 1].
+
+    Raises:
+        ValueError: there are no batches.
+        InputError: `model` is not a plain ViT.
+    """
+    slim = model if isinstance(model, SlimViT) else SlimViT.from_timm(model)
+    attention, hidden = slim.blocks[block].attn, cast(nn.Linear, slim.blocks[block].mlp.fc1)
+    layers = [attention.query, attention.key, attention.value, hidden]
+    device = hidden.weight.device
+    training = slim.training
+    slim.eval()
+    total = [torch.zeros_like(layer.weight) for layer in layers]
+    count = 0
+    for images, labels in batches:
+        images, labels = images.to(device), labels.to(device)
+        loss = _loss(slim, images, labels, block, cutoff, weight)
+        for sum_, gradient in zip(total, torch.autograd.grad(loss, [layer.weight for layer in layers]), strict=True):
+            sum_ += gradient
+        count += 1
+    slim.train(training)
+    if not count:
+        raise ValueError("channel sensitivity needs at least one batch")
+    query, key, value, mlp = (
+        ((gradient / count * layer.weight.detach()) ** 2).sum(1).float().cpu()
+        for gradient, layer in zip(total, layers, strict=True)
+    )
+    heads = attention.num_heads
+    return ChannelScores((query + key).unflatten(0, (heads, -1)), value.unflatten(0, (heads, -1)), mlp)
+
+
+def _loss(slim: SlimViT, images: Tensor, labels: Tensor, block: int, cutoff: float, weight: float) -> Tensor:
+    """Eq. 3-4 for one batch; only what lies above the scored block is differentiated."""
+    with torch.no_grad():
+        cls_token = _below(slim, images, block + 1)[:, 0]
+        low = _below(slim, lowpass_images(images, cutoff), block)
+    low = slim.blocks[block](low)
+    divergence = F.kl_div(low[:, 0].log_softmax(-1), cls_token.softmax(-1), reduction="sum") / cls_token.numel()
+    for later in slim.blocks[block + 1 :]:
+        low = later(low)
+    return weight * F.cross_entropy(slim.classify(low), labels) + (1 - weight) * divergence
+
+
+def _below(slim: SlimViT, images: Tensor, block: int) -> Tensor:
+    """Tokens that enter `block`."""
+    tokens = slim.embed(images)
+    for earlier in slim.blocks[:block]:
+        tokens = earlier(tokens)
+    return tokens

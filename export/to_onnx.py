@@ -15,7 +15,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from export.deploy import deployable
 from pipeline.errors import InputError, RunError
-from pipeline.files import sha256, write_bytes
+from pipeline.files import sha256
 from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 
 Precision = Literal["fp32", "fp16"]
@@ -28,7 +28,7 @@ PACKAGES = ("lowpass-vit", "torch", "timm", "onnx", "onnxscript")
 FORBIDDEN = {"DFT", "NonZero", "Unique", "Compress", "NonMaxSuppression", "StringSplit", "Loop", "If", "Scan"}
 
 
-def onnx_path(directory: Path, precision: str, dense: bool = False) -> Path:
+def onnx_path(directory: Path, precision: Precision, dense: bool = False) -> Path:
     """`model.<precision>.onnx`, or `dense.<precision>.onnx` for the model it came from."""
     return directory / f"{'dense' if dense else 'model'}.{precision}.onnx"
 
@@ -38,11 +38,8 @@ def weights_path(directory: Path, dense: bool = False) -> Path:
     return directory / (DENSE_WEIGHTS_FILE if dense else WEIGHTS_FILE)
 
 
-def export_onnx(directory: Path, precision: Precision, dense: bool = False) -> Path:
-    """Export a run's slim (or dense) model.
-
-    Returns:
-        The file, `model.<precision>.onnx` or `dense.<precision>.onnx`; the same weights give the same bytes.
+def serialise(directory: Path, precision: Precision, dense: bool = False) -> bytes:
+    """A run's slim (or dense) model as an ONNX file with metadata; the same weights give the same bytes.
 
     Raises:
         InputError: the run directory holds no such model.
@@ -53,9 +50,7 @@ def export_onnx(directory: Path, precision: Precision, dense: bool = False) -> P
     for key, value in _metadata(slim, precision, sha256(weights_path(directory, dense))).items():
         model.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(model)
-    path = onnx_path(directory, precision, dense)
-    write_bytes(path, model.SerializeToString(deterministic=True))
-    return path
+    return model.SerializeToString(deterministic=True)
 
 
 def to_onnx(slim: SlimViT, precision: Precision) -> onnx.ModelProto:
@@ -67,7 +62,7 @@ def to_onnx(slim: SlimViT, precision: Precision) -> onnx.ModelProto:
     dense = slim.architecture.dense
     module = deployable(slim.cpu(), DTYPES[precision])
     example = torch.zeros(2, dense.in_chans, *dense.img_size)
-    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
+    with warnings.catch_warnings(), _Quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
@@ -76,7 +71,7 @@ def to_onnx(slim: SlimViT, precision: Precision) -> onnx.ModelProto:
             opset_version=OPSET,
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}} if precision == "fp32" else ({0: torch.export.Dim("batch")},),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
     assert program is not None
@@ -98,7 +93,7 @@ def _refuse_forbidden(model: onnx.ModelProto) -> None:
             raise RunError(f"the exported graph holds a complex tensor ({value.name})")
 
 
-def _metadata(slim: SlimViT, precision: str, weights: str) -> dict[str, str]:
+def _metadata(slim: SlimViT, precision: Precision, weights: str) -> dict[str, str]:
     """What a client or a later step must know, as strings."""
     architecture = slim.architecture
     return {
@@ -116,7 +111,7 @@ def _metadata(slim: SlimViT, precision: str, weights: str) -> dict[str, str]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of an ONNX file written by `export_onnx`.
+    """The metadata of an ONNX file written by `serialise`.
 
     Raises:
         InputError: missing, damaged or not ours.
@@ -132,7 +127,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def current_onnx(directory: Path, precision: str, dense: bool = False) -> Path:
+def current_onnx(directory: Path, precision: Precision, dense: bool = False) -> Path:
     """The exported file, which must have been made from the weights that are there now.
 
     Raises:
@@ -148,7 +143,7 @@ def current_onnx(directory: Path, precision: str, dense: bool = False) -> Path:
     return path
 
 
-class _quiet:
+class _Quiet:
     """Loggers at error level for a while."""
 
     def __init__(self, *names: str) -> None:

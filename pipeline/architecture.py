@@ -15,7 +15,7 @@ class _Frozen(BaseModel):
 
 
 class BlockShape(_Frozen):
-    """One block. `keep` counts the image tokens that leave it; prefix tokens (CLS, distillation, registers) come on top."""
+    """One block. `keep` counts the image tokens that leave it; prefix tokens (CLS, distillation, ...) come on top."""
 
     heads: Positive
     qk_dim: Positive
@@ -105,7 +105,6 @@ class Architecture(_Frozen):
             if block.keep < image_tokens:
                 total += image_tokens * image_tokens * width  # LFE's low-pass as a matrix
         return total
-
 
     def with_keep(self, block: int, keep: int) -> "Architecture":
         """With `block` passing on `keep` image tokens, and later blocks at most as many."""

@@ -1,8 +1,8 @@
 """The bottom-up cascade: block by block, first tokens, then channels, until the allowed accuracy is spent.
 
-Each block of a pass may cost `allowance / L` points of top-1 against the model as it entered the block; tokens may spend
-the share `token_share` of it, channels all of it. `--allowable-drop` is one such pass, as in the paper. `--target-macs`
-adds a line that falls evenly from the MACs at hand to the target: no step goes below it, so that no block is emptied
+Each block of a pass may cost `allowance / L` points of top-1 against the model as it entered the block; tokens may
+spend the share `token_share` of it, channels all of it. `--allowable-drop` is one such pass, as in the paper.
+`--target-macs` adds a line that falls evenly from the MACs at hand to the target: no step goes below it, so that no block is emptied
 while those above stay whole; a block that accuracy stops short leaves the rest to the blocks above, and what is left at
 the top to another pass, allowed twice the last, over the model as it then stands.
 """
@@ -133,7 +133,9 @@ def search(
         if recipe.allowable_drop is not None or after <= target:
             return
         if after == before and allowance > 100 * len(model.blocks):
-            raise InputError(f"no pruning reaches the target; the search stopped at {after / dense_macs:.3f} of the MACs")
+            raise InputError(
+                f"no pruning reaches the target; the search stopped at {after / dense_macs:.3f} of the MACs"
+            )
         allowance, round_ = 2 * allowance, round_ + 1
 
 

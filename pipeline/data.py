@@ -38,7 +38,7 @@ class Data:
 
     def loader(self, images: Images, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
         """Batches in fixed order."""
-        return DataLoader(images, batch_size, num_workers=self.workers)
+        return DataLoader(cast(Any, images), batch_size, num_workers=self.workers)
 
     def calibration_batches(self, count: int, batch_size: int, seed: int, description: str) -> Batches:
         """At most `count` plain training images in memory, drawn by `seed`."""
@@ -89,7 +89,9 @@ def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
     augment = create_transform(**settings, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25)
 
     if spec.split("/")[0] in READERS:
-        make = {split: lambda t, s=split: create_dataset(spec, None, split=s, transform=t) for split in ("train", "val")}
+        make = {
+            split: lambda t, s=split: create_dataset(spec, None, split=s, transform=t) for split in ("train", "val")
+        }
         try:
             return Data(spec, make["train"](augment), make["train"](plain), make["val"](plain), None, _workers())
         except Exception as error:  # whatever the third-party reader raises: the spec is the user's
@@ -100,7 +102,11 @@ def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
         raise InputError(f"there is no folder {root}; --data takes 'digits', a folder or a timm reader like hfds/NAME")
     test_root = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if (root / "train").is_dir() and test_root is not None:
-        train, calibration, test = _folder(root / "train", augment), _folder(root / "train", plain), _folder(test_root, plain)
+        train, calibration, test = (
+            _folder(root / "train", augment),
+            _folder(root / "train", plain),
+            _folder(test_root, plain),
+        )
         if _classes(train) != _classes(test):
             odd = sorted(set(_classes(train)) ^ set(_classes(test)))[:3]
             raise InputError(f"{root / 'train'} and {test_root} hold different classes, such as {', '.join(odd)}")

@@ -34,7 +34,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def digits_deit(pretrained: bool = False, **kwargs: object) -> VisionTransformer:
     """The embedded DeiT: 32x32 images, patch 4 (64 tokens), 96 channels, 6 blocks of 3 heads, 10 classes."""
     settings = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3} | kwargs

@@ -1,7 +1,6 @@
 """The embedded data: handwritten digits on photographic texture, nothing downloaded.
 
-Digits: scikit-learn's copy of the UCI optical digits (1,797 scans of 8x8). Texture: scikit-learn's two sample photographs.
-A scene is one digit, enlarged to 16x16, at a random place on a dimmed 32x32 crop of a photograph. Test digits and test
+Digits: scikit-learn's copy of the UCI optical digits (1,797 scans of 8x8). Texture: its two sample photographs. A scene is one digit, enlarged to 16x16, at a random place on a dimmed 32x32 crop of a photograph. Test digits and test
 photo regions are disjoint from those of training, so neither a scan nor a background patch is seen twice.
 """
 
@@ -54,7 +53,7 @@ def _photographs(split: Split) -> tuple[np.ndarray, ...]:
 
 
 class DigitScenes(Dataset[tuple[Tensor, int]]):
-    """`renders` scenes of every digit of a split; item i of epoch e is the same scene wherever and whenever it is drawn.
+    """`renders` scenes of every digit of a split; item i of epoch e is the same scene whenever it is drawn.
 
     Items are normalised images [3, 32, 32] and labels. Set `epoch` before each pass to draw new scenes of the same
     digits (augmentation); leave it for fixed scenes (calibration, test).

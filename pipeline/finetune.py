@@ -45,9 +45,7 @@ def finetune(slim: SlimViT, dense: SlimViT, data: Data, settings: FinetuneSettin
         )
     accelerator = Accelerator()
     torch.manual_seed(seed)
-    loader: Any = DataLoader(
-        data.train, settings.batch_size, shuffle=True, drop_last=True, num_workers=data.workers
-    )
+    loader: Any = DataLoader(data.train, settings.batch_size, shuffle=True, drop_last=True, num_workers=data.workers)
     optimiser: Any = create_optimizer_v2(
         slim.vit,
         opt="adamw",

@@ -16,7 +16,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class FinetuneSettings(BaseModel):
-    """Distillation after the search. Defaults are for ImageNet, after the paper; `for_digits` suits the embedded data."""
+    """Distillation after the search. Defaults are for ImageNet, after the paper."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -196,10 +196,14 @@ class SlimViT(nn.Module):
         """Write the weights, then `architecture.json`, each whole or not at all. A dense model kept for comparison
         goes to `dense.safetensors` alone: its table follows from the slim one's."""
         directory = Path(directory)
-        state = {name: tensor.cpu().contiguous() for name, tensor in self.vit.state_dict().items()}
-        write_bytes(directory / weights_file, save(state, {"format": "pt"}))
+        write_bytes(directory / weights_file, self.serialised())
         if weights_file == WEIGHTS_FILE:
             write_json(directory / ARCHITECTURE_FILE, json.loads(self.architecture.model_dump_json()))
+
+    def serialised(self) -> bytes:
+        """The weights as safetensors; the same weights give the same bytes."""
+        state = {name: tensor.cpu().contiguous() for name, tensor in self.vit.state_dict().items()}
+        return save(state, {"format": "pt"})
 
     @classmethod
     def load(cls, directory: Path | str, weights_file: str = WEIGHTS_FILE) -> "SlimViT":
@@ -296,17 +300,21 @@ def _obstacles(vit: VisionTransformer) -> list[tuple[str, bool]]:
         (
             "its attention is normalised or gated",
             any_block(
-                lambda block: not all(is_identity(m) for m in (block.attn.q_norm, block.attn.k_norm, block.attn.norm))
-                or block.attn.gate is not None
+                lambda block: (
+                    not all(is_identity(m) for m in (block.attn.q_norm, block.attn.k_norm, block.attn.norm))
+                    or block.attn.gate is not None
+                )
             ),
         ),
         (
             "its MLP is not two linear layers with GELU between",
             any_block(
-                lambda block: type(block.mlp) is not Mlp
-                or not isinstance(block.mlp.act, nn.GELU)
-                or block.mlp.act.approximate != "none"
-                or not is_identity(block.mlp.norm)
+                lambda block: (
+                    type(block.mlp) is not Mlp
+                    or not isinstance(block.mlp.act, nn.GELU)
+                    or block.mlp.act.approximate != "none"
+                    or not is_identity(block.mlp.norm)
+                )
             ),
         ),
     ]

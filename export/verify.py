@@ -1,0 +1,128 @@
+"""An exported file is written only when it agrees with PyTorch, and the run directory says how well it does."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from export.runtimes import OnnxRuntime, logits_of
+from export.to_onnx import Precision, onnx_path, serialise, weights_path
+from pipeline.errors import RunError
+from pipeline.files import write_bytes, write_json
+from pipeline.progress import track
+from pipeline.slim import SlimViT
+
+VERIFICATION_FILE = "verification.json"
+VERIFIED_IMAGES = 1000  # at most
+
+
+class Verification(BaseModel):
+    """How an ONNX file in ONNX Runtime compares with the FP32 model in PyTorch on the same images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    sha256: str
+    images: int
+    made_images: bool  # noise instead of real images: the model has random weights, its top-1 says nothing
+    largest_difference: float  # of any logit
+    largest_logit: float  # what that is to be seen against
+    same_top1: float  # percent
+
+
+# Largest logit difference (None: not bounded) and least share of equal top-1 (percent).
+LIMITS: dict[Precision, tuple[float | None, float]] = {"fp32": (1e-4, 100.0), "fp16": (None, 99.5)}
+
+
+def export(
+    directory: Path,
+    precision: Precision,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    made_images: bool = False,
+    dense: bool = False,
+) -> Verification:
+    """Export a run's slim (or dense) model, compare it with PyTorch, and only then write it.
+
+    Args:
+        directory: the run.
+        precision: of the file.
+        batches: (images [B, C, H, W], labels); labels are not looked at.
+        made_images: the images are noise and the weights random: what differs is written down but not judged by top-1.
+        dense: export `dense.<precision>.onnx` instead of `model.<precision>.onnx`.
+
+    Raises:
+        InputError: the run holds no such model.
+        RunError: the file disagrees with PyTorch beyond `LIMITS`; it is not written.
+    """
+    content = serialise(directory, precision, dense)
+    path = onnx_path(directory, precision, dense)
+    model = SlimViT.load(directory, weights_path(directory, dense).name)
+    verification = compare(path.name, content, model, batches, made_images)
+    if not math.isfinite(verification.largest_difference):
+        raise RunError(f"{path.name}: its logits are not finite; it was not written")
+    limit, least = LIMITS[precision]
+    if made_images:
+        least = 0.0
+    if limit is not None and verification.largest_difference > limit:
+        raise RunError(
+            f"{path.name}: a logit differs by {verification.largest_difference:.2e} from PyTorch, "
+            f"more than {limit:.0e}; it was not written"
+        )
+    if verification.same_top1 < least:
+        raise RunError(
+            f"{path.name}: top-1 agrees with PyTorch on {verification.same_top1:.2f}% of "
+            f"{verification.images} images, less than {least}%; it was not written"
+        )
+    write_bytes(path, content)
+    _note(directory, verification)
+    return verification
+
+
+def compare(
+    file: str, content: bytes, model: SlimViT, batches: Iterable[tuple[Tensor, Tensor]], made_images: bool
+) -> Verification:
+    """Run both on every image.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    session = OnnxRuntime(content)
+    images = same = 0
+    difference = largest = 0.0
+    for batch, _ in track(batches, f"verifying {file}"):
+        with torch.inference_mode():
+            expected = model(batch).numpy()
+        got = logits_of(session, np.ascontiguousarray(batch.numpy()))
+        images += len(batch)
+        same += int((got.argmax(-1) == expected.argmax(-1)).sum())
+        # NaN is the largest difference there is.
+        difference = max(difference, float(np.nan_to_num(np.abs(got - expected), nan=np.inf).max()))
+        largest = max(largest, float(np.abs(expected).max()))
+    if not images:
+        raise ValueError("verification needs at least one image")
+    return Verification(
+        file=file,
+        sha256=hashlib.sha256(content).hexdigest(),
+        images=images,
+        made_images=made_images,
+        largest_difference=difference,
+        largest_logit=largest,
+        same_top1=100 * same / images,
+    )
+
+
+def _note(directory: Path, verification: Verification) -> None:
+    """Put it into `verification.json`, one entry a file."""
+    path = directory / VERIFICATION_FILE
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = {}
+    known[verification.file] = verification.model_dump(mode="json", exclude={"file"})
+    write_json(path, dict(sorted(known.items())))

@@ -1,0 +1,348 @@
+"""A run directory from start to end: validate everything, search or apply a table, keep what was decided, measure.
+
+recipe.yaml          what was asked for                architecture.json   the table of five numbers per block
+search.jsonl         one line a decision               slim.safetensors    the slim model (fine-tuned, once it is)
+dense.safetensors    the model it came from            metrics.json        top-1, MACs, parameters, bytes
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from pipeline import __version__
+from pipeline.architecture import Architecture, BlockShape, check_blocks, read_blocks
+from pipeline.cascade import ChannelDecision, Decision, check_target, search
+from pipeline.channels import choose_for_shape
+from pipeline.data import Batches, Data, load_data, made_batches
+from pipeline.dense import load_dense
+from pipeline.errors import InputError
+from pipeline.evaluate import top1
+from pipeline.files import sha256, write_bytes, write_json, write_text
+from pipeline.finetune import finetune
+from pipeline.progress import console, track
+from pipeline.recipe import RECIPE_FILE, FinetuneSettings, Recipe
+from pipeline.removal import remove_channels
+from pipeline.sensitivity import low_frequency_sensitivity
+from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
+
+SEARCH_FILE = "search.jsonl"
+METRICS_FILE = "metrics.json"
+MADE_IMAGES = 32  # scored where there is no data; a random model has no channels worth more careful choosing
+
+
+class Figures(BaseModel):
+    """One model: top-1 on the test split in percent (None: no data), MACs of an image, parameters, bytes of weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    top1: float | None
+    macs: int
+    parameters: int
+    bytes: int
+
+
+class Metrics(BaseModel):
+    """What a run has come to. `pruned_top1` is the slim model's before any fine-tuning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense: Figures
+    slim: Figures
+    pruned_top1: float | None
+    finetuned_epochs: int = 0
+
+    @classmethod
+    def load(cls, directory: Path) -> "Metrics":
+        """The metrics of a finished run.
+
+        Raises:
+            InputError: they are missing or malformed.
+        """
+        path = directory / METRICS_FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; is {directory} a finished run?") from None
+        except ValidationError:
+            raise InputError(f"{path} is damaged; run `lowpass evaluate {directory}` to measure anew") from None
+
+    def save(self, directory: Path) -> None:
+        """Write `metrics.json`."""
+        write_json(directory / METRICS_FILE, self.model_dump(mode="json"))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A recipe whose every input has been read and found sound; nothing has been written."""
+
+    recipe: Recipe
+    dense: SlimViT
+    data: Data | None
+    blocks: tuple[BlockShape, ...] | None  # the table to apply; None: search
+
+
+def compress(recipe: Recipe, directory: Path, resume: bool = False) -> Metrics:
+    """Search (or apply the recipe's table), remove, measure and save into `directory`.
+
+    Args:
+        recipe: what to do.
+        directory: new or empty; with `resume` it may hold the same run, interrupted or finished.
+        resume: take up the decisions already made; the outcome is that of a run that was never interrupted.
+
+    Raises:
+        InputError: some input cannot be used, found before anything is written.
+    """
+    finished = _claim(recipe, directory, resume)
+    plan = _plan(recipe)
+    recipe.save(directory)
+    _keep_dense(plan.dense, directory)
+    if finished:
+        return Metrics.load(directory)
+    device = best_device()
+    dense = plan.dense.to(device)
+    dense_top1 = _measure(dense, plan.data, recipe.batch_size, "testing dense")
+    parameters, macs = count_parameters(dense), dense.architecture.macs()
+    slim = dense  # pruned in place: the dense weights are on disk
+    if plan.blocks is None:
+        assert plan.data is not None
+        _search(slim, plan.data, recipe, directory)
+    else:
+        apply_table(slim, plan.blocks, _scoring(plan), recipe)
+    slim_top1 = _measure(slim, plan.data, recipe.batch_size, "testing slim")
+    slim.save(directory)
+    metrics = Metrics(
+        dense=Figures(
+            top1=dense_top1, macs=macs, parameters=parameters, bytes=(directory / DENSE_WEIGHTS_FILE).stat().st_size
+        ),
+        slim=slim_figures(slim, slim_top1, directory),
+        pruned_top1=slim_top1,
+    )
+    metrics.save(directory)
+    return metrics
+
+
+def finetune_run(directory: Path, data: str | None, settings: FinetuneSettings | None, seed: int | None) -> Metrics:
+    """Distil the dense model into the slim one and save it in its place.
+
+    Args:
+        directory: a run.
+        data: None for the run's own.
+        settings: None for the data's defaults.
+        seed: None for the run's own.
+    """
+    recipe, metrics = Recipe.load(directory), Metrics.load(directory)
+    slim, dense = SlimViT.load(directory), SlimViT.load(directory, DENSE_WEIGHTS_FILE)
+    seed = recipe.seed if seed is None else seed
+    images = run_data(directory, data)
+    settings = settings or default_finetuning(images.name)
+    slim = finetune(slim, dense, images, settings, seed).to(best_device())
+    accuracy = _measure(slim, images, recipe.batch_size, "testing slim")
+    slim.save(directory)
+    metrics = metrics.model_copy(
+        update={
+            "slim": slim_figures(slim, accuracy, directory),
+            "finetuned_epochs": metrics.finetuned_epochs + settings.epochs,
+        }
+    )
+    metrics.save(directory)
+    return metrics
+
+
+def evaluate_run(directory: Path, data: str | None) -> Metrics:
+    """Measure top-1 of a run's dense and slim models on the test split of `data` (None: the run's own). Nothing is
+    written: the images may be others than the run's."""
+    recipe, metrics, images = Recipe.load(directory), Metrics.load(directory), run_data(directory, data)
+    measured = {}
+    for field, file in (("dense", DENSE_WEIGHTS_FILE), ("slim", WEIGHTS_FILE)):
+        model = SlimViT.load(directory, file).to(best_device())
+        accuracy = _measure(model, images, recipe.batch_size, f"testing {field}")
+        measured[field] = getattr(metrics, field).model_copy(update={"top1": accuracy})
+    return metrics.model_copy(update=measured)
+
+
+def run_data(directory: Path, data: str | None) -> Data:
+    """The images `data` names, or those of the run's recipe, made ready for its model.
+
+    Raises:
+        InputError: neither names any.
+    """
+    recipe = Recipe.load(directory)
+    spec = data or recipe.data
+    if spec is None:
+        raise InputError(f"{directory} was made without images (random weights); give --data")
+    return load_data(spec, SlimViT.load(directory).architecture, recipe.seed)
+
+
+def default_finetuning(data: str) -> FinetuneSettings:
+    """The settings that suit a data set."""
+    return FinetuneSettings.for_digits() if data == "digits" else FinetuneSettings()
+
+
+def apply_table(slim: SlimViT, blocks: tuple[BlockShape, ...], scoring: Batches, recipe: Recipe) -> None:
+    """Cut `slim` down to a given table, bottom-up, keeping the channels LFS likes best."""
+    for index, shape in enumerate(track(blocks, "cutting blocks")):
+        slim.set_keep(index, shape.keep)
+        scores = low_frequency_sensitivity(slim, scoring, index, recipe.image_cutoff, recipe.lfs_weight)
+        remove_channels(slim.blocks[index], choose_for_shape(scores, shape))
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Trained numbers in a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def slim_figures(slim: SlimViT, accuracy: float | None, directory: Path) -> Figures:
+    """The figures of a slim model as it lies in `directory`."""
+    return Figures(
+        top1=accuracy,
+        macs=slim.architecture.macs(),
+        parameters=count_parameters(slim),
+        bytes=(directory / WEIGHTS_FILE).stat().st_size,
+    )
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _claim(recipe: Recipe, directory: Path, resume: bool) -> bool:
+    """Whether the run in `directory` is already finished; nothing is written.
+
+    Raises:
+        InputError: the directory holds something else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; --out takes a directory")
+    if not directory.exists() or not any(directory.iterdir()):
+        return False
+    if not (directory / RECIPE_FILE).exists():
+        raise InputError(f"{directory} is not empty and holds no run; give another --out")
+    if not resume:
+        raise InputError(f"{directory} already holds a run; give another --out, or --resume to go on with it")
+    before, now = Recipe.load(directory).model_dump(), recipe.model_dump()
+    for field, value in now.items():
+        if before[field] != value:
+            raise InputError(
+                f"{directory} was started with {field} = {before[field]}, now it is {value}; give another --out"
+            )
+    return (directory / METRICS_FILE).exists()
+
+
+def _plan(recipe: Recipe) -> _Plan:
+    """Read and check every input.
+
+    Raises:
+        InputError: the first that cannot be used.
+    """
+    model = load_dense(recipe.model, recipe.weights, recipe.random_weights, recipe.seed)
+    dense = SlimViT.from_timm(model, recipe.token_cutoff, recipe.energy_norm)
+    architecture = dense.architecture
+    blocks = None
+    if recipe.architecture is not None:
+        blocks = read_blocks(recipe.architecture)
+        try:
+            check_blocks(blocks, architecture.dense)
+        except InputError as error:
+            raise InputError(f"{recipe.architecture} does not fit: {error}") from None
+    elif recipe.target_macs is not None:
+        check_target(architecture, recipe.target_macs)
+    data = load_data(recipe.data, architecture, recipe.seed) if recipe.data else None
+    return _Plan(recipe, dense, data, blocks)
+
+
+def _keep_dense(dense: SlimViT, directory: Path) -> None:
+    """Save the dense model, or make sure that it is the one an interrupted run began with.
+
+    Raises:
+        InputError: it is another.
+    """
+    path, content = directory / DENSE_WEIGHTS_FILE, dense.serialised()
+    if not path.exists():
+        write_bytes(path, content)
+    elif path.read_bytes() != content:
+        raise InputError(f"{directory} was started from other dense weights; give another --out")
+
+
+def _scoring(plan: _Plan) -> Batches:
+    recipe = plan.recipe
+    if plan.data is None:
+        return made_batches(plan.dense.architecture, MADE_IMAGES, recipe.batch_size, recipe.seed)
+    return plan.data.calibration_batches(recipe.score_images, recipe.batch_size, recipe.seed, "reading images")
+
+
+def _measure(model: SlimViT, data: Data | None, batch_size: int, description: str) -> float | None:
+    return None if data is None else top1(model, data.loader(data.test, batch_size), description)
+
+
+def _search(slim: SlimViT, data: Data, recipe: Recipe, directory: Path) -> None:
+    """The cascade, with every decision kept in `search.jsonl` before it is acted on."""
+    scoring = data.calibration_batches(recipe.score_images, recipe.batch_size, recipe.seed, "reading images to score")
+    measuring = data.calibration_batches(
+        recipe.measure_images, recipe.batch_size, recipe.seed + 1, "reading images to measure"
+    )
+    header = {
+        "lowpass": __version__,
+        "dense_sha256": sha256(directory / DENSE_WEIGHTS_FILE),
+        "scored_images": sum(len(labels) for _, labels in scoring),
+        "measured_images": sum(len(labels) for _, labels in measuring),
+    }
+    decided = _read_decisions(directory / SEARCH_FILE, header)
+    lines = [json.dumps(header), *(decision.model_dump_json() for decision in decided)]
+    dense_macs, before = slim.architecture.macs(), slim.architecture
+    if decided:
+        console.print(f"resuming after {len(decided)} decisions")
+
+    def record(decision: Decision) -> None:
+        nonlocal before
+        lines.append(decision.model_dump_json())
+        write_text(directory / SEARCH_FILE, "\n".join(lines) + "\n")
+        console.print(tell(decision, slim.architecture, dense_macs), soft_wrap=True)
+
+    search(slim, scoring, measuring, recipe, decided, record)
+
+
+def tell(decision: Decision, before: Architecture, dense_macs: int) -> str:
+    """One line for people: what a decision does to the model as it stood before."""
+    index = decision.block
+    had = before.blocks[index]
+    if not isinstance(decision, ChannelDecision):
+        tokens = before.tokens_in(index) if decision.keep < had.keep else had.keep
+        what = f"tokens {tokens} -> {decision.keep}" if decision.keep < tokens else f"keeps its {tokens} tokens"
+    elif decision.choice is None:
+        what = "keeps its channels"
+    else:
+        now = decision.choice.shape(had.keep)
+        what = (
+            f"heads {had.heads} -> {now.heads}, query/key {had.qk_dim} -> {now.qk_dim}, "
+            f"value {had.v_dim} -> {now.v_dim}, hidden {had.hidden} -> {now.hidden}"
+        )
+    return (
+        f"pass {decision.round + 1}, block {index}: {what}; top-1 {decision.top1:.2f}, "
+        f"MACs {decision.macs / dense_macs:.3f} ({len(decision.trials)} trials)"
+    )
+
+
+def _read_decisions(path: Path, header: dict[str, object]) -> list[Decision]:
+    """The decisions of an interrupted search.
+
+    Raises:
+        InputError: the file is damaged, or was written for other inputs; the message names what differs.
+    """
+    if not path.exists():
+        return []
+    parse: Callable[[str], Decision] = TypeAdapter(Decision).validate_json
+    try:
+        first, *rest = path.read_text().splitlines()
+        written = json.loads(first)
+        decisions = [parse(line) for line in rest]
+    except (ValueError, ValidationError):
+        raise InputError(f"{path} is damaged; give another --out") from None
+    for key, value in header.items():
+        if written.get(key) != value:
+            raise InputError(f"{path}: {key} was {written.get(key)}, now it is {value}; give another --out")
+    return decisions

@@ -8,7 +8,8 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from export.to_onnx import Precision, current_onnx, weights_path
+from export.deploy import deployable
+from export.to_onnx import DTYPES, Precision, current_onnx, weights_path
 from export.to_tensorrt import FLAVOURS, Flavour, current_plan, installed_flavours, load_engine
 from pipeline.errors import InputError, RunError
 from pipeline.slim import SlimViT
@@ -80,15 +81,14 @@ def open_session(runtime: RuntimeName, directory: Path, precision: Precision, de
 
 
 class _PyTorch:
-    """The slim model as it is, eager, on the GPU where there is one."""
+    """The deployment graph in eager PyTorch, on the GPU where there is one."""
 
     def __init__(self, model: SlimViT, precision: Precision) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.float32 if precision == "fp32" else torch.float16
-        self.model = model.to(self.device, self.dtype)
+        self.model = deployable(model, DTYPES[precision]).to(self.device)
 
     def load(self, images: Images) -> None:
-        self.images = torch.from_numpy(images).to(self.device, self.dtype)
+        self.images = torch.from_numpy(images).to(self.device)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -97,7 +97,7 @@ class _PyTorch:
             torch.cuda.synchronize()
 
     def logits(self) -> Images:
-        return self.output.float().cpu().numpy()
+        return self.output.cpu().numpy()
 
 
 class OnnxRuntime:
@@ -141,7 +141,7 @@ class _TensorRT:
     def load(self, images: Images) -> None:
         self.images = torch.from_numpy(images).cuda()
         if not self.context.set_input_shape("images", tuple(images.shape)):
-            raise RunError(f"the engine's batch profile does not hold a batch of {len(images)}; build with --batch")
+            raise RunError(f"the engine's batch profile does not hold a batch of {len(images)}; export with --batch")
         shape = tuple(self.context.get_tensor_shape("logits"))
         self.output = torch.empty(shape, dtype=torch.float32, device="cuda")
         self.context.set_tensor_address("images", self.images.data_ptr())

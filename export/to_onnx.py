@@ -13,6 +13,7 @@ import onnx_ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+from export.batch import BatchProfile
 from export.deploy import deployable
 from pipeline.errors import InputError, RunError
 from pipeline.files import sha256
@@ -38,7 +39,7 @@ def weights_path(directory: Path, dense: bool = False) -> Path:
     return directory / (DENSE_WEIGHTS_FILE if dense else WEIGHTS_FILE)
 
 
-def serialise(directory: Path, precision: Precision, dense: bool = False) -> bytes:
+def serialise(directory: Path, precision: Precision, profile: BatchProfile, dense: bool = False) -> bytes:
     """A run's slim (or dense) model as an ONNX file with metadata; the same weights give the same bytes.
 
     Raises:
@@ -47,7 +48,8 @@ def serialise(directory: Path, precision: Precision, dense: bool = False) -> byt
     """
     slim = SlimViT.load(directory, weights_path(directory, dense).name)
     model = to_onnx(slim, precision)
-    for key, value in _metadata(slim, precision, sha256(weights_path(directory, dense))).items():
+    metadata = _metadata(slim, precision, profile, sha256(weights_path(directory, dense)))
+    for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(model)
     return model.SerializeToString(deterministic=True)
@@ -93,13 +95,14 @@ def _refuse_forbidden(model: onnx.ModelProto) -> None:
             raise RunError(f"the exported graph holds a complex tensor ({value.name})")
 
 
-def _metadata(slim: SlimViT, precision: Precision, weights: str) -> dict[str, str]:
+def _metadata(slim: SlimViT, precision: Precision, profile: BatchProfile, weights: str) -> dict[str, str]:
     """What a client or a later step must know, as strings."""
     architecture = slim.architecture
     return {
         "model": architecture.dense.name,
         "num_classes": str(architecture.dense.num_classes),
         "precision": precision,
+        "batch": str(profile),  # any batch size runs; engines are built for these
         "architecture": architecture.model_dump_json(),
         "preprocessing": architecture.preprocessing.model_dump_json(),
         "input_size": json.dumps([architecture.dense.in_chans, *architecture.dense.img_size]),

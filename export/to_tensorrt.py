@@ -7,44 +7,19 @@ import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from export.to_onnx import Precision, current_onnx, onnx_path
+from export.batch import BatchProfile
+from export.to_onnx import Precision, current_onnx, onnx_path, read_metadata
 from pipeline.errors import InputError, RunError
 from pipeline.files import sha256, write_bytes, write_json
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 NO_GPU = "built without a GPU"
-DEFAULT_BATCHES = "1:8:32"
-
-
-class BatchProfile(BaseModel):
-    """Batch sizes an engine takes, and the one it is tuned for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    least: int
-    best: int
-    most: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """`MIN:OPT:MAX`, or one number for a fixed batch.
-
-        Raises:
-            InputError: not numbers, below 1 or not ascending.
-        """
-        parts = text.split(":")
-        if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
-            raise InputError(f"a batch profile is MIN:OPT:MAX or one number, such as 1:8:32, not {text!r}")
-        least, best, most = map(int, parts if len(parts) == 3 else parts * 3)
-        if not 1 <= least <= best <= most:
-            raise InputError(f"the batch profile {text} must ascend from 1 or more: MIN <= OPT <= MAX")
-        return cls(least=least, best=best, most=most)
 
 
 class Manifest(BaseModel):
@@ -87,7 +62,6 @@ def installed_flavours() -> dict[Flavour, str]:
 def build(
     directory: Path,
     precision: Precision = "fp16",
-    profile: BatchProfile | None = None,
     flavour: Flavour | None = None,
     dense: bool = False,
 ) -> Path:
@@ -96,7 +70,6 @@ def build(
     Args:
         directory: the run, with `model.<precision>.onnx` exported from its present weights.
         precision: of the ONNX file; TensorRT keeps to it (strong typing). FP32 is refused, see below.
-        profile: batch sizes; 1:8:32 unless given.
         flavour: None for `tensorrt` where it is installed, else `tensorrt-rtx`.
         dense: compile the dense model instead.
 
@@ -109,10 +82,10 @@ def build(
     """
     if precision == "fp32":
         raise InputError("TensorRT has no fused attention in FP32; export and build fp16")
-    profile = profile or BatchProfile.parse(DEFAULT_BATCHES)
     flavour = flavour or _preferred_flavour()
     trt = _module(flavour)
     onnx_file = current_onnx(directory, precision, dense)
+    profile = BatchProfile.parse(read_metadata(onnx_file)["batch"])
     content = onnx_file.read_bytes()
     cache_file = directory / f"timing.{flavour}.cache"
     plan, cache, messages = _compile(trt, content, profile, cache_file.read_bytes() if cache_file.exists() else b"")

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from export.batch import DEFAULT_PROFILE, BatchProfile
 from export.runtimes import OnnxRuntime, logits_of
 from export.to_onnx import Precision, onnx_path, serialise, weights_path
 from pipeline.errors import RunError
@@ -19,7 +20,6 @@ from pipeline.progress import track
 from pipeline.slim import SlimViT
 
 VERIFICATION_FILE = "verification.json"
-VERIFIED_IMAGES = 1000  # at most
 
 
 class Verification(BaseModel):
@@ -46,6 +46,7 @@ def export(
     batches: Iterable[tuple[Tensor, Tensor]],
     made_images: bool = False,
     dense: bool = False,
+    profile: BatchProfile | None = None,
 ) -> Verification:
     """Export a run's slim (or dense) model, compare it with PyTorch, and only then write it.
 
@@ -54,13 +55,14 @@ def export(
         precision: of the file.
         batches: (images [B, C, H, W], labels); labels are not looked at.
         made_images: the images are noise and the weights random: what differs is written down but not judged by top-1.
+        profile: batch sizes that engines will be built for; 1:8:32 unless given.
         dense: export `dense.<precision>.onnx` instead of `model.<precision>.onnx`.
 
     Raises:
         InputError: the run holds no such model.
         RunError: the file disagrees with PyTorch beyond `LIMITS`; it is not written.
     """
-    content = serialise(directory, precision, dense)
+    content = serialise(directory, precision, profile or BatchProfile.parse(DEFAULT_PROFILE), dense)
     path = onnx_path(directory, precision, dense)
     model = SlimViT.load(directory, weights_path(directory, dense).name)
     verification = compare(path.name, content, model, batches, made_images)

@@ -2,9 +2,9 @@
 
 Each block of a pass may cost `allowance / L` points of top-1 against the model as it entered the block; tokens may
 spend the share `token_share` of it, channels all of it. `--allowable-drop` is one such pass, as in the paper.
-`--target-macs` adds a line that falls evenly from the MACs at hand to the target: no step goes below it, so that no block is emptied
-while those above stay whole; a block that accuracy stops short leaves the rest to the blocks above, and what is left at
-the top to another pass, allowed twice the last, over the model as it then stands.
+`--target-macs` adds a line that falls evenly from the MACs at hand to the target: no step goes below it, so that no
+block is emptied while those above stay whole; a block that accuracy stops short leaves the rest to the blocks above,
+and what is left at the top to another pass, allowed twice the last, over the model as it then stands.
 """
 
 import copy

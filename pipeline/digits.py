@@ -1,6 +1,7 @@
 """The embedded data: handwritten digits on photographic texture, nothing downloaded.
 
-Digits: scikit-learn's copy of the UCI optical digits (1,797 scans of 8x8). Texture: its two sample photographs. A scene is one digit, enlarged to 16x16, at a random place on a dimmed 32x32 crop of a photograph. Test digits and test
+Digits: scikit-learn's copy of the UCI optical digits (1,797 scans of 8x8). Texture: its two sample photographs. A
+scene is one digit, enlarged to 16x16, at a random place on a dimmed 32x32 crop of a photograph. Test digits and test
 photo regions are disjoint from those of training, so neither a scan nor a background patch is seen twice.
 """
 

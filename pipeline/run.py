@@ -6,15 +6,17 @@ dense.safetensors    the model it came from            metrics.json        top-1
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from torch.utils.data import Subset
 
 from pipeline import __version__
-from pipeline.architecture import Architecture, BlockShape, check_blocks, read_blocks
+from pipeline.architecture import Architecture, BlockShape, check_blocks, first_problem, read_blocks
 from pipeline.cascade import ChannelDecision, Decision, check_target, search
 from pipeline.channels import choose_for_shape
 from pipeline.data import Batches, Data, load_data, made_batches
@@ -31,6 +33,7 @@ from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 
 SEARCH_FILE = "search.jsonl"
 METRICS_FILE = "metrics.json"
+VERIFIED_IMAGES = 1000  # at most
 MADE_IMAGES = 32  # scored where there is no data; a random model has no channels worth more careful choosing
 
 
@@ -125,20 +128,24 @@ def compress(recipe: Recipe, directory: Path, resume: bool = False) -> Metrics:
     return metrics
 
 
-def finetune_run(directory: Path, data: str | None, settings: FinetuneSettings | None, seed: int | None) -> Metrics:
+def finetune_run(directory: Path, data: str | None, changes: dict[str, Any], seed: int | None) -> Metrics:
     """Distil the dense model into the slim one and save it in its place.
 
     Args:
         directory: a run.
         data: None for the run's own.
-        settings: None for the data's defaults.
+        changes: settings that differ from the data's defaults.
         seed: None for the run's own.
+
+    Raises:
+        InputError: a setting is out of range, or the data does not fit.
+        RunError: training diverged; the run is as it was.
     """
     recipe, metrics = Recipe.load(directory), Metrics.load(directory)
     slim, dense = SlimViT.load(directory), SlimViT.load(directory, DENSE_WEIGHTS_FILE)
     seed = recipe.seed if seed is None else seed
     images = run_data(directory, data)
-    settings = settings or default_finetuning(images.name)
+    settings = finetune_settings(images.name, changes)
     slim = finetune(slim, dense, images, settings, seed).to(best_device())
     accuracy = _measure(slim, images, recipe.batch_size, "testing slim")
     slim.save(directory)
@@ -177,9 +184,27 @@ def run_data(directory: Path, data: str | None) -> Data:
     return load_data(spec, SlimViT.load(directory).architecture, recipe.seed)
 
 
-def default_finetuning(data: str) -> FinetuneSettings:
-    """The settings that suit a data set."""
-    return FinetuneSettings.for_digits() if data == "digits" else FinetuneSettings()
+def finetune_settings(data: str, changes: dict[str, Any]) -> FinetuneSettings:
+    """The settings that suit a data set, with changes.
+
+    Raises:
+        InputError: one of them is out of range.
+    """
+    defaults = FinetuneSettings.for_digits() if data == "digits" else FinetuneSettings()
+    try:
+        return FinetuneSettings.model_validate(defaults.model_dump() | changes)
+    except ValidationError as error:
+        raise InputError(f"fine-tuning: {first_problem(error)}") from None
+
+
+def verification_batches(directory: Path, data: str | None) -> tuple[Batches, bool]:
+    """Test images to compare an export on, in memory, and whether they are made: a run with random weights has none."""
+    recipe = Recipe.load(directory)
+    if recipe.random_weights and data is None:
+        return made_batches(SlimViT.load(directory).architecture, MADE_IMAGES, recipe.batch_size, recipe.seed), True
+    images = run_data(directory, data)
+    chosen = Subset(images.test, range(min(VERIFIED_IMAGES, len(cast(Sized, images.test)))))
+    return list(track(images.loader(chosen, recipe.batch_size), "reading images to verify on")), False
 
 
 def apply_table(slim: SlimViT, blocks: tuple[BlockShape, ...], scoring: Batches, recipe: Recipe) -> None:

@@ -36,8 +36,8 @@ def low_frequency_sensitivity(
 
     With low-passed images X~, `g` is the gradient of `weight * CE(model(X~), y) + (1 - weight) * KL(softmax(T) ||
     softmax(T~))`, where T and T~ are the CLS token leaving the block for X (no gradient) and for X~ and KL is summed
-    and divided by the number of elements (eq. 3-4). Gradients are averaged over the batches; a channel's score is the sum
-    over its weight row of `(g * weight)^2`, bias left out (eq. 5).
+    and divided by the number of elements (eq. 3-4). Gradients are averaged over the batches; a channel's score is the
+    sum over its weight row of `(g * weight)^2`, bias left out (eq. 5).
 
     Args:
         model: a SlimViT, or a plain dense timm ViT.

@@ -1,0 +1,37 @@
+"""Batch profiles: which batch sizes an artefact is made for."""
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.errors import InputError
+
+DEFAULT_PROFILE = "1:8:32"
+
+
+class BatchProfile(BaseModel):
+    """Batch sizes an engine takes, and the one it is tuned for. Written `MIN:OPT:MAX`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    least: int
+    best: int
+    most: int
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.best}:{self.most}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`MIN:OPT:MAX`, or one number for a fixed batch.
+
+        Raises:
+            InputError: not numbers, below 1 or not ascending.
+        """
+        parts = text.split(":")
+        if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
+            raise InputError(f"a batch profile is MIN:OPT:MAX or one number, such as 1:8:32, not {text!r}")
+        least, best, most = map(int, parts if len(parts) == 3 else parts * 3)
+        if not 1 <= least <= best <= most:
+            raise InputError(f"the batch profile {text} must ascend from 1 or more: MIN <= OPT <= MAX")
+        return cls(least=least, best=best, most=most)

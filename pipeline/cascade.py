@@ -146,7 +146,8 @@ def check_target(architecture: Architecture, target_macs: float) -> None:
         InputError: with the lowest share of the MACs that can be reached.
     """
     fewest = max(1, round(FIRST_BLOCK_KEEP * architecture.dense.num_tokens))
-    smallest = BlockShape(heads=1, qk_dim=1, v_dim=1, hidden=1, keep=1)
+    # The head search prefers many heads of one channel to one head.
+    smallest = BlockShape(heads=architecture.dense.num_heads, qk_dim=1, v_dim=1, hidden=1, keep=1)
     blocks = (smallest.model_copy(update={"keep": fewest}),) + (smallest,) * (architecture.dense.depth - 1)
     lowest = architecture.model_copy(update={"blocks": blocks}).macs() / architecture.macs()
     if target_macs < lowest:
@@ -208,6 +209,8 @@ def _drop_tokens(standing: _Standing, index: int, floor: float, macs_limit: int,
 
     most = _least(have - fewest, lambda dropped: architecture.with_keep(index, have - dropped).macs() <= macs_limit)
     dropped, trials = _most(most, have, floor, top1)
+    if architecture.with_keep(index, have - dropped).macs() > architecture.macs():
+        dropped = 0  # the token filter would cost more than so few tokens save
     keep = have - dropped
     return TokenDecision(
         round=round_,

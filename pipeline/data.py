@@ -85,8 +85,9 @@ def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
         "interpolation": prep.interpolation,
     }
     plain = create_transform(**settings, crop_pct=prep.crop_pct)
-    # DeiT's augmentation (Touvron et al., 2021), without mixing.
-    augment = create_transform(**settings, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25)
+    # DeiT's augmentation (Touvron et al., 2021), without mixing. Beyond magnitude 9 timm may posterize to 0 bits, which
+    # Pillow 13 refuses.
+    augment = create_transform(**settings, is_training=True, auto_augment="rand-m9-mstd0.5-mmax9-inc1", re_prob=0.25)
 
     if spec.split("/")[0] in READERS:
         make = {
@@ -130,7 +131,7 @@ def _folder(root: Path, transform: Any) -> Images:
         InputError: it has no images, or one of them cannot be read.
     """
     try:
-        images = create_dataset("", str(root), transform=transform)
+        images = create_dataset("", str(root), transform=transform, search_split=False)
     except (RuntimeError, OSError) as error:
         raise InputError(f"{root} holds no images in class folders ({error})") from None
     names = images.filenames(absolute=True)
@@ -140,7 +141,7 @@ def _folder(root: Path, transform: Any) -> Images:
         try:
             with Image.open(name) as image:
                 image.load()
-        except OSError as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
             raise InputError(f"cannot read the image {name}: {error}") from None
     return cast(Images, images)
 

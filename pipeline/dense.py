@@ -1,13 +1,11 @@
 """Dense models by timm name, and their weights from a local file."""
 
 import difflib
-import pickle
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import build_sincos2d_pos_embed
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
@@ -81,7 +79,8 @@ def load_dense(name: str, weights: Path | None = None, random_weights: bool = Fa
         return timm.create_model(name).eval()
     state = read_weights(weights)
     head = state.get("head.weight")
-    model: nn.Module = timm.create_model(name, num_classes=len(head)) if head is not None else timm.create_model(name)
+    classes = {"num_classes": len(head)} if head is not None and head.ndim == 2 else {}
+    model: nn.Module = timm.create_model(name, **classes)
     _load_strictly(model, state, weights, name)
     return model.eval()
 
@@ -96,13 +95,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there are no weights at {path}") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle raises anything, from struct.error to AttributeError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot read the weights {path}: truncated or not a checkpoint ({reason[:120]})") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    ):
         raise InputError(f"{path} holds no state dict (a table of tensors, alone or under 'model' or 'state_dict')")
     state = {_timm_key(name): tensor for name, tensor in content.items()}
     for name, tensor in state.items():

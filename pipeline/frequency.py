@@ -40,10 +40,11 @@ def token_lowpass_matrix(num_tokens: int, cutoff: float) -> Tensor:
     """
     if not 0 < cutoff < 1:
         raise ValueError(f"the token cutoff must lie between 0 and 1, not {cutoff}")
-    k = torch.arange(num_tokens, dtype=torch.float64)
-    k = torch.minimum(k, num_tokens - k)
-    width = num_tokens * (1 - cutoff) / 2
-    gain = 1 - torch.exp(-((k - (num_tokens - 1) / 2) ** 2) / (2 * width**2))
-    kernel = torch.fft.ifft(gain).real  # the gain is symmetric, so the kernel is real
-    offsets = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)[None, :]
-    return kernel[offsets % num_tokens].float()
+    with torch.inference_mode(False):  # the cached tensor must serve training, too
+        k = torch.arange(num_tokens, dtype=torch.float64)
+        k = torch.minimum(k, num_tokens - k)
+        width = num_tokens * (1 - cutoff) / 2
+        gain = 1 - torch.exp(-((k - (num_tokens - 1) / 2) ** 2) / (2 * width**2))
+        kernel = torch.fft.ifft(gain).real  # the gain is symmetric, so the kernel is real
+        offsets = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)[None, :]
+        return kernel[offsets % num_tokens].float()

@@ -62,7 +62,8 @@ def remove_channels(block: SlimBlock, choice: ChannelChoice) -> None:
     """Cut `block` down to `choice`, in place, one dependency group a kind of channel."""
     training = block.training
     attention = block.attn
-    graph = dependency_graph(block)
+    frozen = {name for name, parameter in block.named_parameters() if not parameter.requires_grad}
+    graph = dependency_graph(block.requires_grad_(True))  # it is traced through gradient functions
     pairs = [h * attention.qk_dim + i for h, kept in zip(choice.heads, choice.query_key, strict=True) for i in kept]
     values = [h * attention.v_dim + i for h, kept in zip(choice.heads, choice.value, strict=True) for i in kept]
     _prune(graph, attention.query, pairs)
@@ -71,6 +72,8 @@ def remove_channels(block: SlimBlock, choice: ChannelChoice) -> None:
     attention.num_heads = len(choice.heads)
     block.train(training)  # tracing leaves evaluation mode behind
     block.zero_grad(set_to_none=True)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name not in frozen)
 
 
 def _prune(graph: tp.DependencyGraph, root: nn.Linear, kept: Sequence[int]) -> None:

@@ -278,6 +278,15 @@ def describe(model: nn.Module) -> DenseViT:
     )
 
 
+def _norms(vit: VisionTransformer) -> list[nn.Module]:
+    norms = [getattr(block, name) for block in vit.blocks if type(block) is Block for name in ("norm1", "norm2")]
+    return [*norms, cast(nn.Module, vit.norm)]
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
+
+
 def _obstacles(vit: VisionTransformer) -> list[tuple[str, bool]]:
     """What a ViT may have that the method or the slim blocks do not cover."""
 
@@ -294,17 +303,36 @@ def _obstacles(vit: VisionTransformer) -> list[tuple[str, bool]]:
         ("it has no classifier", not isinstance(vit.head, nn.Linear)),
         ("its position embedding is not a learned table", vit.pos_embed is None or vit.dynamic_img_size),
         ("it normalises before the blocks", not is_identity(vit.norm_pre) or not is_identity(vit.fc_norm)),
-        ("its patch embedding is not a convolution", type(vit.patch_embed) is not PatchEmbed),
+        ("its norm is not a LayerNorm", not all(map(_is_layer_norm, _norms(vit)))),
+        (
+            "its patch embedding is not a convolution over whole patches",
+            type(vit.patch_embed) is not PatchEmbed
+            or not is_identity(vit.patch_embed.norm)
+            or any(
+                size % patch for size, patch in zip(vit.patch_embed.img_size, vit.patch_embed.patch_size, strict=True)
+            ),
+        ),
+        (
+            "it is distilled and has register tokens, which timm leaves out",
+            isinstance(vit, VisionTransformerDistilled) and vit.num_reg_tokens > 0,
+        ),
         ("its blocks are not timm's standard Block", any_block(lambda block: False)),
         ("its attention is not timm's standard Attention", any_block(lambda block: type(block.attn) is not Attention)),
         (
             "its attention is normalised or gated",
             any_block(
                 lambda block: (
-                    not all(is_identity(m) for m in (block.attn.q_norm, block.attn.k_norm, block.attn.norm))
-                    or block.attn.gate is not None
+                    type(block.attn) is Attention
+                    and (
+                        not all(is_identity(m) for m in (block.attn.q_norm, block.attn.k_norm, block.attn.norm))
+                        or block.attn.gate is not None
+                    )
                 )
             ),
+        ),
+        (
+            "its projections have no bias",
+            any_block(lambda block: type(block.attn) is Attention and block.attn.proj.bias is None),
         ),
         (
             "its MLP is not two linear layers with GELU between",

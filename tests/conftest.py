@@ -1,6 +1,8 @@
 """What several test files share: small models, and how hypothesis draws its examples."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ from hypothesis import settings
 from timm.models import VisionTransformer
 
 import pipeline.dense
+from pipeline.recipe import make_recipe
+from pipeline.run import compress
 from pipeline.slim import SlimViT
 
 torch.set_num_threads(1)  # test processes run side by side, and a tiny model gains nothing from a second thread
@@ -40,3 +44,31 @@ def make_vit() -> MakeViT:
 def digits_slim() -> SlimViT:
     """The embedded digits model with nothing removed yet. Shared: copy it before changing it."""
     return SlimViT.from_timm(pipeline.dense.load_dense("digits_deit"))
+
+
+# Every kind of block: heads dropped, query/key and value of unequal sizes, tokens dropped, and one left alone.
+SLIM_BLOCKS = [
+    {"heads": 3, "qk_dim": 32, "v_dim": 32, "hidden": 384, "keep": 64},
+    {"heads": 3, "qk_dim": 17, "v_dim": 30, "hidden": 301, "keep": 48},
+    {"heads": 2, "qk_dim": 32, "v_dim": 21, "hidden": 200, "keep": 48},
+    {"heads": 3, "qk_dim": 24, "v_dim": 32, "hidden": 311, "keep": 29},
+    {"heads": 3, "qk_dim": 9, "v_dim": 10, "hidden": 150, "keep": 29},
+    {"heads": 1, "qk_dim": 30, "v_dim": 31, "hidden": 384, "keep": 20},
+]
+
+
+@pytest.fixture(scope="session")
+def slim_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An architecture file for the digits model."""
+    path = tmp_path_factory.mktemp("table") / "table.json"
+    path.write_text(json.dumps({"blocks": SLIM_BLOCKS}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def slim_run(slim_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory of the digits model, cut to `SLIM_BLOCKS`; every test file gets one of its own."""
+    directory = tmp_path_factory.mktemp("run") / "digits"
+    recipe = make_recipe(model="digits_deit", data="digits", architecture=slim_table, score_images=128)
+    compress(recipe, directory)
+    return directory

@@ -1,0 +1,207 @@
+"""ONNX files and TensorRT engines of a real slim model: they agree with PyTorch, and attention fuses where it should."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import export.deploy
+import export.verify
+from export.batch import BatchProfile
+from export.deploy import FusedAttention, deployable
+from export.runtimes import logits_of, missing, open_session
+from export.to_onnx import FORBIDDEN, Precision, current_onnx, onnx_path, read_metadata, serialise
+from export.to_tensorrt import NO_GPU, build, current_plan, manifest_path
+from export.verify import VERIFICATION_FILE
+from export.verify import export as export_verified
+from pipeline.architecture import BlockShape
+from pipeline.data import Batches
+from pipeline.errors import InputError, RunError
+from pipeline.run import verification_batches
+from pipeline.slim import SlimAttention, SlimViT
+
+PROFILE = BatchProfile.parse("1:2:4")
+
+
+@pytest.fixture(scope="module")
+def images(slim_run: Path) -> Batches:
+    batches, made = verification_batches(slim_run, None)
+    assert not made and sum(len(labels) for _, labels in batches) == 1000
+    return batches
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_agrees_with_pytorch_on_real_images(slim_run: Path, images: Batches, precision: Precision, dense: bool) -> None:
+    done = export_verified(slim_run, precision, images, dense=dense)
+    assert done.images == 1000 and not done.made_images
+    assert done.same_top1 == 100 if precision == "fp32" else done.same_top1 >= 99.5
+    # In FP16 two tokens may tie, and another of them stays: a logit can then move by much, so single ones are not bounded.
+    assert done.largest_difference <= (1e-4 if precision == "fp32" else np.inf)
+    # Once more without our own session or comparison.
+    model = SlimViT.load(slim_run, "dense.safetensors" if dense else "slim.safetensors")
+    session = onnxruntime.InferenceSession(onnx_path(slim_run, precision, dense), providers=["CPUExecutionProvider"])
+    for batch in (images[0][0][:1], images[0][0][:7]):  # any batch size
+        (logits,) = session.run(["logits"], {"images": batch.numpy()})
+        with torch.inference_mode():
+            difference = np.abs(logits - model(batch).numpy())
+        assert difference.max() <= 1e-4 if precision == "fp32" else np.median(difference) <= 0.02
+    noted = json.loads((slim_run / VERIFICATION_FILE).read_text())
+    assert noted[onnx_path(slim_run, precision, dense).name]["same_top1"] == done.same_top1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_graph(slim_run: Path, precision: Precision) -> None:
+    model = onnx.load_from_string(serialise(slim_run, precision, PROFILE))
+    assert {(o.domain, o.version) for o in model.opset_import} == {("", 23)}
+    (source,), (sink,) = model.graph.input, model.graph.output
+    assert (source.name, sink.name) == ("images", "logits")
+    assert source.type.tensor_type.shape.dim[0].dim_param  # dynamic
+    assert [d.dim_value for d in source.type.tensor_type.shape.dim][1:] == [3, 32, 32]
+    kinds = [node.op_type for node in model.graph.node]
+    assert not FORBIDDEN & set(kinds)
+    slim = SlimViT.load(slim_run)
+    fused = sum(not block.scores_tokens for block in slim.blocks)
+    assert 0 < fused < len(slim.blocks)
+    assert kinds.count("Attention") == fused
+    assert kinds.count("TopK") == 2 * (len(slim.blocks) - fused)
+
+
+def test_metadata(slim_run: Path, images: Batches) -> None:
+    export_verified(slim_run, "fp32", images[:1], profile=PROFILE)
+    written = read_metadata(onnx_path(slim_run, "fp32"))
+    slim = SlimViT.load(slim_run)
+    assert written["model"] == "digits_deit" and written["num_classes"] == "10" and written["batch"] == "1:2:4"
+    assert json.loads(written["architecture"]) == json.loads(slim.architecture.model_dump_json())
+    assert json.loads(written["preprocessing"])["mean"] == [0.5, 0.5, 0.5]
+    assert json.loads(written["versions"])["torch"] == torch.__version__.partition("+")[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_same_weights_same_bytes(slim_run: Path, precision: Precision) -> None:
+    assert serialise(slim_run, precision, PROFILE) == serialise(slim_run, precision, PROFILE)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_file_that_disagrees_is_not_written(
+    slim_run: Path, images: Batches, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = serialise(slim_run, precision, PROFILE, dense=True)  # a good model, but not this one
+    path = onnx_path(slim_run, precision)
+    path.unlink(missing_ok=True)
+    monkeypatch.setattr(export.verify, "serialise", lambda *_: wrong)
+    with pytest.raises(RunError, match="not written"):
+        export_verified(slim_run, precision, images)
+    assert not path.exists()
+
+
+def test_a_stale_file_is_refused(slim_run: Path, images: Batches) -> None:
+    export_verified(slim_run, "fp32", images[:1])
+    weights = slim_run / "slim.safetensors"
+    content = weights.read_bytes()
+    slim = SlimViT.load(slim_run)
+    with torch.no_grad():
+        slim.vit.head.bias.add_(1)
+    slim.save(slim_run)
+    try:
+        with pytest.raises(InputError, match=r"exported from other weights.*lowpass export"):
+            current_onnx(slim_run, "fp32")
+    finally:
+        weights.write_bytes(content)
+    assert current_onnx(slim_run, "fp32").exists()
+
+
+@given(
+    heads=st.integers(1, 4),
+    qk_dim=st.integers(1, 20),
+    v_dim=st.integers(1, 20),
+    extra=st.integers(0, 9),
+    seed=st.integers(0, 99),
+)
+def test_padding_heads_is_exact(heads: int, qk_dim: int, v_dim: int, extra: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    attention = SlimAttention(24, BlockShape(heads=heads, qk_dim=qk_dim, v_dim=v_dim, hidden=1, keep=1), 0.3, bias=True)
+    x = torch.randn(2, 5, 24)
+    for head_dim in (None, max(qk_dim, v_dim) + extra):
+        for return_weights in (False, True):
+            expected, weights = attention(x, return_weights)
+            got, got_weights = FusedAttention(attention, head_dim)(x, return_weights)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+            if weights is not None:
+                torch.testing.assert_close(got_weights, weights, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_are_padded_to_a_size_that_fuses(slim_run: Path) -> None:
+    slim = SlimViT.load(slim_run)
+    assert any(block.attn.qk_dim != block.attn.v_dim for block in slim.blocks)
+    for block, source in zip(deployable(slim, torch.float16).model.blocks, slim.blocks, strict=True):  # type: ignore[union-attr, arg-type]
+        if not source.scores_tokens:
+            assert block.attn.qk_dim == block.attn.v_dim and block.attn.qk_dim % 4 == 0 and block.attn.qk_dim >= 12
+
+
+def test_engine_builds_so_every_attention_fuses(slim_run: Path, images: Batches) -> None:
+    export_verified(slim_run, "fp16", images, profile=PROFILE)
+    plan = build(slim_run, "fp16", "tensorrt-rtx")
+    manifest = json.loads(manifest_path(plan).read_text())
+    assert plan == slim_run / "model.fp16.plan" and plan.stat().st_size > 0
+    assert manifest["runtime"] == "tensorrt-rtx" and manifest["precision"] == "fp16"
+    assert manifest["profile"] == {"least": 1, "best": 2, "most": 4}
+    assert manifest["gpu"] == NO_GPU or torch.cuda.is_available()
+    assert current_plan(slim_run, "fp16", "tensorrt-rtx")[0] == plan
+    assert (slim_run / "timing.tensorrt-rtx.cache").exists()
+
+    manifest_file = manifest_path(plan)
+    for field, value in (("version", "0.1"), ("onnx_sha256", "0"), ("plan_sha256", "0"), ("gpu", "another")):
+        manifest_file.write_text(json.dumps(manifest | {field: value}))
+        with pytest.raises(InputError, match=r"does not fit.*lowpass build"):
+            current_plan(slim_run, "fp16", "tensorrt-rtx")
+    manifest_file.unlink()
+    with pytest.raises(InputError, match="no engine"):
+        current_plan(slim_run, "fp16", "tensorrt-rtx")
+
+
+def test_engine_is_refused_without_padding(slim_run: Path, images: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes the build a proof: TensorRT has no fused kernel for unequal heads, and does not fall back."""
+    monkeypatch.setattr(export.deploy, "fused_head_dim", lambda attention: None)
+    export_verified(slim_run, "fp16", images)
+    with pytest.raises(RunError, match="TensorRT"):
+        build(slim_run, "fp16", "tensorrt-rtx")
+
+
+def test_fp32_engine_is_refused(slim_run: Path) -> None:
+    with pytest.raises(InputError, match="FP32"):
+        build(slim_run, "fp32", "tensorrt-rtx")
+
+
+@pytest.mark.parametrize("text", ["", "0", "0:1:2", "4:2:8", "1:8", "a:b:c", "8:4:2", "-1:2:3", "1:2:3:4", "1.5"])
+def test_senseless_profiles_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="batch profile"):
+        BatchProfile.parse(text)
+
+
+def test_profiles() -> None:
+    assert str(BatchProfile.parse("1:8:32")) == "1:8:32"
+    assert str(BatchProfile.parse("4")) == "4:4:4"
+
+
+def test_sessions_agree(slim_run: Path, images: Batches) -> None:
+    batch = images[0][0][:5].numpy()
+    with torch.inference_mode():
+        expected = SlimViT.load(slim_run)(torch.from_numpy(batch)).numpy()
+    export_verified(slim_run, "fp32", images[:1])
+    for runtime in ("pytorch", "onnxruntime"):
+        np.testing.assert_allclose(logits_of(open_session(runtime, slim_run, "fp32"), batch), expected, atol=1e-4)
+
+
+def test_a_missing_runtime_is_reported(slim_run: Path) -> None:
+    for runtime in ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
+        if missing(runtime) is not None:
+            with pytest.raises(InputError, match=f"cannot run on {runtime}"):
+                open_session(runtime, slim_run, "fp16")
+    assert torch.cuda.is_available() or missing("tensorrt-rtx") is not None

@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/lowpass demo --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

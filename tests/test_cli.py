@@ -132,7 +132,10 @@ def _changed_weights(path: Path, **changes: torch.Tensor) -> Path:
     ("change", "expected"),
     [
         ({"--model": "deit_smal_patch16_224"}, "did you mean deit_small_patch16_224"),
-        ({"--model": "resnet18", "--random-weights": None, "--architecture": "TABLE"}, "not a plain ViT"),
+        (
+            {"--model": "resnet18", "--target-macs": None, "--random-weights": None, "--architecture": "TABLE"},
+            "not a plain ViT",
+        ),
         ({"--model": "deit_tiny_patch16_224"}, "needs trained weights"),
         ({"--weights": "none.pth"}, "no weights at"),
         ({"--weights": "TRUNCATED"}, "cannot read the weights"),
@@ -146,7 +149,7 @@ def _changed_weights(path: Path, **changes: torch.Tensor) -> Path:
         ({"--target-macs": "1.5"}, "target_macs"),
         ({"--allowable-drop": "5"}, "exactly one of"),
         ({"--target-macs": None}, "exactly one of"),
-        ({"--target-macs": None, "--architecture": "TABLE"}, "1 blocks"),
+        ({"--target-macs": None, "--architecture": "TABLE"}, "6 blocks, the architecture 1"),
         ({"--target-macs": None, "--architecture": "missing.json"}, "cannot read the architecture"),
         ({"--random-weights": ""}, "random weights"),
         ({"--token-cutoff": "2"}, "token_cutoff"),

@@ -1,4 +1,4 @@
-"""ONNX files and TensorRT engines of a real slim model: they agree with PyTorch, and attention fuses where it should."""
+"""ONNX files and TensorRT engines of a real slim model: they agree with PyTorch, and attention fuses."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_agrees_with_pytorch_on_real_images(slim_run: Path, images: Batches, pre
     done = export_verified(slim_run, precision, images, dense=dense)
     assert done.images == 1000 and not done.made_images
     assert done.same_top1 == 100 if precision == "fp32" else done.same_top1 >= 99.5
-    # In FP16 two tokens may tie, and another of them stays: a logit can then move by much, so single ones are not bounded.
+    # In FP16 two tokens may tie, and the other of them stays: single logits can then move by much.
     assert done.largest_difference <= (1e-4 if precision == "fp32" else np.inf)
     # Once more without our own session or comparison.
     model = SlimViT.load(slim_run, "dense.safetensors" if dense else "slim.safetensors")

@@ -87,7 +87,7 @@ def as_table(result: Result) -> Table:
                 f"{runtime}, batch {batch}",
                 f"{before.p50_ms:.2f} ms",
                 f"{after.p50_ms:.2f} ms",
-                f"{efficiency * dense.macs / slim.macs:.2f}x faster",
+                f"{efficiency * dense.macs / slim.macs:.2f}x the speed",
             )
             table.add_row(
                 "",

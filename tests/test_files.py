@@ -125,7 +125,7 @@ while True:
 
 
 def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
-    path, rng = tmp_path / "file.bin", random.Random(0)  # noqa: S311
+    path, rng = tmp_path / "file.bin", random.Random(0)
     root = Path(__file__).parents[1]
     for _ in range(6):
         path.write_bytes(SIZE * b"a")

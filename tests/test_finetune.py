@@ -81,7 +81,7 @@ def test_the_seed_draws_the_augmentation(tmp_path: Path, slim: SlimViT, dense: S
         Image.linear_gradient("L").rotate(20 * i).resize((24, 24)).save(path)
     folder = load_data(str(tmp_path), slim.architecture)
     one = tuned(slim, dense, folder, seed=3, batch_size=4)
-    random.random()  # whatever was drawn before  # noqa: S311
+    random.random()  # whatever was drawn before
     np.random.rand()
     assert same_weights(tuned(slim, dense, folder, seed=3, batch_size=4), one)
 

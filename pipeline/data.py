@@ -22,6 +22,7 @@ Batches = list[tuple[Tensor, Tensor]]
 READERS = ("hfds", "hfids", "wds", "tfds", "torch")  # timm's dataset readers besides the image folder
 TEST_FOLDERS = ("val", "validation", "test")
 HELD_OUT = 0.2  # of a folder without a train/val split
+MODES = {1: "L", 3: "RGB"}  # input channels -> how Pillow opens an image
 PROBED = 256  # images opened before anything is run
 
 
@@ -78,6 +79,9 @@ def load_data(spec: str, architecture: Architecture, seed: int = 0) -> Data:
 
 def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
     dense, prep = architecture.dense, architecture.preprocessing
+    if dense.in_chans not in MODES:
+        raise InputError(f"{dense.name} takes {dense.in_chans} channels; images can be read as 1 (grey) or 3 (RGB)")
+    mode = MODES[dense.in_chans]
     settings: dict[str, Any] = {
         "input_size": (dense.in_chans, *dense.img_size),
         "mean": prep.mean,
@@ -91,7 +95,8 @@ def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
 
     if spec.split("/")[0] in READERS:
         make = {
-            split: lambda t, s=split: create_dataset(spec, None, split=s, transform=t) for split in ("train", "val")
+            split: lambda t, s=split: create_dataset(spec, None, split=s, transform=t, input_img_mode=mode)
+            for split in ("train", "val")
         }
         try:
             return Data(spec, make["train"](augment), make["train"](plain), make["val"](plain), None, _workers())
@@ -104,16 +109,16 @@ def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
     test_root = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if (root / "train").is_dir() and test_root is not None:
         train, calibration, test = (
-            _folder(root / "train", augment),
-            _folder(root / "train", plain),
-            _folder(test_root, plain),
+            _folder(root / "train", augment, mode),
+            _folder(root / "train", plain, mode),
+            _folder(test_root, plain, mode),
         )
         if _classes(train) != _classes(test):
             odd = sorted(set(_classes(train)) ^ set(_classes(test)))[:3]
             raise InputError(f"{root / 'train'} and {test_root} hold different classes, such as {', '.join(odd)}")
         num_classes = len(_classes(train))
     else:
-        whole, whole_plain = _folder(root, augment), _folder(root, plain)
+        whole, whole_plain = _folder(root, augment, mode), _folder(root, plain, mode)
         order = torch.randperm(len(cast(Sized, whole)), generator=torch.Generator().manual_seed(seed)).tolist()
         held_out = max(1, round(HELD_OUT * len(order)))
         if held_out == len(order):
@@ -124,17 +129,20 @@ def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
     return Data(spec, train, calibration, test, num_classes, _workers())
 
 
-def _folder(root: Path, transform: Any) -> Images:
+def _folder(root: Path, transform: Any, mode: str) -> Images:
     """timm's image folder, some of whose images have been opened.
 
     Raises:
         InputError: it has no images, or one of them cannot be read.
     """
     try:
-        images = create_dataset("", str(root), transform=transform, search_split=False)
+        images = create_dataset("", str(root), transform=transform, search_split=False, input_img_mode=mode)
     except (RuntimeError, OSError) as error:
         raise InputError(f"{root} holds no images in class folders ({error})") from None
     names = images.filenames(absolute=True)
+    loose = [name for name in names if Path(name).parent == root.absolute() or Path(name).parent == root]
+    if loose:
+        raise InputError(f"{loose[0]} lies outside any class folder; images belong in {root}/CLASS/")
     if not names:
         raise InputError(f"{root} holds no images in class folders")
     for name in names[:: max(1, len(names) // PROBED)]:

@@ -311,7 +311,9 @@ def test_a_reader_that_does_not_count_classes_is_believed(
 ) -> None:
     asked = []
 
-    def create(name: str, root: str | None, split: str, transform: object) -> list[tuple[str, str, bool]]:
+    def create(
+        name: str, root: str | None, split: str, transform: object, input_img_mode: str
+    ) -> list[tuple[str, str, bool]]:
         asked.append((name, root, split))
         return [(name, split, "RandAugment" in str(transform))]
 
@@ -368,3 +370,18 @@ def test_made_batches_fit_the_model(two_classes: Architecture) -> None:
     again, other = made_batches(two_classes, 10, 4, seed=1), made_batches(two_classes, 10, 4, seed=2)
     assert all(torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(batches, again, strict=True))
     assert not torch.equal(batches[0][0], other[0][0])
+
+
+def test_a_grey_model_gets_grey_images(tmp_path: Path, make_vit: MakeViT) -> None:
+    grey = SlimViT.from_timm(make_vit(num_classes=2, in_chans=1)).architecture
+    data = load_data(str(folder(tmp_path, count=20)), grey)
+    for images in (data.train, data.test):
+        assert {tuple(images[i][0].shape) for i in range(len(images))} == {(1, 16, 16)}  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="takes 5 channels"):
+        load_data(str(tmp_path), SlimViT.from_timm(make_vit(num_classes=2, in_chans=5)).architecture)
+
+
+def test_images_outside_class_folders_are_refused(tmp_path: Path, two_classes: Architecture) -> None:
+    paint(folder(tmp_path) / "loose.png")
+    with pytest.raises(InputError, match=r"loose.png lies outside any class folder"):
+        load_data(str(tmp_path), two_classes)

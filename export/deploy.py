@@ -5,9 +5,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pipeline.slim import AttentionWeights, SlimAttention, SlimViT
+from export.selection import LOWERINGS, Selection
+from pipeline.energy import TokenScore
+from pipeline.slim import AttentionWeights, SlimAttention, SlimViT, attend
 
 FUSED_HEAD_STEP = 4  # TensorRT's fused attention takes FP16/BF16 heads of 12, 16, 20, ... channels, query like value
 FUSED_HEAD_LEAST = 12
@@ -44,18 +45,13 @@ class FusedAttention(nn.Module):
         padded[:, : heads.shape[1]] = heads
         return padded.flatten(0, 1)
 
-    def forward(self, x: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
         """As `SlimAttention.forward`."""
         sizes = [self.num_heads * d for d in (self.qk_dim, self.qk_dim, self.v_dim)]
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).split(sizes, -1)
         )
-        if return_weights:
-            weights = self.weights(query, key)
-            mixed = weights @ value
-        else:
-            weights = None
-            mixed = F.scaled_dot_product_attention(query, key, value, scale=self.weights.scale)
+        mixed, weights = attend(query, key, value, self.weights, score)
         return self.proj(mixed.transpose(1, 2).flatten(2)), weights
 
 
@@ -71,16 +67,18 @@ class _AtPrecision(nn.Module):
         return cast(Tensor, self.model(images.to(self.dtype))).float()
 
 
-def deployable(slim: SlimViT, dtype: torch.dtype = torch.float32) -> nn.Module:
+def deployable(slim: SlimViT, dtype: torch.dtype = torch.float32, selection: Selection = "gather") -> nn.Module:
     """A copy of `slim` for inference: images [B, C, H, W] FP32 -> logits [B, classes] FP32, computed in `dtype`.
 
-    At FP16 and BF16 the heads of blocks that do not score tokens are padded to a size that TensorRT fuses. FP32 never
-    fuses there, and scoring blocks need the whole attention matrix, so neither is padded.
+    At FP16 and BF16 the heads of blocks whose attention can run fused are padded to a size that TensorRT fuses. FP32
+    never fuses there, and the `full` token score needs the whole attention matrix, so neither is padded.
     """
     model = copy.deepcopy(slim).eval().requires_grad_(False)
     for block in model.blocks:
-        padded = dtype != torch.float32 and not block.scores_tokens
+        fuses = not (block.scores_tokens and block.token_score == "full")
+        padded = dtype != torch.float32 and fuses
         block.attn = FusedAttention(block.attn, fused_head_dim(block.attn) if padded else None)  # type: ignore[assignment]
+        block.keep_tokens = LOWERINGS[selection]
     return model if dtype == torch.float32 else _AtPrecision(model, dtype)
 
 

@@ -79,6 +79,7 @@ class Architecture(_Frozen):
     qk_scale: float
     token_cutoff: Annotated[float, Field(gt=0, lt=1)] = 0.85
     energy_norm: Literal["l2", "l1"] = "l2"
+    token_score: Literal["full", "cls"] = "full"
     blocks: tuple[BlockShape, ...]
 
     @model_validator(mode="after")

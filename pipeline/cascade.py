@@ -18,13 +18,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from pipeline.architecture import Architecture, BlockShape
-from pipeline.channels import ChannelChoice, choose_channels
+from pipeline.architecture import Architecture
+from pipeline.channels import ChannelChoice, choose_for_shape, choose_shaped
 from pipeline.data import Batches
 from pipeline.errors import InputError
 from pipeline.recipe import Recipe
 from pipeline.removal import remove_channels
 from pipeline.sensitivity import ChannelScores, low_frequency_sensitivity
+from pipeline.shaping import Shaping
 from pipeline.slim import SlimBlock, SlimViT
 
 FIRST_BLOCK_KEEP = 0.97  # the paper: block 0 keeps at least this share of its tokens
@@ -139,16 +140,13 @@ def search(
         allowance, round_ = 2 * allowance, round_ + 1
 
 
-def check_target(architecture: Architecture, target_macs: float) -> None:
+def check_target(architecture: Architecture, target_macs: float, shaping: Shaping) -> None:
     """Refuse a target below what is left when every block is as small as it can be.
 
     Raises:
         InputError: with the lowest share of the MACs that can be reached.
     """
-    fewest = max(1, round(FIRST_BLOCK_KEEP * architecture.dense.num_tokens))
-    # The head search prefers many heads of one channel to one head.
-    smallest = BlockShape(heads=architecture.dense.num_heads, qk_dim=1, v_dim=1, hidden=1, keep=1)
-    blocks = (smallest.model_copy(update={"keep": fewest}),) + (smallest,) * (architecture.dense.depth - 1)
+    blocks = shaping.smallest(architecture.dense, _first_keep(architecture))
     lowest = architecture.model_copy(update={"blocks": blocks}).macs() / architecture.macs()
     if target_macs < lowest:
         raise InputError(
@@ -175,77 +173,109 @@ def _one_pass(
         tokens = [model.embed(images.to(device)) for images, _ in measuring]
     standing = _Standing(model, tokens, [labels.to(device) for _, labels in measuring], 0.0)
     standing.top1 = standing.measure(model.blocks)
-    share = allowance / len(model.blocks)
-    for index in range(len(model.blocks)):
-        entered = standing.top1
-        for kind, progress in (("tokens", index + recipe.token_share), ("channels", index + 1.0)):
-            limit = round(start - (start - target) * progress / len(model.blocks))
+    shaping, depth = recipe.shaping, len(model.blocks)
+    stages = shaping.stages(depth)
+    # Of what a pass may cost, in accuracy and along the line: the share of one block's channels, of one token drop.
+    parts = {"tokens": recipe.token_share / len(stages), "channels": (1 - recipe.token_share) / depth}
+    progress = 0.0
+    for index in range(depth):
+        floor = standing.top1
+        for kind in ("tokens", "channels") if index in stages else ("channels",):
+            progress += parts[kind]
+            floor -= allowance * parts[kind]
+            limit = round(start - (start - target) * progress)
             if model.architecture.macs() <= limit:
                 continue
             decision = next(replay, None)
             if decision is None:
                 if kind == "tokens":
-                    floor = entered - recipe.token_share * share
-                    decision = _drop_tokens(standing, index, floor, limit, round_)
+                    decision = _drop_tokens(standing, index, floor, limit, round_, shaping)
                 else:
                     scores = low_frequency_sensitivity(model, scoring, index, recipe.image_cutoff, recipe.lfs_weight)
-                    decision = _drop_channels(standing, scores, index, entered - share, limit, round_)
+                    decision = _drop_channels(standing, scores, index, floor, limit, round_, shaping)
                 record(decision)
             decision.apply(model)
             standing.top1 = decision.top1
         standing.ascend(model.blocks[index])
 
 
-def _drop_tokens(standing: _Standing, index: int, floor: float, macs_limit: int, round_: int) -> TokenDecision:
+def _first_keep(architecture: Architecture) -> int:
+    """What block 0 must pass on."""
+    return max(1, round(FIRST_BLOCK_KEEP * architecture.dense.num_tokens))
+
+
+def _drop_tokens(
+    standing: _Standing, index: int, floor: float, macs_limit: int, round_: int, shaping: Shaping
+) -> TokenDecision:
     """The fewest tokens that leave top-1 at or above `floor`; the count holds for all later blocks."""
     model, architecture = standing.model, standing.model.architecture
-    have, fewest = architecture.blocks[index].keep, 1
-    if index == 0:
-        fewest = min(have, max(1, round(FIRST_BLOCK_KEEP * architecture.dense.num_tokens)))
+    have = architecture.blocks[index].keep
+    fewest = min(have, _first_keep(architecture)) if index == 0 else 1
+
+    def left(dropped: int) -> int:
+        return shaping.keep(have - dropped, have, architecture.dense.num_prefix_tokens)
 
     def top1(dropped: int) -> float:
-        with _keeping(model, index, have - dropped):
+        with _keeping(model, index, left(dropped)):
             return standing.measure(model.blocks[index:])
 
-    most = _least(have - fewest, lambda dropped: architecture.with_keep(index, have - dropped).macs() <= macs_limit)
+    most = _least(have - fewest, lambda dropped: architecture.with_keep(index, left(dropped)).macs() <= macs_limit)
     dropped, trials = _most(most, have, floor, top1)
-    if architecture.with_keep(index, have - dropped).macs() > architecture.macs():
+    if architecture.with_keep(index, left(dropped)).macs() > architecture.macs():
         dropped = 0  # the token filter would cost more than so few tokens save
-    keep = have - dropped
+    keep = left(dropped)
     return TokenDecision(
         round=round_,
         block=index,
         keep=keep,
         top1=trials.get(dropped, standing.top1),
         macs=architecture.with_keep(index, keep).macs(),
-        trials=tuple(Trial(amount=have - amount, top1=left) for amount, left in trials.items()),
+        trials=tuple(Trial(amount=left(amount), top1=top1) for amount, top1 in trials.items()),
     )
 
 
 def _drop_channels(
-    standing: _Standing, scores: ChannelScores, index: int, floor: float, macs_limit: int, round_: int
+    standing: _Standing,
+    scores: ChannelScores,
+    index: int,
+    floor: float,
+    macs_limit: int,
+    round_: int,
+    shaping: Shaping,
 ) -> ChannelDecision:
     """The most channels, lowest LFS first, that leave top-1 at or above `floor`."""
     model, architecture = standing.model, standing.model.architecture
     have = 2 * scores.query_key.numel() + scores.value.numel() + len(scores.hidden)
 
+    def choice(n: int) -> ChannelChoice:
+        chosen = choose_shaped(scores, n, shaping)
+        if not shaping.whole_heads:
+            return chosen
+        # A head is a large step: where it overshoots the line, hidden channels come back.
+        shape = chosen.shape(architecture.blocks[index].keep)
+        for width in range(len(scores.hidden), shape.hidden, -1):
+            if shaping.width(width, len(scores.hidden)) == width:
+                wider = shape.model_copy(update={"hidden": width})
+                if architecture.with_block(index, wider).macs() <= macs_limit:
+                    return choose_for_shape(scores, wider)
+        return chosen
+
     def top1(n: int) -> float:
         candidate = copy.deepcopy(model.blocks[index])
-        remove_channels(candidate, choose_channels(scores, n))
+        remove_channels(candidate, choice(n))
         return standing.measure([candidate, *model.blocks[index + 1 :]])
 
     def macs(n: int) -> int:
         if not n:
             return architecture.macs()
-        shape = choose_channels(scores, n).shape(architecture.blocks[index].keep)
-        return architecture.with_block(index, shape).macs()
+        return architecture.with_block(index, choice(n).shape(architecture.blocks[index].keep)).macs()
 
     most = _least(have - 1, lambda n: macs(n) <= macs_limit)
     n, trials = _most(most, have, floor, top1)
     return ChannelDecision(
         round=round_,
         block=index,
-        choice=choose_channels(scores, n) if n else None,
+        choice=choice(n) if n else None,
         top1=trials.get(n, standing.top1),
         macs=macs(n),
         trials=tuple(Trial(amount=amount, top1=left) for amount, left in trials.items()),

@@ -1,13 +1,14 @@
 """Which channels of a block stay: by a score threshold with head search (the paper's way), or to a given shape."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pipeline.architecture import BlockShape
 from pipeline.sensitivity import ChannelScores
+from pipeline.shaping import Shaping
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,7 @@ def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
         ValueError: `n` is negative or leaves nothing.
     """
     pairs, values, hidden = scores.query_key, scores.value, scores.hidden
-    everything = torch.cat([pairs.flatten(), pairs.flatten(), values.flatten(), hidden]).sort().values
-    if not 0 <= n < len(everything):
-        raise ValueError(f"cannot drop {n} of {len(everything)} channels")
-    threshold = everything[n]
+    threshold = _threshold(scores, n)
     stays = (hidden >= threshold).nonzero().flatten()
     if not len(stays):
         stays = hidden.argmax(keepdim=True)
@@ -66,6 +64,26 @@ def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
     return best
 
 
+def choose_shaped(scores: ChannelScores, n: int, shaping: Shaping) -> ChannelChoice:
+    """`choose_channels`, or with whole heads its counterpart: the same threshold, but as many heads as hold the query,
+    key and value rows that stay, and a hidden width that suits; what rounding adds back is the best scored.
+
+    Raises:
+        ValueError: `n` is negative or leaves nothing.
+    """
+    if not shaping.whole_heads:
+        choice = choose_channels(scores, n)
+        width = shaping.width(len(choice.hidden), len(scores.hidden))
+        return replace(choice, hidden=_top(scores.hidden, width))
+    threshold = _threshold(scores, n)
+    qk_dim = scores.query_key.shape[1]
+    v_dim = scores.value.shape[1]
+    rows = 2 * int((scores.query_key >= threshold).sum()) + int((scores.value >= threshold).sum())
+    heads = max(1, math.ceil(rows / (2 * qk_dim + v_dim)))
+    width = shaping.width(max(1, int((scores.hidden >= threshold).sum())), len(scores.hidden))
+    return _best_heads(scores, heads, qk_dim, v_dim, _top(scores.hidden, width))[0]
+
+
 def choose_for_shape(scores: ChannelScores, shape: BlockShape) -> ChannelChoice:
     """The best-scored channels that give a block of the shape asked for.
 
@@ -78,6 +96,15 @@ def choose_for_shape(scores: ChannelScores, shape: BlockShape) -> ChannelChoice:
         raise ValueError(f"heads, qk_dim, v_dim, hidden = {want} cannot be cut out of {have}")
     hidden = _top(scores.hidden, shape.hidden)
     return _best_heads(scores, shape.heads, shape.qk_dim, shape.v_dim, hidden)[0]
+
+
+def _threshold(scores: ChannelScores, n: int) -> Tensor:
+    """The score below which `n` rows lie, a pair counted for its query and its key."""
+    pairs = scores.query_key.flatten()
+    everything = torch.cat([pairs, pairs, scores.value.flatten(), scores.hidden]).sort().values
+    if not 0 <= n < len(everything):
+        raise ValueError(f"cannot drop {n} of {len(everything)} channels")
+    return everything[n]
 
 
 def _best_heads(

@@ -105,6 +105,25 @@ def compress(
     ] = False,
     epochs: Epochs = None,
     seed: Seed = 0,
+    tune_for: Annotated[
+        Literal["onnxruntime", "openvino", "tensorrt"],
+        typer.Option(help="The runtime whose liking the next four options default to."),
+    ] = "tensorrt",
+    align: Annotated[int | None, typer.Option(help="Hidden widths are multiples of it (tokens: of an eighth).")] = None,
+    whole_heads: Annotated[
+        bool | None,
+        typer.Option("--whole-heads/--thin-heads", help="Drop heads whole, or thin them as the paper does."),
+    ] = None,
+    token_stages: Annotated[
+        int | None, typer.Option(help="How many blocks may drop tokens, evenly spread; 0: every block.")
+    ] = None,
+    token_score: Annotated[
+        Literal["full", "cls"] | None,
+        typer.Option(help="What LFE is multiplied by: the paper's attention score, or its CLS row, which fuses."),
+    ] = None,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="The paper's own shapes: for comparison; slow to deploy.")
+    ] = False,
     image_cutoff: Annotated[float, typer.Option(help="Low-pass of the images LFS sees, in cycles per pixel.")] = 0.1,
     token_cutoff: Annotated[float, typer.Option(help="Low-pass along the tokens for LFE.")] = 0.85,
     energy_norm: Annotated[
@@ -118,8 +137,16 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Search a slim model (or apply a given table), and save it in a run directory."""
-    from pipeline.recipe import make_recipe
+    from pipeline.recipe import make_recipe, make_shaping
 
+    shaping = make_shaping(
+        tune_for,
+        as_published,
+        align=align,
+        whole_heads=whole_heads,
+        token_stages=token_stages,
+        token_score=token_score,
+    )
     recipe = make_recipe(
         model=model,
         weights=weights,
@@ -133,6 +160,7 @@ def compress(
         energy_norm=energy_norm,
         lfs_weight=lfs_weight,
         token_share=token_share,
+        shaping=shaping,
         score_images=score_images,
         measure_images=measure_images,
         batch_size=batch_size,

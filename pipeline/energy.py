@@ -1,5 +1,6 @@
 """LFE and the token score (paper, eq. 6, 8 and 9): which image tokens a block passes on."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from pipeline.frequency import token_lowpass_matrix
 
 EnergyNorm = Literal["l2", "l1"]
+TokenScore = Literal["full", "cls"]
 
 
 def low_frequency_energy(tokens: Tensor, cutoff: float, norm: EnergyNorm = "l2") -> Tensor:
@@ -30,8 +32,12 @@ def low_frequency_energy(tokens: Tensor, cutoff: float, norm: EnergyNorm = "l2")
 
 
 def filtered_energy(tokens: Tensor, lowpass: Tensor, norm: EnergyNorm) -> Tensor:
-    """`low_frequency_energy` with its low-pass matrix [N, N] given. Norms are taken in FP32: squares overflow FP16."""
-    low, tokens = (lowpass @ tokens).float(), tokens.float()
+    """`low_frequency_energy` with its low-pass matrix [N, N] given. Norms are taken in FP32: squares overflow FP16.
+
+    The matrix is symmetric, so it may stand on the right, as the constant operand that runtimes prepack: on the left
+    OpenVINO computes it in FP32 whatever the precision.
+    """
+    low, tokens = (tokens.transpose(1, 2) @ lowpass).transpose(1, 2).float(), tokens.float()
     tiny = torch.finfo(torch.float32).tiny
     if norm == "l2":
         return low.norm(dim=-1) / tokens.norm(dim=-1).clamp_min(tiny)
@@ -56,6 +62,23 @@ def attention_importance(attention: Tensor, num_prefix_tokens: int) -> Tensor:
     direct = attention[:, :, 0, num_prefix_tokens:] * image_rows[:, :, :1]
     indirect = attention[:, :, 0, :1] * image_rows[:, :, num_prefix_tokens:]
     return (direct + indirect).mean(1)
+
+
+def cls_importance(attention: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The direct half of `attention_importance` alone: what CLS itself attends to, averaged over the heads (EViT's
+    score). It needs one row of the attention matrix, so that attention can run fused.
+
+    Args:
+        attention: [B, H, 1 or P + N, P + N]; only the CLS row is read.
+        num_prefix_tokens: P.
+
+    Returns:
+        [B, N], FP32 or wider.
+    """
+    return attention[:, :, 0, num_prefix_tokens:].float().mean(1)
+
+
+IMPORTANCE: dict[TokenScore, Callable[[Tensor, int], Tensor]] = {"full": attention_importance, "cls": cls_importance}
 
 
 def token_scores(

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.architecture import first_problem
 from pipeline.errors import InputError
 from pipeline.files import write_text
+from pipeline.shaping import AS_PUBLISHED, SHAPINGS, Shaping, Target
 
 RECIPE_FILE = "recipe.yaml"
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -51,6 +52,7 @@ class Recipe(BaseModel):
     energy_norm: Literal["l2", "l1"] = "l2"
     lfs_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     token_share: Annotated[float, Field(ge=0, le=1)] = 0.56
+    shaping: Shaping = SHAPINGS["tensorrt"]
     score_images: Count = 2000
     measure_images: Count = 5000
     batch_size: Count = 64
@@ -86,6 +88,19 @@ class Recipe(BaseModel):
         except (ValidationError, yaml.YAMLError) as error:
             reason = first_problem(error) if isinstance(error, ValidationError) else "not YAML"
             raise InputError(f"{path} is not a recipe: {reason}") from None
+
+
+def make_shaping(target: Target, as_published: bool, **changes: object) -> Shaping:
+    """The shaping for a runtime (or the paper's own), with what differs; None changes nothing.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    base = AS_PUBLISHED if as_published else SHAPINGS[target]
+    try:
+        return Shaping.model_validate(base.model_dump() | {k: v for k, v in changes.items() if v is not None})
+    except ValidationError as error:
+        raise InputError(first_problem(error)) from None
 
 
 def make_recipe(**options: object) -> Recipe:

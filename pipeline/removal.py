@@ -37,7 +37,7 @@ class _ExplicitBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         block = self.block
-        mixed, _ = block.attn(block.norm1(x), return_weights=True)
+        mixed, _ = block.attn(block.norm1(x), score="full")
         x = x + block.ls1(mixed)
         return x + block.ls2(block.mlp(block.norm2(x)))
 

@@ -265,7 +265,7 @@ def _plan(recipe: Recipe) -> _Plan:
         InputError: the first that cannot be used.
     """
     model = load_dense(recipe.model, recipe.weights, recipe.random_weights, recipe.seed)
-    dense = SlimViT.from_timm(model, recipe.token_cutoff, recipe.energy_norm)
+    dense = SlimViT.from_timm(model, recipe.token_cutoff, recipe.energy_norm, recipe.shaping.token_score)
     architecture = dense.architecture
     blocks = None
     if recipe.architecture is not None:
@@ -275,7 +275,7 @@ def _plan(recipe: Recipe) -> _Plan:
         except InputError as error:
             raise InputError(f"{recipe.architecture} does not fit: {error}") from None
     elif recipe.target_macs is not None:
-        check_target(architecture, recipe.target_macs)
+        check_target(architecture, recipe.target_macs, recipe.shaping)
     data = load_data(recipe.data, architecture, recipe.seed) if recipe.data else None
     return _Plan(recipe, dense, data, blocks)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.architecture import Architecture, BlockShape, DenseViT, Preprocessing, read_architecture
-from pipeline.energy import EnergyNorm, attention_importance, filtered_energy, keep_tokens
+from pipeline.energy import IMPORTANCE, EnergyNorm, TokenScore, filtered_energy, keep_tokens
 from pipeline.errors import InputError
 from pipeline.files import write_bytes, write_json
 from pipeline.frequency import token_lowpass_matrix
@@ -61,18 +61,25 @@ class SlimAttention(nn.Module):
         """Channels of a value head."""
         return self.value.out_features // self.num_heads
 
-    def forward(self, x: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, T, C] -> [B, T, C] and, when asked for, the attention [B, H, T, T]; without it attention runs fused."""
+    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
+        """[B, T, C] -> [B, T, C] and the attention that a token score needs: [B, H, T, T] for `full`, the CLS row
+        [B, H, 1, T] for `cls`. Only `full` keeps attention from running fused."""
         query, key, value = (
             layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        if return_weights:
-            weights = self.weights(query, key)
-            mixed = weights @ value
-        else:
-            weights = None
-            mixed = F.scaled_dot_product_attention(query, key, value, scale=self.weights.scale)
+        mixed, weights = attend(query, key, value, self.weights, score)
         return self.proj(mixed.transpose(1, 2).flatten(2)), weights
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, weights: AttentionWeights, score: TokenScore | None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of [B, H, T, D] tensors, and as much of its matrix as the score needs."""
+    if score == "full":
+        matrix = weights(query, key)
+        return matrix @ value, matrix
+    mixed = F.scaled_dot_product_attention(query, key, value, scale=weights.scale)
+    return mixed, weights(query[:, :, :1], key) if score == "cls" else None
 
 
 class SlimBlock(nn.Module):
@@ -82,11 +89,15 @@ class SlimBlock(nn.Module):
 
     def __init__(self, architecture: Architecture, index: int) -> None:
         super().__init__()
+        self.keep_tokens: Callable[[Tensor, Tensor, int], Tensor] = (
+            keep_tokens  # deployment has other lowerings of the same selection
+        )
         dense, shape = architecture.dense, architecture.blocks[index]
         dim = dense.embed_dim
         self.num_prefix_tokens = dense.num_prefix_tokens
         self.token_cutoff = architecture.token_cutoff
         self.energy_norm: EnergyNorm = architecture.energy_norm
+        self.token_score: TokenScore = architecture.token_score
         self.norm1 = nn.LayerNorm(dim, eps=dense.norm_eps)
         self.attn = SlimAttention(dim, shape, architecture.qk_scale, dense.qkv_bias)
         self.ls1 = LayerScale(dim) if dense.layer_scale else nn.Identity()
@@ -120,11 +131,12 @@ class SlimBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, P + tokens_in, C] -> [B, P + keep, C]."""
-        mixed, weights = self.attn(self.norm1(x), return_weights=self.scores_tokens)
+        mixed, weights = self.attn(self.norm1(x), self.token_score if self.scores_tokens else None)
         x = x + self.ls1(mixed)
         if weights is not None:
             energy = filtered_energy(x[:, self.num_prefix_tokens :], self.lowpass, self.energy_norm)
-            x = keep_tokens(x, attention_importance(weights, self.num_prefix_tokens) * energy, self.keep)
+            scores = IMPORTANCE[self.token_score](weights, self.num_prefix_tokens) * energy
+            x = self.keep_tokens(x, scores, self.keep)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -166,7 +178,13 @@ class SlimViT(nn.Module):
             tokens = later.keep
 
     @classmethod
-    def from_timm(cls, model: nn.Module, token_cutoff: float = 0.85, energy_norm: EnergyNorm = "l2") -> "SlimViT":
+    def from_timm(
+        cls,
+        model: nn.Module,
+        token_cutoff: float = 0.85,
+        energy_norm: EnergyNorm = "l2",
+        token_score: TokenScore = "full",
+    ) -> "SlimViT":
         """A slim ViT with nothing removed: the dense model's weights, its logits to 1e-5.
 
         Raises:
@@ -185,6 +203,7 @@ class SlimViT(nn.Module):
             qk_scale=(dense.embed_dim // dense.num_heads) ** -0.5,
             token_cutoff=token_cutoff,
             energy_norm=energy_norm,
+            token_score=token_score,
             blocks=dense.blocks(),
         )
         slim = cls(architecture)

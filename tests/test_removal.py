@@ -121,7 +121,7 @@ def test_a_block_that_scores_tokens(make_vit: MakeViT, choice: ChannelChoice, ke
     remove_channels(block, choice)
     x = tokens_into(slim)
     # Removed heads have no say in the token scores, whereas a zero head looks everywhere alike: leave those out.
-    mixed, weights = full.attn(full.norm1(x), return_weights=True)
+    mixed, weights = full.attn(full.norm1(x), score="full")
     assert weights is not None
     after = x + mixed
     energy = filtered_energy(after[:, 1:], full.lowpass, "l2")

@@ -95,7 +95,7 @@ def test_attention_written_out_equals_fused_attention(make_vit: MakeViT) -> None
     attention = slim.blocks[0].attn
     x = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0))
     fused, nothing = attention(x)
-    written, weights = attention(x, return_weights=True)
+    written, weights = attention(x, score="full")
     assert nothing is None
     torch.testing.assert_close(written, fused, rtol=0, atol=1e-6)
     assert weights.shape == (2, attention.num_heads, 7, 7)
@@ -115,7 +115,7 @@ def test_tokens_are_scored_as_the_architecture_says(cutoff: float, norm: EnergyN
     slim = SlimViT.from_timm(make_vit(reg_tokens=2, init_values=0.5), token_cutoff=cutoff, energy_norm=norm)
     slim.set_keep(0, 7)
     block, x = slim.blocks[0], slim.embed(pictures(slim))
-    mixed, weights = block.attn(block.norm1(x), return_weights=True)
+    mixed, weights = block.attn(block.norm1(x), score="full")
     after = x + block.ls1(mixed)
     kept = keep_tokens(after, token_scores(after, weights, cutoff, norm, num_prefix_tokens=3), 7)
     assert kept.shape == (3, 10, 24)

@@ -1,0 +1,68 @@
+"""Shapes that hardware likes: aligned widths, whole heads, few token drops.
+
+What stays is decided by importance (LFS, LFE); a shaping only says in which amounts it may go. Saved MACs turn into
+time when matrix products keep full tiles, attention keeps one head size, and tokens are scored in few blocks.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.architecture import BlockShape, DenseViT
+from pipeline.energy import TokenScore
+
+Target = Literal["onnxruntime", "openvino", "tensorrt"]
+
+
+class Shaping(BaseModel):
+    """In which amounts tokens and channels may go.
+
+    `align`: hidden widths are multiples of it, and so are token counts, prefix tokens included, of an eighth of it.
+    `whole_heads`: heads go whole; otherwise the paper's head search thins them, query/key and value each to its own
+    size. `token_stages`: how many blocks may drop tokens, spread evenly; 0: every block, as in the paper.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    align: Annotated[int, Field(ge=1)]
+    whole_heads: bool
+    token_stages: Annotated[int, Field(ge=0)]
+    token_score: TokenScore
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        """The blocks that may drop tokens."""
+        if self.token_stages == 0 or self.token_stages >= depth:
+            return tuple(range(depth))
+        return tuple(depth * (stage + 1) // (self.token_stages + 1) for stage in range(self.token_stages))
+
+    def keep(self, keep: int, have: int, num_prefix_tokens: int) -> int:
+        """The nearest count of image tokens, upwards, that suits: at most `have`."""
+        step = max(1, self.align // 8)
+        return min(have, -(-(keep + num_prefix_tokens) // step) * step - num_prefix_tokens)
+
+    def width(self, width: int, have: int) -> int:
+        """The nearest hidden width, upwards, that suits: at most `have`."""
+        return min(have, -(-width // self.align) * self.align)
+
+    def smallest(self, dense: DenseViT, first_keep: int) -> tuple[BlockShape, ...]:
+        """The smallest table there is, when block 0 keeps at least `first_keep` tokens."""
+        head = dense.blocks()[0]
+        # Thinned, the head search prefers many heads of one channel to one head.
+        shape = {"heads": 1} if self.whole_heads else {"qk_dim": 1, "v_dim": 1}
+        least = head.model_copy(update={**shape, "hidden": self.width(1, head.hidden)})
+        tokens, table = dense.num_tokens, []
+        for block in range(dense.depth):
+            if block in self.stages(dense.depth):
+                fewest = min(first_keep, tokens) if block == 0 else 1
+                tokens = self.keep(fewest, tokens, dense.num_prefix_tokens)
+            table.append(least.model_copy(update={"keep": tokens}))
+        return tuple(table)
+
+
+AS_PUBLISHED = Shaping(align=1, whole_heads=False, token_stages=0, token_score="full")
+# Found by `python -m benchmarks.shapes` (benchmarks/results/shapes.md); not measured on a GPU yet.
+SHAPINGS: dict[Target, Shaping] = {
+    "onnxruntime": Shaping(align=32, whole_heads=True, token_stages=2, token_score="cls"),
+    "openvino": Shaping(align=32, whole_heads=True, token_stages=2, token_score="cls"),
+    "tensorrt": Shaping(align=64, whole_heads=True, token_stages=2, token_score="cls"),
+}

@@ -1,6 +1,6 @@
 """Top-1 of the slim digits model over several seeds.
 
-    python -m benchmarks.accuracy --target-macs 0.5 --seeds 3 --out benchmarks/results/digits_accuracy
+    python -m benchmarks.accuracy --shapings lowpass,as-published --seeds 5 --out benchmarks/results/digits_accuracy
 
 Every seed is a search and a fine-tuning of its own, with other calibration images and another order of training; the
 dense model is the one that ships. About 4 minutes a seed on two cores. Runs that are already there are not repeated.
@@ -22,7 +22,14 @@ from pipeline.files import write_json, write_text
 from pipeline.progress import console
 from pipeline.recipe import make_recipe
 from pipeline.run import Metrics, compress, finetune_run
+from pipeline.shaping import AS_PUBLISHED, SHAPINGS
 from pipeline.slim import SlimViT
+
+COMPARED = {
+    "lowpass": SHAPINGS["tensorrt"],
+    "full-score": SHAPINGS["tensorrt"].model_copy(update={"token_score": "full"}),
+    "as-published": AS_PUBLISHED,
+}
 
 
 class _Frozen(BaseModel):
@@ -30,8 +37,9 @@ class _Frozen(BaseModel):
 
 
 class SeedResult(_Frozen):
-    """One seed; top-1 in percent, MACs as a share of the dense model's."""
+    """One seed of one shaping; top-1 in percent, MACs as a share of the dense model's."""
 
+    shaping: str
     seed: int
     macs: float
     dense_top1: float
@@ -49,30 +57,39 @@ class Spread(_Frozen):
     deviation: float
 
 
+class Summary(_Frozen):
+    """All seeds of one shaping."""
+
+    pruned_top1: Spread
+    finetuned_top1: Spread
+
+
 class Accuracy(_Frozen):
-    """All seeds."""
+    """All seeds of all shapings."""
 
     command: str
     seconds: float
     machine: Machine
     seeds: tuple[SeedResult, ...]
-    pruned_top1: Spread
-    finetuned_top1: Spread
+    shapings: dict[str, Summary]
 
 
-def one_seed(directory: Path, target_macs: float, seed: int) -> SeedResult:
+def one_seed(directory: Path, shaping: str, target_macs: float, seed: int) -> SeedResult:
     """Search and fine-tune in `directory`, or take up what is there."""
-    recipe = make_recipe(model="digits_deit", data="digits", target_macs=target_macs, seed=seed)
+    recipe = make_recipe(
+        model="digits_deit", data="digits", target_macs=target_macs, shaping=COMPARED[shaping], seed=seed
+    )
     metrics = compress(recipe, directory, resume=True)
     if not metrics.finetuned_epochs:
         metrics = finetune_run(directory, None, {}, None)
-    return _result(seed, metrics, SlimViT.load(directory).architecture)
+    return _result(shaping, seed, metrics, SlimViT.load(directory).architecture)
 
 
-def _result(seed: int, metrics: Metrics, architecture: Architecture) -> SeedResult:
+def _result(shaping: str, seed: int, metrics: Metrics, architecture: Architecture) -> SeedResult:
     blocks, whole = architecture.blocks, architecture.dense.blocks()[0]
     assert metrics.dense.top1 is not None and metrics.slim.top1 is not None and metrics.pruned_top1 is not None
     return SeedResult(
+        shaping=shaping,
         seed=seed,
         macs=metrics.slim.macs / metrics.dense.macs,
         dense_top1=metrics.dense.top1,
@@ -87,49 +104,61 @@ def _result(seed: int, metrics: Metrics, architecture: Architecture) -> SeedResu
 def as_markdown(done: Accuracy) -> str:
     """The table, with what it was measured by."""
     lines = [
-        f"# digits: top-1 after search and fine-tuning, {len(done.seeds)} seeds",
+        "# digits: top-1 after search and fine-tuning",
         "",
         f"`{done.command}`, {done.seconds / 60:.1f} minutes on {done.machine.cpu}, {done.machine.cores} cores; "
         + ", ".join(f"{name} {version}" for name, version in done.machine.packages.items()),
         "",
-        "| seed | MACs | dense | pruned | fine-tuned | blocks that drop tokens | blocks that lost channels |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
+        "| shaping | seed | MACs | dense | pruned | fine-tuned | blocks that drop tokens | blocks that lost channels |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for one in done.seeds:
         lines.append(
-            f"| {one.seed} | {one.macs:.3f} | {one.dense_top1:.2f} | {one.pruned_top1:.2f} | {one.finetuned_top1:.2f} "
-            f"| {one.blocks_dropping_tokens} of {one.blocks} | {one.blocks_losing_channels} of {one.blocks} |"
+            f"| {one.shaping} | {one.seed} | {one.macs:.3f} | {one.dense_top1:.2f} | {one.pruned_top1:.2f} "
+            f"| {one.finetuned_top1:.2f} | {one.blocks_dropping_tokens} of {one.blocks} "
+            f"| {one.blocks_losing_channels} of {one.blocks} |"
         )
-    lines.append(
-        f"| mean ± deviation | | | {done.pruned_top1.mean:.2f} ± {done.pruned_top1.deviation:.2f} "
-        f"| {done.finetuned_top1.mean:.2f} ± {done.finetuned_top1.deviation:.2f} | | |"
-    )
+    for name, summary in done.shapings.items():
+        pruned, finetuned = summary.pruned_top1, summary.finetuned_top1
+        lines.append(
+            f"| **{name}** | mean ± deviation | | | {pruned.mean:.2f} ± {pruned.deviation:.2f} "
+            f"| {finetuned.mean:.2f} ± {finetuned.deviation:.2f} | | |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(mean=mean(values), deviation=stdev(values))
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
     target_macs: Annotated[float, typer.Option(help="Share of the dense MACs that stays.")] = 0.5,
-    seeds: Annotated[int, typer.Option(min=2, help="How many.")] = 3,
+    shapings: Annotated[str, typer.Option(help=f"Of {', '.join(COMPARED)}; separated by commas.")] = "lowpass",
+    seeds: Annotated[int, typer.Option(min=2, help="How many.")] = 5,
     runs: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/accuracy"),
 ) -> None:
     began = time.monotonic()
-    results = []
+    results: dict[str, list[SeedResult]] = {name: [] for name in shapings.split(",")}
+    if unknown := results.keys() - COMPARED.keys():
+        raise typer.BadParameter(f"there is no shaping {', '.join(unknown)}; choose from {', '.join(COMPARED)}")
     for seed in range(seeds):
-        results.append(one_seed(runs / f"macs{target_macs:g}-seed{seed}", target_macs, seed))
-        console.print(str(results[-1]), soft_wrap=True)
-
-    def spread(field: str) -> Spread:
-        values = [getattr(one, field) for one in results]
-        return Spread(mean=mean(values), deviation=stdev(values))
+        for name, of_shaping in results.items():
+            of_shaping.append(one_seed(runs / f"macs{target_macs:g}-{name}-seed{seed}", name, target_macs, seed))
+            console.print(str(of_shaping[-1]), soft_wrap=True)
 
     done = Accuracy(
         command=shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),
         seconds=time.monotonic() - began,
         machine=describe(),
-        seeds=tuple(results),
-        pruned_top1=spread("pruned_top1"),
-        finetuned_top1=spread("finetuned_top1"),
+        seeds=tuple(one for of_shaping in results.values() for one in of_shaping),
+        shapings={
+            name: Summary(
+                pruned_top1=_spread([one.pruned_top1 for one in of_shaping]),
+                finetuned_top1=_spread([one.finetuned_top1 for one in of_shaping]),
+            )
+            for name, of_shaping in results.items()
+        },
     )
     write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
     write_text(out.with_suffix(".md"), as_markdown(done))

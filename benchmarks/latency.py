@@ -1,47 +1,53 @@
 """Latency of dense against slim, in interleaved rounds of one run, so that both meet the same machine.
 
     lowpass benchmark DIR --batches 1,8,32          writes DIR/benchmark.json and DIR/benchmark.md
+    python -m benchmarks.latency --suite paper      against rivals at matched MACs, see `benchmarks.suite`
 
 *Efficiency* is the speed-up over the dense model in the same runtime, divided by dense MACs over slim MACs: 1.0 means
 that every FLOP saved arrived as time.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median, quantiles
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import typer
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.candidates import CANDIDATES
 from benchmarks.machine import Machine, describe
+from benchmarks.suite import Engine, run_suite
+from benchmarks.timing import Latency, Rounds, interleaved, latency, speedup
+from export.options import ExportOptions, Precision
+from export.quantize import Quantization
 from export.runtimes import (
     RUNTIMES,
-    Images,
+    SUPPORTED,
     RuntimeName,
-    Session,
     default_precision,
     describe_runtime,
-    logits_of,
     missing,
     open_session,
 )
-from export.to_onnx import Precision, current_onnx, weights_path
+from export.sessions import Images, Session, logits_of
+from export.to_onnx import current_onnx, weights_path
 from export.to_tensorrt import FLAVOURS, build, current_plan
 from export.verify import export
 from pipeline.data import made_batches
 from pipeline.errors import InputError, RunError
 from pipeline.files import write_json, write_text
 from pipeline.progress import console, track
+from pipeline.run import quantization_batches, verification_batches
 from pipeline.slim import SlimViT
 
 BENCHMARK_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"
 MODELS = ("dense", "slim")
 DEFAULT_BATCHES = (1, 8, 32)
-ROUNDS = 20
-WARM_UP_S = 0.3  # of each model, and two runs at least
+GPU_LIMIT_S = 500.0  # a GPU machine is lent for ten minutes at a time
+DEFAULT_RUNTIMES = tuple(runtime for runtime in RUNTIMES if runtime != "pytorch-compile")  # it compiles for minutes
 # Largest logit difference from FP32 PyTorch, over the largest logit, at which a session still counts as this model.
 # Wide, for noise makes tokens tie; `lowpass export` judges strictly, on real images.
 TOLERANCE = 0.1
@@ -49,16 +55,6 @@ TOLERANCE = 0.1
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Latency(_Frozen):
-    """One model at one batch size; images a second at the median."""
-
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    images_per_s: float
-    runs: int
 
 
 class Comparison(_Frozen):
@@ -92,7 +88,7 @@ class Benchmark(_Frozen):
 
 def benchmark(
     directory: Path,
-    runtimes: Sequence[RuntimeName] = RUNTIMES,
+    runtimes: Sequence[RuntimeName] | None = None,
     batches: Sequence[int] = DEFAULT_BATCHES,
     precision: Precision | None = None,
     seconds: float = 2.0,
@@ -101,9 +97,9 @@ def benchmark(
 
     Args:
         directory: the run. ONNX files and engines that are missing or stale are made first.
-        runtimes: those that cannot run here are reported with the reason.
+        runtimes: None for `DEFAULT_RUNTIMES`; those that cannot run here are reported with the reason.
         batches: batch sizes.
-        precision: None for FP32 on CPUs and FP16 on GPUs.
+        precision: None for the runtime's own: FP16 on GPUs; FP32 on CPUs, in OpenVINO BF16 where AMX is.
         seconds: about how long each model is timed for at each batch size.
 
     Raises:
@@ -116,9 +112,11 @@ def benchmark(
         "slim": architecture.macs(),
     }
     results = {}
-    for runtime in runtimes:
+    for runtime in runtimes or DEFAULT_RUNTIMES:
         at = precision or default_precision(runtime)
         reason = missing(runtime)
+        if reason is None and at not in SUPPORTED[runtime]:
+            reason = f"it does not run {at}"
         compared: dict[int, Comparison] = {}
         if reason is None:
             try:
@@ -140,18 +138,35 @@ def benchmark(
 
 
 def parse_runtimes(text: str | None) -> tuple[RuntimeName, ...]:
-    """Names separated by commas; None: all.
+    """Names separated by commas; None: all but the slow-starting `pytorch-compile`.
 
     Raises:
         InputError: one is unknown.
     """
     if text is None:
-        return RUNTIMES
+        return DEFAULT_RUNTIMES
     names = [name.strip() for name in text.split(",")]
     chosen = tuple(runtime for name in names for runtime in RUNTIMES if runtime == name)
     if len(chosen) != len(names):
         unknown = next(name for name in names if name not in RUNTIMES)
         raise InputError(f"there is no runtime {unknown!r}; choose from {', '.join(RUNTIMES)}")
+    return chosen
+
+
+def parse_engines(text: str) -> list[Engine]:
+    """`RUNTIME:PRECISION`, separated by commas.
+
+    Raises:
+        InputError: one is unknown, or the runtime does not compute in that precision.
+    """
+    chosen = []
+    for part in text.split(","):
+        runtime, _, precision = part.strip().partition(":")
+        found = [(r, p) for r, all_ in SUPPORTED.items() for p in all_ if (r, p) == (runtime, precision)]
+        if not found:
+            known = ", ".join(f"{r}:{'|'.join(all_)}" for r, all_ in SUPPORTED.items())
+            raise InputError(f"there is no {part.strip()!r}; choose from {known}")
+        chosen += found
     return chosen
 
 
@@ -196,13 +211,14 @@ def _one_runtime(
 
 def _prepare(directory: Path, runtime: RuntimeName, precision: Precision, dense: bool) -> None:
     """Make the file that the runtime needs where it is missing or stale."""
-    if runtime == "pytorch":
+    if runtime in ("pytorch", "pytorch-compile"):
         return
     try:
         current_onnx(directory, precision, dense)
     except InputError:
-        architecture = SlimViT.load(directory).architecture
-        export(directory, precision, made_batches(architecture, 8, 4, seed=0), made_images=True, dense=dense)
+        batches, made = verification_batches(directory, None)
+        calibration = Quantization(*quantization_batches(directory, None)) if precision == "int8" else None
+        export(directory, ExportOptions(precision=precision), batches, made, dense, calibration)
     if runtime in FLAVOURS:
         try:
             current_plan(directory, precision, runtime, dense)
@@ -230,45 +246,16 @@ def _check(directory: Path, name: str, session: Session, images: Images) -> None
         raise RunError(f"the {name} model's logits differ from PyTorch's by {100 * difference:.1f}% of the largest")
 
 
-def interleaved(sessions: Mapping[str, Session], seconds: float) -> dict[str, list[list[float]]]:
-    """Milliseconds of every run, by session and round. Sessions take turns, and the order turns each round; each has
-    its images loaded."""
-    needed = {name: _warm_up(session) for name, session in sessions.items()}
-    runs = {name: max(1, round(seconds / ROUNDS / cost)) for name, cost in needed.items()}
-    timed: dict[str, list[list[float]]] = {name: [] for name in sessions}
-    order = list(sessions)
-    for _ in range(ROUNDS):
-        for name in order:
-            timed[name].append([_milliseconds(sessions[name]) for _ in range(runs[name])])
-        order.reverse()
-    return timed
-
-
-def compare(timed: Mapping[str, list[list[float]]], batch: int, saved: float) -> Comparison:
+def compare(timed: Mapping[str, Rounds], batch: int, saved: float) -> Comparison:
     """Percentiles of either model, and the speed-up round by round."""
-    latencies = {}
-    for name in MODELS:
-        every = np.concatenate([np.asarray(round_) for round_ in timed[name]])
-        p50, p90, p99 = (float(value) for value in np.percentile(every, [50, 90, 99]))
-        latencies[name] = Latency(p50_ms=p50, p90_ms=p90, p99_ms=p99, images_per_s=1000 * batch / p50, runs=len(every))
-    ratios = [median(d) / median(s) for d, s in zip(timed["dense"], timed["slim"], strict=True)]
-    low, middle, high = quantiles(ratios, n=4)
-    return Comparison(**latencies, speedup=middle, speedup_quartiles=(low, high), efficiency=middle / saved)
-
-
-def _warm_up(session: Session) -> float:
-    """Seconds of a run once warm."""
-    began = time.perf_counter()
-    runs: list[float] = []
-    while len(runs) < 2 or time.perf_counter() - began < WARM_UP_S:
-        runs.append(_milliseconds(session) / 1000)
-    return median(runs)
-
-
-def _milliseconds(session: Session) -> float:
-    began = time.perf_counter_ns()
-    session.run()
-    return (time.perf_counter_ns() - began) / 1e6
+    factor, quartiles = speedup(timed["dense"], timed["slim"])
+    return Comparison(
+        dense=latency(timed["dense"], batch),
+        slim=latency(timed["slim"], batch),
+        speedup=factor,
+        speedup_quartiles=quartiles,
+        efficiency=factor / saved,
+    )
 
 
 def as_markdown(done: Benchmark) -> str:
@@ -299,3 +286,39 @@ def as_markdown(done: Benchmark) -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _suite(
+    suite: Annotated[Literal["paper", "gpu"], typer.Option(help="paper: against the rivals; gpu: all a GPU has.")],
+    out: Annotated[Path | None, typer.Option(help="Folder. [default: benchmarks/results/SUITE]")] = None,
+    models: Annotated[
+        str, typer.Option(help="Of deit_tiny, deit_small, deit_base.")
+    ] = "deit_small,deit_tiny,deit_base",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32,128",
+    engines: Annotated[
+        str | None, typer.Option(help="RUNTIME:PRECISION, separated by commas. [default: every one that makes sense]")
+    ] = None,
+    candidates: Annotated[str, typer.Option(help="Who is compared.")] = ",".join(CANDIDATES),
+    seconds: Annotated[float, typer.Option(min=0.05, help="To time each model for, at each batch size.")] = 2.0,
+    limit: Annotated[
+        float | None, typer.Option(help="Begin nothing later than this many seconds. [default: 500 for gpu]")
+    ] = None,
+) -> None:
+    """The speed benchmark."""
+    run_suite(
+        suite,
+        out or Path(__file__).parent / "results" / suite,
+        [name.strip() for name in models.split(",")],
+        parse_batches(batches),
+        None if engines is None else parse_engines(engines),
+        tuple(name.strip() for name in candidates.split(",")),
+        seconds,
+        GPU_LIMIT_S if limit is None and suite == "gpu" else limit,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(_suite)
+    except InputError as error:
+        raise SystemExit(f"lowpass: {error}") from None

@@ -4,17 +4,16 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from pathlib import Path
 
 import onnxruntime
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from export.cpu import cpu_info, matrix_units
 from export.runtimes import RUNTIMES, missing
 from export.to_tensorrt import current_gpu, installed_flavours
 
 PACKAGES = ("lowpass-vit", "torch", "timm", "torch-pruning", "onnx", "onnxruntime", "openvino")
-MATRIX_UNITS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni")
 
 
 class Machine(BaseModel):
@@ -38,12 +37,11 @@ class Machine(BaseModel):
 
 def describe() -> Machine:
     """This machine, now."""
-    info = _cpu_info()
     gpu_memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
     return Machine(
-        cpu=info.get("model name") or platform.processor() or platform.machine(),
+        cpu=cpu_info().get("model name") or platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        matrix_units=tuple(flag for flag in MATRIX_UNITS if flag in info.get("flags", "").split()),
+        matrix_units=matrix_units(),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpu=current_gpu(),
         gpu_memory_gib=None if gpu_memory is None else round(gpu_memory, 1),
@@ -54,15 +52,6 @@ def describe() -> Machine:
         triton=shutil.which("tritonserver"),
         runtimes={name: missing(name) for name in RUNTIMES},
     )
-
-
-def _cpu_info() -> dict[str, str]:
-    """The first processor of `/proc/cpuinfo`; empty where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def _version(package: str) -> str | None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from benchmarks.latency import Benchmark, Latency
+from benchmarks.latency import Benchmark
+from benchmarks.timing import Latency
 from pipeline.run import Figures, Metrics
 
 

@@ -55,7 +55,7 @@ class FusedAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2)), weights
 
 
-class _AtPrecision(nn.Module):
+class AtPrecision(nn.Module):
     """FP32 images in, FP32 logits out, `dtype` between: a client need not know the precision."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -79,7 +79,7 @@ def deployable(slim: SlimViT, dtype: torch.dtype = torch.float32, selection: Sel
         padded = dtype != torch.float32 and fuses
         block.attn = FusedAttention(block.attn, fused_head_dim(block.attn) if padded else None)  # type: ignore[assignment]
         block.keep_tokens = LOWERINGS[selection]
-    return model if dtype == torch.float32 else _AtPrecision(model, dtype)
+    return model if dtype == torch.float32 else AtPrecision(model, dtype)
 
 
 def fused_head_dim(attention: SlimAttention) -> int:

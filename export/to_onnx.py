@@ -1,28 +1,29 @@
 """ONNX files: opset 23, dynamic batch, `images` -> `logits`, and what the model is in the metadata."""
 
+import ast
 import importlib.metadata
 import json
 import logging
 import platform
 import warnings
 from pathlib import Path
-from typing import Literal, get_args
 
 import onnx
 import onnx_ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch import nn
 
-from export.batch import BatchProfile
 from export.deploy import deployable
+from export.options import DTYPES, ExportOptions, Precision
+from export.pixels import FromPixels
+from export.quantize import Quantization, quantize
 from pipeline.errors import InputError, RunError
 from pipeline.files import sha256
 from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 
-Precision = Literal["fp32", "fp16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 OPSET = 23
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which module a node comes from
 PRODUCER = "lowpass"
 PACKAGES = ("lowpass-vit", "torch", "timm", "onnx", "onnxscript")
 # Operators whose output shape hangs on data, and the transform that TensorRT's parser refuses.
@@ -39,31 +40,56 @@ def weights_path(directory: Path, dense: bool = False) -> Path:
     return directory / (DENSE_WEIGHTS_FILE if dense else WEIGHTS_FILE)
 
 
-def serialise(directory: Path, precision: Precision, profile: BatchProfile, dense: bool = False) -> bytes:
+def serialise(
+    directory: Path, options: ExportOptions, dense: bool = False, calibration: Quantization | None = None
+) -> bytes:
     """A run's slim (or dense) model as an ONNX file with metadata; the same weights give the same bytes.
+
+    Args:
+        directory: the run.
+        options: of the file.
+        dense: the dense model instead.
+        calibration: what INT8 is calibrated and judged on; the other precisions need none.
 
     Raises:
         InputError: the run directory holds no such model.
         RunError: the graph holds an operator that must not be there.
+        ValueError: INT8 without `calibration`.
     """
     slim = SlimViT.load(directory, weights_path(directory, dense).name)
-    model = to_onnx(slim, precision)
-    metadata = _metadata(slim, precision, profile, sha256(weights_path(directory, dense)))
-    for key, value in metadata.items():
+    model = to_onnx(slim, options)
+    for key, value in _metadata(slim, options, sha256(weights_path(directory, dense))).items():
         model.metadata_props.add(key=key, value=value)
+    if options.precision == "int8":
+        if calibration is None:
+            raise ValueError("INT8 needs images to calibrate on")
+        model, left_out = quantize(model, calibration)
+        model.metadata_props.add(key="left_out", value=json.dumps(left_out))
     onnx.checker.check_model(model)
     return model.SerializeToString(deterministic=True)
 
 
-def to_onnx(slim: SlimViT, precision: Precision) -> onnx.ModelProto:
+def to_onnx(slim: SlimViT, options: ExportOptions) -> onnx.ModelProto:
     """The graph of `slim`, weights inside, without metadata.
 
     Raises:
         RunError: it holds a `DFT`, complex or data-dependent-shape node.
     """
     dense = slim.architecture.dense
-    module = deployable(slim.cpu(), DTYPES[precision])
+    module = deployable(slim.cpu(), DTYPES[options.precision], options.selection)
     example = torch.zeros(2, dense.in_chans, *dense.img_size)
+    if options.input == "uint8":
+        module = FromPixels(module, slim.architecture.preprocessing)
+        example = torch.zeros(2, *dense.img_size, dense.in_chans, dtype=torch.uint8)
+    return trace(module, example)
+
+
+def trace(module: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
+    """Any module from `images` to `logits` as an ONNX graph with a dynamic batch; `example` is a batch of 2.
+
+    Raises:
+        RunError: it holds a `DFT`, complex or data-dependent-shape node.
+    """
     with warnings.catch_warnings(), _Quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -77,12 +103,24 @@ def to_onnx(slim: SlimViT, precision: Precision) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
+    _name_by_module(program.model)
     # The exporter writes stack traces of this machine into every node.
     ClearMetadataAndDocStringPass()(program.model)
     model: onnx.ModelProto = onnx_ir.to_proto(program.model)
     model.producer_name = PRODUCER
     _refuse_forbidden(model)
     return model
+
+
+def _name_by_module(model: onnx_ir.Model) -> None:
+    """Name each node after the module it comes from, such as `blocks.3.mlp.fc1.MatMul`: profiles are read by people."""
+    taken: dict[str, int] = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
+        module = scopes[-2].removeprefix("model.").removeprefix("vit.") if len(scopes) > 1 else ""
+        name = ".".join(part for part in (module, node.op_type) if part)
+        taken[name] = taken.get(name, -1) + 1
+        node.name = f"{name}_{taken[name]}" if taken[name] else name
 
 
 def _refuse_forbidden(model: onnx.ModelProto) -> None:
@@ -95,14 +133,16 @@ def _refuse_forbidden(model: onnx.ModelProto) -> None:
             raise RunError(f"the exported graph holds a complex tensor ({value.name})")
 
 
-def _metadata(slim: SlimViT, precision: Precision, profile: BatchProfile, weights: str) -> dict[str, str]:
+def _metadata(slim: SlimViT, options: ExportOptions, weights: str) -> dict[str, str]:
     """What a client or a later step must know, as strings."""
     architecture = slim.architecture
     return {
         "model": architecture.dense.name,
         "num_classes": str(architecture.dense.num_classes),
-        "precision": precision,
-        "batch": str(profile),  # any batch size runs; engines are built for these
+        "precision": options.precision,
+        "batch": str(options.profile),  # any batch size runs; engines are built for these
+        "selection": options.selection,
+        "input": options.input,
         "architecture": architecture.model_dump_json(),
         "preprocessing": architecture.preprocessing.model_dump_json(),
         "input_size": json.dumps([architecture.dense.in_chans, *architecture.dense.img_size]),

@@ -13,7 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from export.batch import BatchProfile
-from export.to_onnx import Precision, current_onnx, onnx_path, read_metadata
+from export.options import Precision
+from export.to_onnx import current_onnx, onnx_path, read_metadata
 from pipeline.errors import InputError, RunError
 from pipeline.files import sha256, write_bytes, write_json
 
@@ -88,7 +89,9 @@ def build(
     profile = BatchProfile.parse(read_metadata(onnx_file)["batch"])
     content = onnx_file.read_bytes()
     cache_file = directory / f"timing.{flavour}.cache"
-    plan, cache, messages = _compile(trt, content, profile, cache_file.read_bytes() if cache_file.exists() else b"")
+    plan, cache, messages = compile_engine(
+        flavour, content, profile, cache_file.read_bytes() if cache_file.exists() else b""
+    )
     target = plan_path(directory, precision, dense)
     if cache:
         write_bytes(cache_file, cache)
@@ -146,7 +149,7 @@ def current_gpu() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def load_engine(plan: Path, flavour: Flavour) -> Any:
+def load_engine(plan: bytes, flavour: Flavour) -> Any:
     """Deserialise an engine (needs a GPU).
 
     Raises:
@@ -154,9 +157,9 @@ def load_engine(plan: Path, flavour: Flavour) -> Any:
     """
     trt = _module(flavour)
     log = _make_log(trt)
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan.read_bytes())
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
-        raise RunError(f"{flavour} cannot load {plan}: {log.reason()}")
+        raise RunError(f"{flavour} cannot load the engine: {log.reason()}")
     return engine
 
 
@@ -175,8 +178,16 @@ def _module(flavour: Flavour) -> ModuleType:
         raise InputError(f"{flavour} is not usable here ({error}); pip install 'lowpass-vit[{flavour}]'") from None
 
 
-def _compile(trt: Any, content: bytes, profile: BatchProfile, cache: bytes) -> tuple[bytes, bytes, list[str]]:
-    """ONNX bytes -> engine, timing cache, warnings."""
+def compile_engine(
+    flavour: Flavour, content: bytes, profile: BatchProfile, cache: bytes = b""
+) -> tuple[bytes, bytes, list[str]]:
+    """ONNX bytes -> engine, timing cache, warnings.
+
+    Raises:
+        InputError: the flavour is not installed.
+        RunError: the parser or the compiler refused the graph.
+    """
+    trt = _module(flavour)
     log = _make_log(trt)
     builder = trt.Builder(log)
     # TensorRT 10 must be told to keep the precisions of the ONNX file; later ones know no other way.

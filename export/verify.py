@@ -1,6 +1,7 @@
 """An exported file is written only when it agrees with PyTorch, and the run directory says how well it does."""
 
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Iterable
@@ -11,9 +12,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from export.batch import DEFAULT_PROFILE, BatchProfile
-from export.runtimes import OnnxRuntime, logits_of
-from export.to_onnx import Precision, onnx_path, serialise, weights_path
+from export.options import ExportOptions, Precision
+from export.pixels import to_images, to_pixels
+from export.quantize import Quantization
+from export.sessions import Images, OnnxRuntime, OpenVino, Session, logits_of, widened
+from export.to_onnx import onnx_path, serialise, weights_path
 from pipeline.errors import RunError
 from pipeline.files import write_bytes, write_json
 from pipeline.progress import track
@@ -23,12 +26,13 @@ VERIFICATION_FILE = "verification.json"
 
 
 class Verification(BaseModel):
-    """How an ONNX file in ONNX Runtime compares with the FP32 model in PyTorch on the same images."""
+    """How an ONNX file compares with the FP32 model in PyTorch on the same images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: str
     sha256: str
+    runtime: str
     images: int
     made_images: bool  # noise instead of real images: the model has random weights, its top-1 says nothing
     largest_difference: float  # of any logit
@@ -37,35 +41,41 @@ class Verification(BaseModel):
 
 
 # Largest logit difference (None: not bounded) and least share of equal top-1 (percent).
-LIMITS: dict[Precision, tuple[float | None, float]] = {"fp32": (1e-4, 100.0), "fp16": (None, 99.5)}
+LIMITS: dict[Precision, tuple[float | None, float]] = {
+    "fp32": (1e-4, 100.0),
+    "fp16": (None, 99.5),
+    "bf16": (None, 99.5),
+    "int8": (None, 99.0),
+}
 
 
 def export(
     directory: Path,
-    precision: Precision,
+    options: ExportOptions,
     batches: Iterable[tuple[Tensor, Tensor]],
     made_images: bool = False,
     dense: bool = False,
-    profile: BatchProfile | None = None,
+    calibration: Quantization | None = None,
 ) -> Verification:
     """Export a run's slim (or dense) model, compare it with PyTorch, and only then write it.
 
     Args:
         directory: the run.
-        precision: of the file.
+        options: of the file.
         batches: (images [B, C, H, W], labels); labels are not looked at.
         made_images: the images are noise and the weights random: what differs is written down but not judged by top-1.
-        profile: batch sizes that engines will be built for; 1:8:32 unless given.
         dense: export `dense.<precision>.onnx` instead of `model.<precision>.onnx`.
+        calibration: needed for INT8.
 
     Raises:
         InputError: the run holds no such model.
         RunError: the file disagrees with PyTorch beyond `LIMITS`; it is not written.
     """
-    content = serialise(directory, precision, profile or BatchProfile.parse(DEFAULT_PROFILE), dense)
+    precision = options.precision
+    content = serialise(directory, options, dense, calibration)
     path = onnx_path(directory, precision, dense)
     model = SlimViT.load(directory, weights_path(directory, dense).name)
-    verification = compare(path.name, content, model, batches, made_images)
+    verification = compare(path.name, content, model, batches, made_images, options)
     if not math.isfinite(verification.largest_difference):
         raise RunError(f"{path.name}: its logits are not finite; it was not written")
     limit, least = LIMITS[precision]
@@ -86,21 +96,40 @@ def export(
     return verification
 
 
+def verifier(content: bytes, precision: Precision) -> tuple[str, Session]:
+    """What a file is verified in: ONNX Runtime, but OpenVINO for BF16, which ONNX Runtime lacks on CPUs. Without
+    OpenVINO the BF16 file runs in ONNX Runtime with its tensors widened, and the verification says so."""
+    if precision != "bf16":
+        return "onnxruntime", OnnxRuntime(content)
+    if importlib.util.find_spec("openvino"):
+        return "openvino", OpenVino(content, precision)
+    return "onnxruntime, widened to fp32", OnnxRuntime(widened(content))
+
+
 def compare(
-    file: str, content: bytes, model: SlimViT, batches: Iterable[tuple[Tensor, Tensor]], made_images: bool
+    file: str,
+    content: bytes,
+    model: SlimViT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    made_images: bool,
+    options: ExportOptions,
 ) -> Verification:
     """Run both on every image.
 
     Raises:
         ValueError: there are no images.
     """
-    session = OnnxRuntime(content)
+    runtime, session = verifier(content, options.precision)
+    preprocessing = model.architecture.preprocessing
     images = same = 0
     difference = largest = 0.0
     for batch, _ in track(batches, f"verifying {file}"):
+        seen: Images = np.ascontiguousarray(batch.numpy())
+        if options.input == "uint8":  # PyTorch must see what the file sees: whole pixel values
+            seen = to_images(to_pixels(seen, preprocessing), preprocessing)
         with torch.inference_mode():
-            expected = model(batch).numpy()
-        got = logits_of(session, np.ascontiguousarray(batch.numpy()))
+            expected = model(torch.from_numpy(seen)).numpy()
+        got = logits_of(session, seen)
         images += len(batch)
         same += int((got.argmax(-1) == expected.argmax(-1)).sum())
         # NaN is the largest difference there is.
@@ -111,6 +140,7 @@ def compare(
     return Verification(
         file=file,
         sha256=hashlib.sha256(content).hexdigest(),
+        runtime=runtime,
         images=images,
         made_images=made_images,
         largest_difference=difference,

@@ -16,6 +16,7 @@ from pipeline.progress import console
 
 if TYPE_CHECKING:
     from benchmarks.latency import Benchmark
+    from export.quantize import Quantization
     from pipeline.run import Metrics
 
 app = typer.Typer(
@@ -34,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-PrecisionOption = Literal["fp32", "fp16"]
+PrecisionOption = Literal["fp32", "fp16", "bf16", "int8"]
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory, as made by `lowpass compress`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, alone, on standard output.")]
 DataOption = Annotated[
@@ -199,23 +200,37 @@ def evaluate(directory: Run, data: DataOption = None, as_json: AsJson = False) -
 @app.command()
 def export(
     directory: Run,
-    precision: Annotated[PrecisionOption, typer.Option(help="FP32 for CPUs, FP16 for TensorRT.")] = "fp32",
+    precision: Annotated[
+        PrecisionOption,
+        typer.Option(help="FP32 or INT8 for CPUs, BF16 for CPUs with AMX, FP16, BF16 or INT8 for TensorRT."),
+    ] = "fp32",
     batch: Annotated[
         str, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes an engine will be built for; ONNX takes any.")
     ] = "1:8:32",
+    selection: Annotated[
+        Literal["gather", "onehot"],
+        typer.Option(
+            help="How token selection is lowered: TopK and a row gather, or comparisons and a one-hot MatMul."
+        ),
+    ] = "gather",
+    input: Annotated[
+        Literal["float32", "uint8"],
+        typer.Option(help="float32: normalised images [B, C, H, W]; uint8: pixels [B, H, W, C], normalised inside."),
+    ] = "float32",
     dense: Annotated[bool, typer.Option("--dense", help="Export the dense model, for comparison.")] = False,
     data: DataOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Write DIR/model.<precision>.onnx, once it agrees with PyTorch on real images."""
     from export.batch import BatchProfile
+    from export.options import ExportOptions
     from export.to_onnx import onnx_path
     from export.verify import export as export_verified
     from pipeline.run import verification_batches
 
-    profile = BatchProfile.parse(batch)
+    options = ExportOptions(precision=precision, profile=BatchProfile.parse(batch), selection=selection, input=input)
     batches, made = verification_batches(directory, data)
-    done = export_verified(directory, precision, batches, made, dense, profile)
+    done = export_verified(directory, options, batches, made, dense, _quantization(directory, data, precision))
     _say(
         {"run": str(directory), "onnx": str(onnx_path(directory, precision, dense))} | done.model_dump(mode="json"),
         f"{onnx_path(directory, precision, dense)}: on {done.images} {'made' if made else 'real'} images the largest "
@@ -256,10 +271,16 @@ def benchmark(
     directory: Run,
     against: Annotated[str, typer.Option(help="What to compare with, separated by commas; so far: dense.")] = "dense",
     runtime: Annotated[
-        str | None, typer.Option(help="Runtimes, separated by commas. [default: all; missing ones are reported]")
+        str | None,
+        typer.Option(
+            help="Runtimes, separated by commas. [default: all but pytorch-compile; missing ones are reported]"
+        ),
     ] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,32",
-    precision: Annotated[PrecisionOption | None, typer.Option(help="[default: fp32 on a CPU, fp16 on a GPU]")] = None,
+    precision: Annotated[
+        PrecisionOption | None,
+        typer.Option(help="[default: fp16 on a GPU; fp32 on a CPU, in OpenVINO bf16 where it has AMX]"),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.05, help="About how long to time each model at each batch.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
@@ -300,17 +321,27 @@ def _compress(recipe: Any, out: Path, resume: bool, ship: bool, epochs: int | No
     _answer(out, metrics, measured, as_json)
 
 
+def _quantization(directory: Path, data: str | None, precision: str) -> "Quantization | None":
+    """Training images for INT8; the other precisions need none."""
+    from export.quantize import Quantization
+    from pipeline.run import quantization_batches
+
+    return Quantization(*quantization_batches(directory, data)) if precision == "int8" else None
+
+
 def _export_and_build(out: Path) -> None:
-    """Both precisions of both models, verified, and the engine where TensorRT is installed."""
+    """Both models in every precision, verified, and the engine where TensorRT is installed."""
+    from export.options import PRECISIONS, ExportOptions
     from export.to_tensorrt import build as build_engine
     from export.to_tensorrt import installed_flavours
     from export.verify import export as export_verified
     from pipeline.run import verification_batches
 
     batches, made = verification_batches(out, None)
-    for dense in (True, False):
-        for precision in ("fp32", "fp16"):
-            done = export_verified(out, precision, batches, made, dense)
+    for precision in PRECISIONS:
+        calibration = _quantization(out, None, precision)
+        for dense in (True, False):
+            done = export_verified(out, ExportOptions(precision=precision), batches, made, dense, calibration)
             console.print(
                 f"exported {done.file}: top-1 agrees with PyTorch on {done.same_top1:.2f} % of {done.images} images, "
                 f"largest logit difference {done.largest_difference:.1e}",

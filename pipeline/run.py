@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch.utils.data import Subset
 
@@ -34,6 +36,7 @@ from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 SEARCH_FILE = "search.jsonl"
 METRICS_FILE = "metrics.json"
 VERIFIED_IMAGES = 1000  # at most
+CALIBRATED_IMAGES, JUDGED_IMAGES, INT8_BATCH = 256, 768, 32  # at most, for INT8
 MADE_IMAGES = 32  # scored where there is no data; a random model has no channels worth more careful choosing
 
 
@@ -205,6 +208,24 @@ def verification_batches(directory: Path, data: str | None) -> tuple[Batches, bo
     images = run_data(directory, data)
     chosen = Subset(images.test, range(min(VERIFIED_IMAGES, len(cast(Sized, images.test)))))
     return list(track(images.loader(chosen, recipe.batch_size), "reading images to verify on")), False
+
+
+def quantization_batches(
+    directory: Path, data: str | None
+) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
+    """Training images [B, C, H, W], normalised, not augmented, to calibrate INT8 on, and others to judge it on. A run
+    with random weights has made ones to calibrate on and none to judge it on: its top-1 says nothing."""
+    recipe = Recipe.load(directory)
+    if recipe.random_weights and data is None:
+        made = made_batches(SlimViT.load(directory).architecture, MADE_IMAGES, 8, recipe.seed + 2)
+        return [images.numpy() for images, _ in made], []
+    count = CALIBRATED_IMAGES + JUDGED_IMAGES
+    batches = run_data(directory, data).calibration_batches(
+        count, INT8_BATCH, recipe.seed + 2, "reading images to quantise by"
+    )
+    images = [batch.numpy() for batch, _ in batches]
+    share = max(1, len(images) * CALIBRATED_IMAGES // count)
+    return images[:share], images[share:] or images[:share]
 
 
 def apply_table(slim: SlimViT, blocks: tuple[BlockShape, ...], scoring: Batches, recipe: Recipe) -> None:

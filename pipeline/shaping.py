@@ -62,7 +62,7 @@ class Shaping(BaseModel):
 AS_PUBLISHED = Shaping(align=1, whole_heads=False, token_stages=0, token_score="full")
 # Found by `python -m benchmarks.shapes` (benchmarks/results/shapes.md); not measured on a GPU yet.
 SHAPINGS: dict[Target, Shaping] = {
-    "onnxruntime": Shaping(align=32, whole_heads=True, token_stages=2, token_score="cls"),
-    "openvino": Shaping(align=32, whole_heads=True, token_stages=2, token_score="cls"),
-    "tensorrt": Shaping(align=64, whole_heads=True, token_stages=2, token_score="cls"),
+    "onnxruntime": Shaping(align=32, whole_heads=True, token_stages=3, token_score="cls"),
+    "openvino": Shaping(align=32, whole_heads=True, token_stages=3, token_score="cls"),
+    "tensorrt": Shaping(align=64, whole_heads=True, token_stages=3, token_score="cls"),
 }

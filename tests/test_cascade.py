@@ -26,6 +26,7 @@ from pipeline.errors import InputError
 from pipeline.evaluate import top1
 from pipeline.recipe import Recipe
 from pipeline.sensitivity import ChannelScores, low_frequency_sensitivity
+from pipeline.shaping import AS_PUBLISHED
 from pipeline.slim import SlimViT
 
 TOKENS, BLOCKS = 36, 3  # enough for block 0 to drop a token, and for that to be worth it
@@ -51,7 +52,8 @@ def noise(dense: SlimViT) -> Batches:
 
 
 def recipe(**goal: float) -> Recipe:
-    return Recipe.model_validate({"model": "tiny", "data": "digits"} | goal)
+    """The paper's shapes, which let every block drop any amount; `test_shaping.py` has the others."""
+    return Recipe.model_validate({"model": "tiny", "data": "digits", "shaping": AS_PUBLISHED} | goal)
 
 
 def run(
@@ -247,7 +249,7 @@ def test_the_search_leaves_evaluation_mode_and_precision(dense: SlimViT, batches
 def smallest_share(dense: SlimViT) -> float:
     """The MACs that the refusal of an absurd target says must remain."""
     with pytest.raises(InputError, match="out of reach") as refusal:
-        check_target(dense.architecture, 1e-6)
+        check_target(dense.architecture, 1e-6, AS_PUBLISHED)
     return float(str(refusal.value).partition("at least ")[2].split()[0])
 
 
@@ -262,9 +264,9 @@ def test_an_unreachable_target_is_refused(dense: SlimViT) -> None:
     lowest = smallest_share(dense)
     assert least(dense, heads=1) - 0.001 <= lowest <= least(dense, heads=3) + 0.001
     for target in (0.46, lowest + 0.001):
-        check_target(dense.architecture, target)
+        check_target(dense.architecture, target, AS_PUBLISHED)
     with pytest.raises(InputError, match=f"a MACs target of {lowest - 0.002:g} is out of reach for VisionTransformer"):
-        check_target(dense.architecture, lowest - 0.002)
+        check_target(dense.architecture, lowest - 0.002, AS_PUBLISHED)
 
 
 def test_a_target_that_is_not_refused_is_reached(dense: SlimViT, batches: Batches) -> None:

@@ -92,7 +92,7 @@ def test_same_seed_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.slow
 def test_deit_small_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Random weights and a table, to an engine: thin and unequal heads must be padded so that attention fuses."""
-    table = json.loads((ROOT / "recipes" / "deit_small_half.json").read_text())
+    table = json.loads((ROOT / "recipes" / "deit_small_paper.json").read_text())
     table["blocks"][1] |= {"qk_dim": 23, "v_dim": 50}
     file, run = tmp_path / "table.json", str(tmp_path / "run")
     file.write_text(json.dumps(table))

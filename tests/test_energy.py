@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.energy import (
     EnergyNorm,
     attention_importance,
+    cls_importance,
     keep_tokens,
     kept_indices,
     low_frequency_energy,
@@ -154,3 +155,11 @@ def test_images_are_selected_from_one_by_one(selection: tuple[Tensor, Tensor, in
 def test_the_order_of_heads_does_not_matter(seed: int, heads: int, prefix: int, count: int) -> None:
     _, attention = draw(seed, 2, heads, prefix, count)
     torch.testing.assert_close(attention_importance(attention.flip(1), prefix), attention_importance(attention, prefix))
+
+
+@given(batch=st.integers(1, 3), heads=st.integers(1, 4), prefix=st.integers(1, 3), count=st.integers(1, 9))
+def test_the_cls_score_is_what_cls_attends_to(batch: int, heads: int, prefix: int, count: int) -> None:
+    attention = torch.rand(batch, heads, prefix + count, prefix + count).softmax(-1)
+    expected = torch.stack([attention[:, :, 0, prefix + j].mean(1) for j in range(count)], 1)
+    torch.testing.assert_close(cls_importance(attention, prefix), expected)
+    torch.testing.assert_close(cls_importance(attention[:, :, :1], prefix), expected)  # its row alone will do

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import benchmarks.latency
-from benchmarks.latency import ROUNDS, benchmark, compare, interleaved, parse_batches, parse_runtimes
+import benchmarks.timing
+from benchmarks.latency import benchmark, compare, parse_batches, parse_engines, parse_runtimes
 from benchmarks.machine import as_text, describe
-from export.runtimes import Images
+from benchmarks.timing import ROUNDS, interleaved
+from export.sessions import Images
 from pipeline.errors import InputError
 
 
@@ -29,7 +31,7 @@ class _Named:
 
 
 def test_rounds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks.latency, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(benchmarks.timing, "WARM_UP_S", 0.0)
     turns: list[str] = []
     timed = interleaved({name: _Named(name, turns) for name in ("dense", "slim")}, seconds=1e-9)
     assert {name: len(rounds) for name, rounds in timed.items()} == {"dense": ROUNDS, "slim": ROUNDS}
@@ -49,7 +51,7 @@ def test_of_a_run(slim_run: Path) -> None:
     done = benchmark(slim_run, batches=(1, 3), seconds=0.05)
     written = json.loads((slim_run / "benchmark.json").read_text())
     assert written == done.model_dump(mode="json")
-    for runtime in ("pytorch", "onnxruntime"):
+    for runtime in ("pytorch", "onnxruntime", "openvino"):
         assert set(written["runtimes"][runtime]["batches"]) == {"1", "3"}
     for name, result in done.runtimes.items():
         assert (result.not_measured is None) == (done.machine.runtimes[name] is None)
@@ -79,6 +81,10 @@ def test_options() -> None:
             parse_batches(text)
     with pytest.raises(InputError, match="no runtime 'tflite'"):
         parse_runtimes("pytorch,tflite")
+    assert parse_engines("onnxruntime:int8, openvino:bf16") == [("onnxruntime", "int8"), ("openvino", "bf16")]
+    for text in ("onnxruntime", "onnxruntime:bf16", "tflite:int8", ""):
+        with pytest.raises(InputError, match="choose from"):
+            parse_engines(text)
 
 
 def test_doctor_names_every_runtime() -> None:

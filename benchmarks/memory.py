@@ -1,0 +1,65 @@
+"""Peak memory of one model in one runtime, measured in a process of its own.
+
+python -m benchmarks.memory FILE RUNTIME PRECISION BATCH CHANNELS HEIGHT WIDTH      prints MiB
+"""
+
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from export.options import Precision
+from export.runtimes import RuntimeName, onnx_session
+from export.sessions import logits_of
+from export.to_tensorrt import FLAVOURS
+
+LIMIT_S = 120
+
+
+def peak_memory(
+    content: bytes, runtime: RuntimeName, precision: Precision, batch: int, image: tuple[int, int, int]
+) -> float | None:
+    """MiB that loading an ONNX file and running it at one batch size add to a fresh process: of the GPU where the
+    runtime uses one. None where it cannot be told: an engine's memory is its own, and a child may fail."""
+    if runtime in FLAVOURS:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        file.write_bytes(content)
+        command = [sys.executable, "-m", "benchmarks.memory", str(file), runtime, precision, str(batch)]
+        try:
+            done = subprocess.run(  # noqa: S603 - our own module with our own arguments
+                [*command, *map(str, image)], capture_output=True, text=True, timeout=LIMIT_S, check=True
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+            return None
+    return float(done.stdout.split()[-1])
+
+
+def _used(on_gpu: bool) -> float:
+    """MiB in use (GPU), or the peak so far (process)."""
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(file: str, runtime: str, precision: str, batch: str, *image: str) -> None:
+    """Load, run twice, print what that added."""
+    on_gpu = runtime not in ("onnxruntime", "openvino")
+    content = Path(file).read_bytes()
+    images = np.zeros((int(batch), *map(int, image)), np.float32)
+    before = _used(on_gpu)
+    session = onnx_session(cast(RuntimeName, runtime), content, cast(Precision, precision), Path(file).parent)
+    for _ in range(2):
+        logits_of(session, images)
+    print(f"{_used(on_gpu) - before:.1f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,31 @@
+"""Everything an export can be told."""
+
+from typing import Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from export.batch import DEFAULT_PROFILE, BatchProfile
+from export.pixels import Input
+from export.selection import Selection
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# What the graph computes in; INT8 is quantised from FP32.
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+}
+
+
+class ExportOptions(BaseModel):
+    """How a model becomes an ONNX file. `profile` are the batch sizes that engines will be built for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    precision: Precision = "fp32"
+    profile: BatchProfile = BatchProfile.parse(DEFAULT_PROFILE)
+    selection: Selection = "gather"
+    input: Input = "float32"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from export.sessions import Images, OnnxRuntime, as_input, logits_of
-from pipeline.progress import console, track
+from pipeline.progress import console, quiet, track
 
 # Least share of the judging images (percent) whose top-1 must stay; above what an export is held to, on other images.
 JUDGED_TOP1 = 99.5
@@ -118,10 +118,12 @@ class _Batches(CalibrationDataReader):
 
 
 def _with_qdq(plain: onnx.ModelProto, layers: Sequence[str], batches: Sequence[NDArray[Any]]) -> onnx.ModelProto:
-    with tempfile.TemporaryDirectory() as folder:
+    work = onnx.ModelProto()
+    work.CopyFrom(plain)  # quantize_static moves the weights of what it is given into files
+    with tempfile.TemporaryDirectory() as folder, quiet("root"):
         target = Path(folder) / "int8.onnx"
         quantize_static(
-            plain,
+            work,
             str(target),
             _Batches(batches),
             quant_format=QuantFormat.QDQ,

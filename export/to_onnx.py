@@ -3,7 +3,6 @@
 import ast
 import importlib.metadata
 import json
-import logging
 import platform
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from export.pixels import FromPixels
 from export.quantize import Quantization, quantize
 from pipeline.errors import InputError, RunError
 from pipeline.files import sha256
+from pipeline.progress import quiet
 from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 
 OPSET = 23
@@ -90,7 +90,7 @@ def trace(module: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
     Raises:
         RunError: it holds a `DFT`, complex or data-dependent-shape node.
     """
-    with warnings.catch_warnings(), _Quiet("torch.onnx", "onnxscript"):
+    with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
@@ -184,19 +184,3 @@ def current_onnx(directory: Path, precision: Precision, dense: bool = False) -> 
             f"run `lowpass export {directory} --precision {precision}`"
         )
     return path
-
-
-class _Quiet:
-    """Loggers at error level for a while."""
-
-    def __init__(self, *names: str) -> None:
-        self.loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self.levels = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self.loggers, self.levels, strict=True):
-            logger.setLevel(level)

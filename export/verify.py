@@ -89,7 +89,8 @@ def export(
     if verification.same_top1 < least:
         raise RunError(
             f"{path.name}: top-1 agrees with PyTorch on {verification.same_top1:.2f}% of "
-            f"{verification.images} images, less than {least}%; it was not written"
+            f"{verification.images} images, less than {least}%; it was not written (before fine-tuning margins are "
+            f"narrow: run `lowpass finetune {directory}` first, or export fp32)"
         )
     write_bytes(path, content)
     _note(directory, verification)

@@ -1,6 +1,7 @@
 """What several test files share: small models, and how hypothesis draws its examples."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from timm.models import VisionTransformer
 
 import pipeline.dense
 from pipeline.recipe import make_recipe
-from pipeline.run import compress
+from pipeline.run import compress, finetune_run
 from pipeline.slim import SlimViT
 
 torch.set_num_threads(1)  # test processes run side by side, and a tiny model gains nothing from a second thread
@@ -71,4 +72,14 @@ def slim_run(slim_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     directory = tmp_path_factory.mktemp("run") / "digits"
     recipe = make_recipe(model="digits_deit", data="digits", architecture=slim_table, score_images=128)
     compress(recipe, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tuned_run(slim_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `slim_run`, fine-tuned for one epoch: before that its margins are too narrow to say what a precision
+    costs."""
+    directory = tmp_path_factory.mktemp("tuned") / "digits"
+    shutil.copytree(slim_run, directory)
+    finetune_run(directory, None, {"epochs": 1}, None)
     return directory

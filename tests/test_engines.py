@@ -1,0 +1,70 @@
+"""Every attention of every FP16 and BF16 export fuses: TensorRT-RTX refuses to build otherwise (see test_export)."""
+
+import itertools
+
+import pytest
+import timm
+import torch
+
+from export.batch import BatchProfile
+from export.deploy import deployable
+from export.options import DTYPES, Precision
+from export.to_onnx import trace
+from export.to_tensorrt import compile_engine
+from pipeline.energy import TokenScore
+from pipeline.shaping import SHAPINGS
+from pipeline.slim import SlimViT
+
+MODELS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+PROFILES = ("1:8:32", "8")  # dynamic and static batch
+
+
+def build(slim: SlimViT, precision: Precision) -> int:
+    """How many fused attentions the built graph has."""
+    size = slim.architecture.dense.img_size
+    model = trace(deployable(slim, DTYPES[precision]), torch.zeros(2, 3, *size))
+    for profile in PROFILES:
+        assert compile_engine("tensorrt-rtx", model.SerializeToString(), BatchProfile.parse(profile))[0]
+    return sum(node.op_type == "Attention" for node in model.graph.node)
+
+
+def dropping(slim: SlimViT, stages: int) -> int:
+    """Drop tokens as `--token-stages` does and thin a head; how many blocks score."""
+    depth = len(slim.blocks)
+    chosen = SHAPINGS["tensorrt"].model_copy(update={"token_stages": stages}).stages(depth)
+    for index in chosen:
+        slim.set_keep(index, max(1, slim.blocks[index].tokens_in * 7 // 8))
+    return sum(block.scores_tokens for block in slim.blocks)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("stages", range(6))
+def test_digits(digits_slim: SlimViT, precision: Precision, stages: int) -> None:
+    slim = SlimViT(digits_slim.architecture.model_copy(update={"token_score": "cls"})).eval()
+    assert dropping(slim, stages) == (stages or 6)
+    assert build(slim, precision) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "stages", "precision"),
+    [
+        *itertools.product(MODELS, (3,), ("fp16", "bf16")),
+        *itertools.product(("small",), (0, 1, 2, 4, 6), ("fp16",)),
+    ],
+)
+def test_deit(model: str, stages: int, precision: Precision) -> None:
+    width, heads = MODELS[model]
+    vit = timm.create_model("deit_small_patch16_224", embed_dim=width, num_heads=heads).eval()
+    slim = SlimViT.from_timm(vit, token_score="cls")
+    assert dropping(slim, stages) == (stages or 12)
+    assert build(slim, precision) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["full", "cls"])
+def test_the_full_score_builds_too(score: TokenScore) -> None:
+    """Blocks that score in full have no `Attention`; the others keep theirs."""
+    slim = SlimViT.from_timm(timm.create_model("deit_tiny_patch16_224", depth=6).eval(), token_score=score)
+    scoring = dropping(slim, 3)
+    assert build(slim, "fp16") == 6 - (scoring if score == "full" else 0)

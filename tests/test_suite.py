@@ -1,0 +1,85 @@
+"""The speed suite: all rivals at matched MACs, checked, timed and written down; what cannot run is said."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+import benchmarks.suite
+from benchmarks.candidates import CANDIDATES, candidates, uniform_width
+from benchmarks.memory import peak_memory
+from benchmarks.suite import engines_here, run_suite
+from export.options import ExportOptions
+from export.to_onnx import to_onnx
+from pipeline.errors import InputError
+from pipeline.slim import SlimViT
+
+
+@pytest.mark.parametrize("model", ["deit_tiny", "deit_small", "deit_base"])
+def test_rivals_have_matched_macs(model: str) -> None:
+    rivals = {rival.name: rival.macs for rival in candidates(model)}
+    assert tuple(rivals) == CANDIDATES
+    paper = {"deit_tiny": 0.7e9, "deit_small": 2.1e9, "deit_base": 7.5e9}[model]  # VTC-LFC, Table 1
+    assert abs(rivals["lowpass"] - paper) < 0.05e9
+    for name in set(rivals) - {"dense", "lowpass"}:
+        assert 0.9 < rivals[name] / rivals["lowpass"] < 1.05, name
+
+
+def test_uniform_width_is_refused_where_there_is_none() -> None:
+    architecture = SlimViT.from_timm(timm.create_model("deit_tiny_patch16_224", depth=1)).architecture
+    with pytest.raises(InputError, match="uniform width"):
+        uniform_width(architecture, 1)
+
+
+@pytest.mark.slow
+def test_a_suite_is_written(tmp_path: Path) -> None:
+    engines = [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "bf16"), ("tensorrt-rtx", "fp16")]
+    done = run_suite("gpu", tmp_path, ["deit_tiny"], (1, 2), engines, ("dense", "lowpass", "tome"), 0.05)
+    assert json.loads((tmp_path / "suite.json").read_text()) == done.model_dump(mode="json") | {
+        "seconds": json.loads((tmp_path / "suite.json").read_text())["seconds"]
+    }
+    for engine in done.models["deit_tiny"].engines:
+        if engine.runtime == "tensorrt-rtx" and engine.not_measured:
+            assert not engine.batches  # no GPU, and no figure in its place
+            continue
+        assert engine.not_measured is None, engine.not_measured
+        assert set(engine.batches) == {1, 2}
+        for figures in engine.batches.values():
+            assert set(figures) == {"dense", "lowpass", "tome"}
+            assert figures["dense"].efficiency == pytest.approx(1)
+        assert engine.file_bytes["lowpass"] < engine.file_bytes["dense"]
+        assert all(mib is not None and mib > 5 for mib in engine.peak_memory_mib.values())
+    table = (tmp_path / "suite.md").read_text()
+    assert "onnxruntime int8" in table and "| lowpass |" in table
+    assert Image.open(tmp_path / "deit_tiny.png").size[0] > 500
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_model_that_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        benchmarks.suite, "logits_of", lambda session, images: np.zeros((len(images), 1000), np.float32)
+    )
+    done = run_suite("paper", tmp_path, ["deit_tiny"], (1,), [("pytorch", "fp32")], ("dense",), 0.05)
+    (engine,) = done.models["deit_tiny"].engines
+    assert not engine.batches and engine.not_measured is not None and "logits differ" in engine.not_measured
+
+
+def test_nothing_is_begun_out_of_time(tmp_path: Path) -> None:
+    done = run_suite("gpu", tmp_path, ["deit_tiny"], (1,), [("pytorch", "fp32")], ("dense",), 0.05, limit_s=0)
+    assert done.models["deit_tiny"].engines[0].not_measured == "out of time"
+
+
+def test_missing_runtimes_are_named() -> None:
+    for (runtime, _), reason in engines_here("gpu", None):
+        assert reason is None or runtime in reason or "NVIDIA GPU" in reason or "provider" in reason, (runtime, reason)
+
+
+def test_memory_is_what_the_model_adds(digits_slim: SlimViT, tmp_path: Path) -> None:
+    """Twice the batch needs more, and a file that does not load has no figure."""
+    content = to_onnx(SlimViT(digits_slim.architecture).eval(), ExportOptions()).SerializeToString()
+    few, many = (peak_memory(content, "onnxruntime", "fp32", batch, (3, 32, 32)) for batch in (1, 256))
+    assert few is not None and many is not None and 0 < few < many
+    assert peak_memory(b"no model", "onnxruntime", "fp32", 1, (3, 32, 32)) is None

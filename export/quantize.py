@@ -93,8 +93,10 @@ def without_attention_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _written_out(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    query, key, value = node.input
-    (scale,) = (attribute.f for attribute in node.attribute if attribute.name == "scale")
+    query, key, value, *mask = node.input
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
+    given = {attribute.name: attribute.f for attribute in node.attribute}
+    scale = given.get("scale") or shapes[query][-1].dim_value ** -0.5  # ONNX's default
     name = node.name
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(scale, np.float32), f"{name}.scale"))
 
@@ -104,7 +106,11 @@ def _written_out(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.
     yield make("Transpose", [key], f"{name}.key", perm=[0, 1, 3, 2])
     yield make("MatMul", [query, f"{name}.key"], f"{name}.products")
     yield make("Mul", [f"{name}.products", f"{name}.scale"], f"{name}.scaled")
-    yield make("Softmax", [f"{name}.scaled"], f"{name}.weights", axis=-1)
+    logits = f"{name}.scaled"
+    if mask:
+        yield make("Add", [logits, mask[0]], f"{name}.masked")
+        logits = f"{name}.masked"
+    yield make("Softmax", [logits], f"{name}.weights", axis=-1)
     yield make("MatMul", [f"{name}.weights", value], node.output[0])
 
 

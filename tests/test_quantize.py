@@ -6,19 +6,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 import export.quantize
+from benchmarks.peers.tome import tome
 from export.batch import BatchProfile
 from export.options import ExportOptions
 from export.quantize import Quantization, linear_layers, quantize, without_attention_nodes
 from export.runtimes import open_session
 from export.sessions import OnnxRuntime, logits_of
-from export.to_onnx import onnx_path, read_metadata, serialise, to_onnx
+from export.to_onnx import onnx_path, read_metadata, serialise, to_onnx, trace
 from export.to_tensorrt import build
 from export.verify import export as export_verified
 from pipeline.data import Batches
 from pipeline.run import quantization_batches, verification_batches
 from pipeline.slim import SlimViT
+from tests.conftest import MakeViT
 
 INT8 = ExportOptions(precision="int8", profile=BatchProfile.parse("1:2:4"))
 
@@ -121,3 +124,16 @@ def test_the_dearest_layer_goes_first(
 def test_without_images_it_is_refused(tuned_run: Path) -> None:
     with pytest.raises(ValueError, match="calibrate"):
         serialise(tuned_run, INT8)
+
+
+def test_attention_written_out_is_the_same(make_vit: MakeViT) -> None:
+    """ToMe's attention too, which has a mask and leaves the scale to ONNX's default."""
+    vit = make_vit(num_heads=2, embed_dim=32)
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 16, 16), np.float32)
+    for module in (vit, tome(vit, 3), SlimViT.from_timm(vit)):
+        model = trace(module, torch.zeros(2, 3, 16, 16))
+        plain = without_attention_nodes(model)
+        assert any(node.op_type == "Attention" for node in model.graph.node)
+        assert not any(node.op_type == "Attention" for node in plain.graph.node)
+        both = [logits_of(OnnxRuntime(graph.SerializeToString()), pixels) for graph in (model, plain)]
+        np.testing.assert_allclose(*both, atol=1e-5)

@@ -90,5 +90,4 @@ def _slim(name: str, slim: SlimViT) -> Candidate:
 
 
 def _at(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-
     return AtPrecision(copy.deepcopy(module), dtype)

@@ -11,17 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import torch
 import typer
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.candidates import CANDIDATES
 from benchmarks.machine import Machine, describe
 from benchmarks.suite import Engine, run_suite
-from benchmarks.timing import Latency, Rounds, interleaved, latency, speedup
+from benchmarks.timing import Latency, Rounds, check_logits, interleaved, latency, speedup
 from export.options import ExportOptions, Precision
-from export.quantize import Quantization
+from export.quantize import quantization_of
 from export.runtimes import (
     RUNTIMES,
     SUPPORTED,
@@ -31,7 +29,7 @@ from export.runtimes import (
     missing,
     open_session,
 )
-from export.sessions import Images, Session, logits_of
+from export.sessions import Images
 from export.to_onnx import current_onnx, weights_path
 from export.to_tensorrt import FLAVOURS, build, current_plan
 from export.verify import export
@@ -39,7 +37,7 @@ from pipeline.data import made_batches
 from pipeline.errors import InputError, RunError
 from pipeline.files import write_json, write_text
 from pipeline.progress import console, track
-from pipeline.run import quantization_batches, verification_batches
+from pipeline.run import verification_batches
 from pipeline.slim import SlimViT
 
 BENCHMARK_FILE = "benchmark.json"
@@ -200,11 +198,15 @@ def _one_runtime(
     for name in MODELS:
         _prepare(directory, runtime, precision, name == "dense")
     sessions = {name: open_session(runtime, directory, precision, name == "dense") for name in MODELS}
+    models = {name: SlimViT.load(directory, weights_path(directory, name == "dense").name) for name in MODELS}
     compared = {}
     for batch in track(batches, f"timing {runtime} {precision}"):
         images = _images(directory, batch)
         for name, session in sessions.items():
-            _check(directory, name, session, images)
+            try:
+                check_logits(session, models[name], images, TOLERANCE)
+            except RunError as error:
+                raise RunError(f"the {name} model: {error}") from None
         compared[batch] = compare(interleaved(sessions, seconds), batch, saved)
     return compared
 
@@ -217,7 +219,7 @@ def _prepare(directory: Path, runtime: RuntimeName, precision: Precision, dense:
         current_onnx(directory, precision, dense)
     except InputError:
         batches, made = verification_batches(directory, None)
-        calibration = Quantization(*quantization_batches(directory, None)) if precision == "int8" else None
+        calibration = quantization_of(directory, precision)
         export(directory, ExportOptions(precision=precision), batches, made, dense, calibration)
     if runtime in FLAVOURS:
         try:
@@ -230,20 +232,6 @@ def _images(directory: Path, batch: int) -> Images:
     """Noise: shapes are static, so that a latency does not hang on what is seen."""
     (images, _), *_ = made_batches(SlimViT.load(directory).architecture, batch, batch, seed=1)
     return images.numpy()
-
-
-def _check(directory: Path, name: str, session: Session, images: Images) -> None:
-    """Refuse to time a session whose logits are not this model's.
-
-    Raises:
-        RunError: they differ from FP32 PyTorch by more than `TOLERANCE`.
-    """
-    model = SlimViT.load(directory, weights_path(directory, name == "dense").name)
-    with torch.inference_mode():
-        expected = model(torch.from_numpy(images)).numpy()
-    difference = float(np.abs(logits_of(session, images) - expected).max() / np.abs(expected).max())
-    if not difference <= TOLERANCE:
-        raise RunError(f"the {name} model's logits differ from PyTorch's by {100 * difference:.1f}% of the largest")
 
 
 def compare(timed: Mapping[str, Rounds], batch: int, saved: float) -> Comparison:

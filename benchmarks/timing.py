@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
-from export.sessions import Session
+from export.sessions import Images, Session, logits_of
+from pipeline.errors import RunError
 
 ROUNDS = 20
 WARM_UP_S = 0.3  # of each session, and two runs at least
@@ -24,6 +27,19 @@ class Latency(BaseModel):
     p99_ms: float
     images_per_s: float
     runs: int
+
+
+def check_logits(session: Session, model: nn.Module, images: Images, tolerance: float) -> None:
+    """Refuse to time a session whose logits are not those of `model`, in FP32 PyTorch, on images [B, C, H, W].
+
+    Raises:
+        RunError: they differ by more than `tolerance` of the largest.
+    """
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images)).numpy()
+    difference = float(np.abs(logits_of(session, images) - expected).max() / np.abs(expected).max())
+    if not difference <= tolerance:
+        raise RunError(f"its logits differ from PyTorch's by {100 * difference:.1f}% of the largest")
 
 
 def interleaved(sessions: Mapping[str, Session], seconds: float, rounds: int = ROUNDS) -> dict[str, Rounds]:

@@ -18,8 +18,10 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
+from export.options import Precision
 from export.sessions import Images, OnnxRuntime, as_input, logits_of
 from pipeline.progress import console, quiet, track
+from pipeline.run import quantization_batches
 
 # Least share of the judging images (percent) whose top-1 must stay; above what an export is held to, on other images.
 JUDGED_TOP1 = 99.5
@@ -34,6 +36,11 @@ class Quantization:
 
     calibration: Sequence[Images]
     judging: Sequence[Images] = ()
+
+
+def quantization_of(directory: Path, precision: Precision, data: str | None = None) -> Quantization | None:
+    """A run's training images for INT8; the other precisions need none."""
+    return Quantization(*quantization_batches(directory, data)) if precision == "int8" else None
 
 
 def quantize(model: onnx.ModelProto, images: Quantization) -> tuple[onnx.ModelProto, list[str]]:

@@ -16,7 +16,6 @@ from pipeline.progress import console
 
 if TYPE_CHECKING:
     from benchmarks.latency import Benchmark
-    from export.quantize import Quantization
     from pipeline.run import Metrics
 
 app = typer.Typer(
@@ -224,13 +223,14 @@ def export(
     """Write DIR/model.<precision>.onnx, once it agrees with PyTorch on real images."""
     from export.batch import BatchProfile
     from export.options import ExportOptions
+    from export.quantize import quantization_of
     from export.to_onnx import onnx_path
     from export.verify import export as export_verified
     from pipeline.run import verification_batches
 
     options = ExportOptions(precision=precision, profile=BatchProfile.parse(batch), selection=selection, input=input)
     batches, made = verification_batches(directory, data)
-    done = export_verified(directory, options, batches, made, dense, _quantization(directory, data, precision))
+    done = export_verified(directory, options, batches, made, dense, quantization_of(directory, precision, data))
     _say(
         {"run": str(directory), "onnx": str(onnx_path(directory, precision, dense))} | done.model_dump(mode="json"),
         f"{onnx_path(directory, precision, dense)}: on {done.images} {'made' if made else 'real'} images the largest "
@@ -321,17 +321,10 @@ def _compress(recipe: Any, out: Path, resume: bool, ship: bool, epochs: int | No
     _answer(out, metrics, measured, as_json)
 
 
-def _quantization(directory: Path, data: str | None, precision: str) -> "Quantization | None":
-    """Training images for INT8; the other precisions need none."""
-    from export.quantize import Quantization
-    from pipeline.run import quantization_batches
-
-    return Quantization(*quantization_batches(directory, data)) if precision == "int8" else None
-
-
 def _export_and_build(out: Path) -> None:
     """Both models in every precision, verified, and the engine where TensorRT is installed."""
     from export.options import PRECISIONS, ExportOptions
+    from export.quantize import quantization_of
     from export.to_tensorrt import build as build_engine
     from export.to_tensorrt import installed_flavours
     from export.verify import export as export_verified
@@ -339,7 +332,7 @@ def _export_and_build(out: Path) -> None:
 
     batches, made = verification_batches(out, None)
     for precision in PRECISIONS:
-        calibration = _quantization(out, None, precision)
+        calibration = quantization_of(out, precision)
         for dense in (True, False):
             done = export_verified(out, ExportOptions(precision=precision), batches, made, dense, calibration)
             console.print(

@@ -51,20 +51,19 @@ def images(slim_run: Path) -> Batches:
 def test_agrees_with_pytorch_on_real_images(
     tuned_run: Path, images: Batches, precision: Precision, dense: bool
 ) -> None:
-    slim_run = tuned_run
-    done = export_verified(slim_run, options(precision), images, dense=dense)
+    done = export_verified(tuned_run, options(precision), images, dense=dense)
     assert done.runtime == ("openvino" if precision == "bf16" else "onnxruntime")
     assert done.images == 1000 and not done.made_images
     assert done.same_top1 == 100 if precision == "fp32" else done.same_top1 >= 99.5
     # In FP16 two tokens may tie, and the other of them stays: single logits can then move by much.
     assert done.largest_difference <= (1e-4 if precision == "fp32" else np.inf)
-    noted = json.loads((slim_run / VERIFICATION_FILE).read_text())
-    assert noted[onnx_path(slim_run, precision, dense).name]["same_top1"] == done.same_top1
+    noted = json.loads((tuned_run / VERIFICATION_FILE).read_text())
+    assert noted[onnx_path(tuned_run, precision, dense).name]["same_top1"] == done.same_top1
     if precision == "bf16":
         return  # which ONNX Runtime lacks on a CPU
     # Once more without our own session or comparison.
-    model = SlimViT.load(slim_run, "dense.safetensors" if dense else "slim.safetensors")
-    session = onnxruntime.InferenceSession(onnx_path(slim_run, precision, dense), providers=["CPUExecutionProvider"])
+    model = SlimViT.load(tuned_run, "dense.safetensors" if dense else "slim.safetensors")
+    session = onnxruntime.InferenceSession(onnx_path(tuned_run, precision, dense), providers=["CPUExecutionProvider"])
     for batch in (images[0][0][:1], images[0][0][:7]):  # any batch size
         (logits,) = session.run(["logits"], {"images": batch.numpy()})
         with torch.inference_mode():

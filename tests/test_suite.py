@@ -9,7 +9,7 @@ import pytest
 import timm
 from PIL import Image
 
-import benchmarks.suite
+import benchmarks.timing
 from benchmarks.candidates import CANDIDATES, candidates, uniform_width
 from benchmarks.memory import peak_memory
 from benchmarks.suite import Engine, engines_here, run_suite
@@ -59,7 +59,7 @@ def test_a_suite_is_written(tmp_path: Path) -> None:
 
 def test_a_model_that_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        benchmarks.suite, "logits_of", lambda session, images: np.zeros((len(images), 1000), np.float32)
+        benchmarks.timing, "logits_of", lambda session, images: np.zeros((len(images), 1000), np.float32)
     )
     done = run_suite("paper", tmp_path, ["deit_tiny"], (1,), [("pytorch", "fp32")], ("dense",), 0.05)
     (engine,) = done.models["deit_tiny"].engines

@@ -1,22 +1,25 @@
-"""Top-1 of the slim digits model over several seeds.
+"""Top-1 of the slim digits model against MACs, with and without recovery, before and after fine-tuning, over seeds.
 
-    python -m benchmarks.accuracy --shapings lowpass,as-published --seeds 5 --out benchmarks/results/digits_accuracy
+    python -m benchmarks.accuracy --targets 0.5 --seeds 5 --out benchmarks/results/digits_accuracy
 
 Every seed is a search and a fine-tuning of its own, with other calibration images and another order of training; the
-dense model is the one that ships. About 4 minutes a seed on two cores. Runs that are already there are not repeated.
+dense model is the one that ships. About 5 minutes a run on two cores. Runs that are already there are not repeated.
 """
 
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated
 
 import typer
 from pydantic import BaseModel, ConfigDict
+from scipy.stats import t
 
 from benchmarks.machine import Machine, describe
+from benchmarks.plots import plot_accuracy
 from pipeline.architecture import Architecture
 from pipeline.files import write_json, write_text
 from pipeline.progress import console
@@ -25,10 +28,12 @@ from pipeline.run import Metrics, compress, finetune_run
 from pipeline.shaping import AS_PUBLISHED, SHAPINGS
 from pipeline.slim import SlimViT
 
+# Shapes, and whether what reads removed channels is refitted.
 COMPARED = {
-    "lowpass": SHAPINGS["tensorrt"],
-    "full-score": SHAPINGS["tensorrt"].model_copy(update={"token_score": "full"}),
-    "as-published": AS_PUBLISHED,
+    "lowpass": (SHAPINGS["tensorrt"], True),
+    "no-recovery": (SHAPINGS["tensorrt"], False),
+    "full-score": (SHAPINGS["tensorrt"].model_copy(update={"token_score": "full"}), True),
+    "as-published": (AS_PUBLISHED, True),
 }
 
 
@@ -37,64 +42,72 @@ class _Frozen(BaseModel):
 
 
 class SeedResult(_Frozen):
-    """One seed of one shaping; top-1 in percent, MACs as a share of the dense model's."""
+    """One seed of one variant at one target; top-1 in percent, MACs as a share of the dense model's. `finetuned_top1`
+    is None where it was not asked for."""
 
-    shaping: str
+    variant: str
+    target: float
     seed: int
     macs: float
     dense_top1: float
     pruned_top1: float
-    finetuned_top1: float
+    finetuned_top1: float | None
     blocks: int
     blocks_dropping_tokens: int
     blocks_losing_channels: int
 
 
 class Spread(_Frozen):
-    """Mean and sample standard deviation over the seeds."""
+    """Over the seeds: mean, sample standard deviation and half of the 95% interval of the mean (Student's t)."""
 
     mean: float
     deviation: float
+    half_interval: float
 
 
 class Summary(_Frozen):
-    """All seeds of one shaping."""
+    """All seeds of one variant at one target."""
 
+    variant: str
+    target: float
+    seeds: int
     pruned_top1: Spread
-    finetuned_top1: Spread
+    finetuned_top1: Spread | None
 
 
 class Accuracy(_Frozen):
-    """All seeds of all shapings."""
+    """Everything there is."""
 
     command: str
     seconds: float
     machine: Machine
     seeds: tuple[SeedResult, ...]
-    shapings: dict[str, Summary]
+    summaries: tuple[Summary, ...]
 
 
-def one_seed(directory: Path, shaping: str, target_macs: float, seed: int) -> SeedResult:
+def one_seed(directory: Path, variant: str, target_macs: float, seed: int, finetune: bool) -> SeedResult:
     """Search and fine-tune in `directory`, or take up what is there."""
+    shaping, recovery = COMPARED[variant]
     recipe = make_recipe(
-        model="digits_deit", data="digits", target_macs=target_macs, shaping=COMPARED[shaping], seed=seed
+        model="digits_deit", data="digits", target_macs=target_macs, shaping=shaping, recovery=recovery, seed=seed
     )
     metrics = compress(recipe, directory, resume=True)
-    if not metrics.finetuned_epochs:
+    if finetune and not metrics.finetuned_epochs:
         metrics = finetune_run(directory, None, {}, None)
-    return _result(shaping, seed, metrics, SlimViT.load(directory).architecture)
+    return _result(variant, target_macs, seed, metrics, SlimViT.load(directory).architecture)
 
 
-def _result(shaping: str, seed: int, metrics: Metrics, architecture: Architecture) -> SeedResult:
+def _result(variant: str, target: float, seed: int, metrics: Metrics, architecture: Architecture) -> SeedResult:
     blocks, whole = architecture.blocks, architecture.dense.blocks()[0]
     assert metrics.dense.top1 is not None and metrics.slim.top1 is not None and metrics.pruned_top1 is not None
     return SeedResult(
-        shaping=shaping,
+        variant=variant,
+        target=target,
         seed=seed,
         macs=metrics.slim.macs / metrics.dense.macs,
         dense_top1=metrics.dense.top1,
         pruned_top1=metrics.pruned_top1,
-        finetuned_top1=metrics.slim.top1,
+        finetuned_top1=metrics.slim.top1 if metrics.finetuned_epochs else None,
         blocks=len(blocks),
         blocks_dropping_tokens=sum(b.keep < architecture.tokens_in(i) for i, b in enumerate(blocks)),
         blocks_losing_channels=sum(b.model_copy(update={"keep": whole.keep}) != whole for b in blocks),
@@ -102,66 +115,97 @@ def _result(shaping: str, seed: int, metrics: Metrics, architecture: Architectur
 
 
 def as_markdown(done: Accuracy) -> str:
-    """The table, with what it was measured by."""
+    """The tables, with what they were measured by."""
     lines = [
-        "# digits: top-1 after search and fine-tuning",
+        "# digits: top-1 after search and after fine-tuning",
         "",
         f"`{done.command}`, {done.seconds / 60:.1f} minutes on {done.machine.cpu}, {done.machine.cores} cores; "
         + ", ".join(f"{name} {version}" for name, version in done.machine.packages.items()),
         "",
-        "| shaping | seed | MACs | dense | pruned | fine-tuned | blocks that drop tokens | blocks that lost channels |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "Mean ± sample standard deviation over the seeds (± half of the 95% interval of the mean).",
+        "",
+        "| variant | MACs asked for | seeds | pruned, no training | fine-tuned |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for summary in done.summaries:
+        lines.append(
+            f"| {summary.variant} | {summary.target:g} | {summary.seeds} | {_text(summary.pruned_top1)} "
+            f"| {'-' if summary.finetuned_top1 is None else _text(summary.finetuned_top1)} |"
+        )
+    lines += [
+        "",
+        "| variant | MACs asked for | seed | MACs | dense | pruned | fine-tuned | drop tokens | lost channels |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for one in done.seeds:
+        finetuned = "-" if one.finetuned_top1 is None else f"{one.finetuned_top1:.2f}"
         lines.append(
-            f"| {one.shaping} | {one.seed} | {one.macs:.3f} | {one.dense_top1:.2f} | {one.pruned_top1:.2f} "
-            f"| {one.finetuned_top1:.2f} | {one.blocks_dropping_tokens} of {one.blocks} "
+            f"| {one.variant} | {one.target:g} | {one.seed} | {one.macs:.4f} | {one.dense_top1:.2f} "
+            f"| {one.pruned_top1:.2f} | {finetuned} | {one.blocks_dropping_tokens} of {one.blocks} "
             f"| {one.blocks_losing_channels} of {one.blocks} |"
-        )
-    for name, summary in done.shapings.items():
-        pruned, finetuned = summary.pruned_top1, summary.finetuned_top1
-        lines.append(
-            f"| **{name}** | mean ± deviation | | | {pruned.mean:.2f} ± {pruned.deviation:.2f} "
-            f"| {finetuned.mean:.2f} ± {finetuned.deviation:.2f} | | |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float]) -> Spread:
-    return Spread(mean=mean(values), deviation=stdev(values))
+def _text(spread: Spread) -> str:
+    return f"{spread.mean:.2f} ± {spread.deviation:.2f} (± {spread.half_interval:.2f})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of two values or more."""
+    deviation = stdev(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
+    return Spread(mean=mean(values), deviation=deviation, half_interval=half)
+
+
+def summarise(seeds: Sequence[SeedResult]) -> tuple[Summary, ...]:
+    """One summary a variant and target, in the order they came."""
+    groups: dict[tuple[str, float], list[SeedResult]] = {}
+    for one in seeds:
+        groups.setdefault((one.variant, one.target), []).append(one)
+    summaries = []
+    for (variant, target), group in groups.items():
+        finetuned = [one.finetuned_top1 for one in group if one.finetuned_top1 is not None]
+        summaries.append(
+            Summary(
+                variant=variant,
+                target=target,
+                seeds=len(group),
+                pruned_top1=spread([one.pruned_top1 for one in group]),
+                finetuned_top1=spread(finetuned) if len(finetuned) == len(group) else None,
+            )
+        )
+    return tuple(summaries)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
-    target_macs: Annotated[float, typer.Option(help="Share of the dense MACs that stays.")] = 0.5,
-    shapings: Annotated[str, typer.Option(help=f"Of {', '.join(COMPARED)}; separated by commas.")] = "lowpass",
+    out: Annotated[Path, typer.Option(help="Where OUT.json, OUT.md and OUT.png go.")],
+    targets: Annotated[str, typer.Option(help="Shares of the dense MACs that stay, separated by commas.")] = "0.5",
+    variants: Annotated[str, typer.Option(help=f"Of {', '.join(COMPARED)}; separated by commas.")] = "lowpass",
     seeds: Annotated[int, typer.Option(min=2, help="How many.")] = 5,
+    finetune: Annotated[bool, typer.Option(help="Fine-tune each, too.")] = True,
     runs: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/accuracy"),
 ) -> None:
     began = time.monotonic()
-    results: dict[str, list[SeedResult]] = {name: [] for name in shapings.split(",")}
-    if unknown := results.keys() - COMPARED.keys():
-        raise typer.BadParameter(f"there is no shaping {', '.join(unknown)}; choose from {', '.join(COMPARED)}")
-    for seed in range(seeds):
-        for name, of_shaping in results.items():
-            of_shaping.append(one_seed(runs / f"macs{target_macs:g}-{name}-seed{seed}", name, target_macs, seed))
-            console.print(str(of_shaping[-1]), soft_wrap=True)
-
+    names, shares = variants.split(","), [float(share) for share in targets.split(",")]
+    if unknown := set(names) - COMPARED.keys():
+        raise typer.BadParameter(f"there is no variant {', '.join(unknown)}; choose from {', '.join(COMPARED)}")
+    results = []
+    for share in shares:
+        for name in names:
+            for seed in range(seeds):
+                results.append(one_seed(runs / f"macs{share:g}-{name}-seed{seed}", name, share, seed, finetune))
+                console.print(str(results[-1]), soft_wrap=True)
     done = Accuracy(
         command=shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),
         seconds=time.monotonic() - began,
         machine=describe(),
-        seeds=tuple(one for of_shaping in results.values() for one in of_shaping),
-        shapings={
-            name: Summary(
-                pruned_top1=_spread([one.pruned_top1 for one in of_shaping]),
-                finetuned_top1=_spread([one.finetuned_top1 for one in of_shaping]),
-            )
-            for name, of_shaping in results.items()
-        },
+        seeds=tuple(results),
+        summaries=summarise(results),
     )
     write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
     write_text(out.with_suffix(".md"), as_markdown(done))
+    plot_accuracy(done, out.with_suffix(".png"))
     print(as_markdown(done))
 
 

@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 from pipeline.files import write_bytes
 
 if TYPE_CHECKING:
+    from benchmarks.accuracy import Accuracy
     from benchmarks.suite import ModelResult
 
 matplotlib.use("Agg")
 COLOURS = {
     "lowpass": "#0b6e4f",
     "as-published": "#c0392b",
+    "no-recovery": "#8e44ad",
     "uniform-width": "#7f8c8d",
     "evit": "#2e86c1",
     "tome": "#d68910",
@@ -57,6 +59,36 @@ def plot_efficiency(result: "ModelResult", model: str, path: Path) -> None:
         panel.set_title(f"{model}, {engine.runtime} {engine.precision}", fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(ncols=len(names), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.32), frameon=False)
+    _write(figure, path)
+
+
+def plot_accuracy(done: "Accuracy", path: Path) -> None:
+    """Top-1 against MACs, one panel before and one after fine-tuning, one line a variant, with the 95% interval."""
+    stages = [("pruned_top1", "no training"), ("finetuned_top1", "fine-tuned")]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, (field, title) in zip(panels, stages, strict=True):
+        for variant in dict.fromkeys(summary.variant for summary in done.summaries):
+            points = sorted(
+                (summary.target, spread.mean, spread.half_interval)
+                for summary in done.summaries
+                if summary.variant == variant and (spread := getattr(summary, field)) is not None
+            )
+            if points:
+                shares, means, halves = zip(*points, strict=True)
+                style = {"capsize": 3, "marker": "o", "markersize": 4, "color": COLOURS.get(variant, "black")}
+                panel.errorbar(shares, means, halves, label=variant, **style)
+        panel.axhline(done.seeds[0].dense_top1, color="black", linewidth=0.8, linestyle="--", label="dense")
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.set_xlabel("share of the dense MACs")
+        panel.invert_xaxis()
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("top-1, percent")
+    panels[0].legend(fontsize=8, frameon=False, loc="lower left")
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
     write_bytes(path, content.getvalue())

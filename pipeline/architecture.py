@@ -53,6 +53,23 @@ class DenseViT(_Frozen):
         """CLS, distillation and register tokens."""
         return 1 + self.distilled + self.reg_tokens
 
+    def end_macs(self) -> int:
+        """MACs of the patch embedding and the classifiers."""
+        patch = self.patch_size[0] * self.patch_size[1] * self.in_chans
+        return self.num_tokens * patch * self.embed_dim + self.embed_dim * self.num_classes * (1 + self.distilled)
+
+    def attention_macs(self, tokens: int, shape: BlockShape) -> int:
+        """MACs of query, key, value, their products and the projection over `tokens`, prefix tokens included."""
+        return tokens * (2 * self.embed_dim + tokens) * shape.heads * (shape.qk_dim + shape.v_dim)
+
+    def mlp_macs(self, tokens: int, hidden: int) -> int:
+        """MACs of both MLP layers over `tokens`, prefix tokens included."""
+        return tokens * self.embed_dim * 2 * hidden
+
+    def selection_macs(self, image_tokens: int) -> int:
+        """MACs of LFE's low-pass as a matrix."""
+        return image_tokens * image_tokens * self.embed_dim
+
     def blocks(self) -> tuple[BlockShape, ...]:
         """The table of the dense model itself."""
         head_dim = self.embed_dim // self.num_heads
@@ -93,19 +110,14 @@ class Architecture(_Frozen):
 
     def macs(self) -> int:
         """Multiply-accumulates of one image: every matrix product and the patch convolution, the token filter too."""
-        dense, width = self.dense, self.dense.embed_dim
-        patch = dense.patch_size[0] * dense.patch_size[1] * dense.in_chans
-        total = dense.num_tokens * patch * width + width * dense.num_classes * (1 + dense.distilled)
+        dense, sum_ = self.dense, self.dense.end_macs()
         for index, block in enumerate(self.blocks):
             image_tokens = self.tokens_in(index)
-            tokens, left = image_tokens + dense.num_prefix_tokens, block.keep + dense.num_prefix_tokens
-            rows = block.heads * (block.qk_dim + block.v_dim)
-            total += tokens * width * 2 * rows  # query, key, value, projection
-            total += tokens * tokens * rows  # logits and weighted values
-            total += left * width * 2 * block.hidden
+            sum_ += dense.attention_macs(image_tokens + dense.num_prefix_tokens, block)
+            sum_ += dense.mlp_macs(block.keep + dense.num_prefix_tokens, block.hidden)
             if block.keep < image_tokens:
-                total += image_tokens * image_tokens * width  # LFE's low-pass as a matrix
-        return total
+                sum_ += dense.selection_macs(image_tokens)
+        return sum_
 
     def with_keep(self, block: int, keep: int) -> "Architecture":
         """With `block` passing on `keep` image tokens, and later blocks at most as many."""

@@ -36,7 +36,8 @@ class FinetuneSettings(BaseModel):
 
 
 class Recipe(BaseModel):
-    """One compression. Exactly one of `target_macs`, `allowable_drop` and `architecture` says how far to go."""
+    """One compression. Exactly one of `target_macs`, `target_latency`, `allowable_drop` and `architecture` says how far
+    to go."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,6 +47,10 @@ class Recipe(BaseModel):
     data: str | None = None
     target_macs: Fraction | None = None
     allowable_drop: Annotated[float, Field(gt=0, le=100)] | None = None
+    target_latency: Annotated[float, Field(gt=0, description="milliseconds of one batch")] | None = None
+    runtime: str | None = None
+    latency_batch: Count = 1
+    latency_precision: str | None = None
     architecture: Path | None = None
     image_cutoff: Annotated[float, Field(gt=0)] = 0.1
     token_cutoff: Fraction = 0.85
@@ -56,13 +61,19 @@ class Recipe(BaseModel):
     score_images: Count = 2000
     measure_images: Count = 5000
     batch_size: Count = 64
+    recovery: bool = True
+    mixed_precision: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
-        goals = [goal is not None for goal in (self.target_macs, self.allowable_drop, self.architecture)]
+        goals = [
+            goal is not None for goal in (self.target_macs, self.target_latency, self.allowable_drop, self.architecture)
+        ]
         if sum(goals) != 1:
-            raise ValueError("give exactly one of --target-macs, --allowable-drop and --architecture")
+            raise ValueError("give exactly one of --target-macs, --target-latency, --allowable-drop and --architecture")
+        if (self.target_latency is None) != (self.runtime is None):
+            raise ValueError("--target-latency MS and --runtime NAME go together: milliseconds on which runtime?")
         if self.data is None and not self.random_weights:
             raise ValueError("give --data: 'digits', an image folder, or a timm reader like hfds/NAME")
         if self.random_weights and self.architecture is None:

@@ -5,6 +5,8 @@ search.jsonl         one line a decision               slim.safetensors    the s
 dense.safetensors    the model it came from            metrics.json        top-1, MACs, parameters, bytes
 """
 
+import copy
+import hashlib
 import json
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
@@ -19,9 +21,11 @@ from torch.utils.data import Subset
 
 from pipeline import __version__
 from pipeline.architecture import Architecture, BlockShape, check_blocks, first_problem, read_blocks
-from pipeline.cascade import ChannelDecision, Decision, check_target, search
+from pipeline.cascade import Log, check_target, search_to_drop
 from pipeline.channels import choose_for_shape
+from pipeline.costs import Macs
 from pipeline.data import Batches, Data, load_data, made_batches
+from pipeline.decisions import ChannelDecision, Curve, Decision, Plan
 from pipeline.dense import load_dense
 from pipeline.errors import InputError
 from pipeline.evaluate import top1
@@ -29,14 +33,15 @@ from pipeline.files import sha256, write_bytes, write_json, write_text
 from pipeline.finetune import finetune
 from pipeline.progress import console, track
 from pipeline.recipe import RECIPE_FILE, FinetuneSettings, Recipe
-from pipeline.removal import remove_channels
-from pipeline.sensitivity import low_frequency_sensitivity
 from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
+from pipeline.standing import DEFAULT_BUDGET_GIB, Standing
+from pipeline.target import Goal, profile, search_to_target
 
 SEARCH_FILE = "search.jsonl"
 METRICS_FILE = "metrics.json"
 VERIFIED_IMAGES = 1000  # at most
 CALIBRATED_IMAGES, JUDGED_IMAGES, INT8_BATCH = 256, 768, 32  # at most, for INT8
+GoalOf = Callable[[Architecture], Goal]
 MADE_IMAGES = 32  # scored where there is no data; a random model has no channels worth more careful choosing
 
 
@@ -91,13 +96,21 @@ class _Plan:
     blocks: tuple[BlockShape, ...] | None  # the table to apply; None: search
 
 
-def compress(recipe: Recipe, directory: Path, resume: bool = False) -> Metrics:
+def compress(
+    recipe: Recipe,
+    directory: Path,
+    resume: bool = False,
+    goal_of: GoalOf | None = None,
+    budget_gib: float = DEFAULT_BUDGET_GIB,
+) -> Metrics:
     """Search (or apply the recipe's table), remove, measure and save into `directory`.
 
     Args:
         recipe: what to do.
         directory: new or empty; with `resume` it may hold the same run, interrupted or finished.
         resume: take up the decisions already made; the outcome is that of a run that was never interrupted.
+        goal_of: makes a latency target's goal for the dense model; only a recipe with `target_latency` needs it.
+        budget_gib: memory for activations; past it they are memory-mapped files in `directory`.
 
     Raises:
         InputError: some input cannot be used, found before anything is written.
@@ -115,9 +128,11 @@ def compress(recipe: Recipe, directory: Path, resume: bool = False) -> Metrics:
     slim = dense  # pruned in place: the dense weights are on disk
     if plan.blocks is None:
         assert plan.data is not None
-        _search(slim, plan.data, recipe, directory)
+        _search(slim, plan.data, recipe, directory, goal_of, budget_gib)
     else:
-        apply_table(slim, plan.blocks, _scoring(plan), recipe)
+        # Noise has nothing to recover by.
+        settings = recipe if plan.data is not None else recipe.model_copy(update={"recovery": False})
+        apply_table(slim, plan.blocks, Standing(slim, _scoring(plan), [], settings, directory, budget_gib))
     slim_top1 = _measure(slim, plan.data, recipe.batch_size, "testing slim")
     slim.save(directory)
     metrics = Metrics(
@@ -228,12 +243,13 @@ def quantization_batches(
     return images[:share], images[share:] or images[:share]
 
 
-def apply_table(slim: SlimViT, blocks: tuple[BlockShape, ...], scoring: Batches, recipe: Recipe) -> None:
+def apply_table(slim: SlimViT, blocks: tuple[BlockShape, ...], standing: Standing) -> None:
     """Cut `slim` down to a given table, bottom-up, keeping the channels LFS likes best."""
     for index, shape in enumerate(track(blocks, "cutting blocks")):
         slim.set_keep(index, shape.keep)
-        scores = low_frequency_sensitivity(slim, scoring, index, recipe.image_cutoff, recipe.lfs_weight)
-        remove_channels(slim.blocks[index], choose_for_shape(scores, shape))
+        if shape != slim.blocks[index].shape:
+            slim.vit.blocks[index], _ = standing.cut(choose_for_shape(standing.sensitivity(), shape))
+        standing.ascend()
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -325,8 +341,10 @@ def _measure(model: SlimViT, data: Data | None, batch_size: int, description: st
     return None if data is None else top1(model, data.loader(data.test, batch_size), description)
 
 
-def _search(slim: SlimViT, data: Data, recipe: Recipe, directory: Path) -> None:
-    """The cascade, with every decision kept in `search.jsonl` before it is acted on."""
+def _search(
+    slim: SlimViT, data: Data, recipe: Recipe, directory: Path, goal_of: GoalOf | None, budget_gib: float
+) -> None:
+    """The search, with every decision kept in `search.jsonl` before it is acted on."""
     scoring = data.calibration_batches(recipe.score_images, recipe.batch_size, recipe.seed, "reading images to score")
     measuring = data.calibration_batches(
         recipe.measure_images, recipe.batch_size, recipe.seed + 1, "reading images to measure"
@@ -335,29 +353,57 @@ def _search(slim: SlimViT, data: Data, recipe: Recipe, directory: Path) -> None:
         "lowpass": __version__,
         "dense_sha256": sha256(directory / DENSE_WEIGHTS_FILE),
         "scored_images": sum(len(labels) for _, labels in scoring),
+        "scored_sha256": _digest(scoring),
         "measured_images": sum(len(labels) for _, labels in measuring),
+        "measured_sha256": _digest(measuring),
     }
     decided = _read_decisions(directory / SEARCH_FILE, header)
     lines = [json.dumps(header), *(decision.model_dump_json() for decision in decided)]
-    dense_macs, before = slim.architecture.macs(), slim.architecture
+    dense_macs = slim.architecture.macs()
     if decided:
         console.print(f"resuming after {len(decided)} decisions")
 
     def record(decision: Decision) -> None:
-        nonlocal before
         lines.append(decision.model_dump_json())
         write_text(directory / SEARCH_FILE, "\n".join(lines) + "\n")
         console.print(tell(decision, slim.architecture, dense_macs), soft_wrap=True)
 
-    search(slim, scoring, measuring, recipe, decided, record)
+    def standing(model: SlimViT) -> Standing:
+        return Standing(model, scoring, measuring, recipe, directory, budget_gib)
+
+    log = Log(decided, record)
+    if recipe.allowable_drop is not None:
+        search_to_drop(standing(slim), recipe.allowable_drop, log)
+        return
+    if recipe.target_macs is not None:
+        goal = Goal(recipe.target_macs * dense_macs, Macs(slim.architecture.dense), "MACs")
+    else:
+        assert goal_of is not None
+        goal = goal_of(slim.architecture)
+    curves = profile(standing(copy.deepcopy(slim)), log)
+    search_to_target(curves, standing(slim), goal, log)
+
+
+def _digest(batches: Batches) -> str:
+    """SHA-256 of images and labels."""
+    digest = hashlib.sha256()
+    for images, labels in batches:
+        digest.update(images.numpy().tobytes())
+        digest.update(labels.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def tell(decision: Decision, before: Architecture, dense_macs: int) -> str:
     """One line for people: what a decision does to the model as it stood before."""
+    if isinstance(decision, Curve):
+        least = decision.losses.attention[0]
+        return f"profiled block {decision.block}: one head would lose {least.loss:.3g}"
+    if isinstance(decision, Plan):
+        return "plan: " + ", ".join(f"{b.heads}x{b.qk_dim}/{b.v_dim}+{b.hidden}@{b.keep}" for b in decision.blocks)
     index = decision.block
     had = before.blocks[index]
     if not isinstance(decision, ChannelDecision):
-        tokens = before.tokens_in(index) if decision.keep < had.keep else had.keep
+        tokens = before.tokens_in(index)
         what = f"tokens {tokens} -> {decision.keep}" if decision.keep < tokens else f"keeps its {tokens} tokens"
     elif decision.choice is None:
         what = "keeps its channels"
@@ -367,10 +413,8 @@ def tell(decision: Decision, before: Architecture, dense_macs: int) -> str:
             f"heads {had.heads} -> {now.heads}, query/key {had.qk_dim} -> {now.qk_dim}, "
             f"value {had.v_dim} -> {now.v_dim}, hidden {had.hidden} -> {now.hidden}"
         )
-    return (
-        f"pass {decision.round + 1}, block {index}: {what}; top-1 {decision.top1:.2f}, "
-        f"MACs {decision.macs / dense_macs:.3f} ({len(decision.trials)} trials)"
-    )
+    trials = f" ({len(decision.trials)} trials)" if decision.trials else ""
+    return f"block {index}: {what}; top-1 {decision.top1:.2f}, MACs {decision.macs / dense_macs:.3f}{trials}"
 
 
 def _read_decisions(path: Path, header: dict[str, object]) -> list[Decision]:

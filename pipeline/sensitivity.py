@@ -1,6 +1,6 @@
 """LFS: how much each channel matters to low-frequency images (paper, eq. 3-5)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from pipeline.frequency import lowpass_images
 from pipeline.slim import SlimViT
+
+Stream = tuple[Tensor, Tensor, Tensor]  # tokens of clean images, tokens of low-passed images, labels
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,42 @@ def low_frequency_sensitivity(
         InputError: `model` is not a plain ViT.
     """
     slim = model if isinstance(model, SlimViT) else SlimViT.from_timm(model)
+    device = next(slim.parameters()).device
+
+    def streams() -> Iterator[Stream]:
+        for images, labels in batches:
+            images = images.to(device)
+            with torch.no_grad():
+                clean, low = (_below(slim, seen, block) for seen in (images, lowpass_images(images, cutoff)))
+            yield clean, low, labels.to(device)
+
+    training = slim.training
+    scores = sensitivity_from(slim.eval(), streams(), block, weight)
+    slim.train(training)
+    return scores
+
+
+def sensitivity_from(slim: SlimViT, streams: Iterable[Stream], block: int, weight: float) -> ChannelScores:
+    """`low_frequency_sensitivity` from what enters the block: a search keeps it, since the blocks below are final.
+
+    Args:
+        slim: in evaluation mode.
+        streams: tokens [B, P + N, C] of the images and of the low-passed images, and labels [B], on the model's device.
+        block: index of the block to score.
+        weight: share of the cross-entropy, in [0, 1].
+
+    Raises:
+        ValueError: there are no batches.
+    """
     attention, hidden = slim.blocks[block].attn, cast(nn.Linear, slim.blocks[block].mlp.fc1)
     layers = [attention.query, attention.key, attention.value, hidden]
-    device = hidden.weight.device
-    training = slim.training
-    slim.eval()
     total = [torch.zeros_like(layer.weight) for layer in layers]
     count = 0
-    for images, labels in batches:
-        images, labels = images.to(device), labels.to(device)
-        loss = _loss(slim, images, labels, block, cutoff, weight)
+    for clean, low, labels in streams:
+        loss = _loss(slim, clean, low, labels, block, weight)
         for sum_, gradient in zip(total, torch.autograd.grad(loss, [layer.weight for layer in layers]), strict=True):
             sum_ += gradient
         count += 1
-    slim.train(training)
     if not count:
         raise ValueError("channel sensitivity needs at least one batch")
     query, key, value, mlp = (
@@ -75,11 +99,10 @@ def low_frequency_sensitivity(
     return ChannelScores((query + key).unflatten(0, (heads, -1)), value.unflatten(0, (heads, -1)), mlp)
 
 
-def _loss(slim: SlimViT, images: Tensor, labels: Tensor, block: int, cutoff: float, weight: float) -> Tensor:
+def _loss(slim: SlimViT, clean: Tensor, low: Tensor, labels: Tensor, block: int, weight: float) -> Tensor:
     """Eq. 3-4 for one batch; only what lies above the scored block is differentiated."""
     with torch.no_grad():
-        cls_token = _below(slim, images, block + 1)[:, 0]
-        low = _below(slim, lowpass_images(images, cutoff), block)
+        cls_token = slim.blocks[block](clean)[:, 0]
     low = slim.blocks[block](low)
     divergence = F.kl_div(low[:, 0].log_softmax(-1), cls_token.softmax(-1), reduction="sum") / cls_token.numel()
     for later in slim.blocks[block + 1 :]:

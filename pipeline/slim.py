@@ -61,14 +61,19 @@ class SlimAttention(nn.Module):
         """Channels of a value head."""
         return self.value.out_features // self.num_heads
 
-    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
-        """[B, T, C] -> [B, T, C] and the attention that a token score needs: [B, H, T, T] for `full`, the CLS row
-        [B, H, 1, T] for `cls`. Only `full` keeps attention from running fused."""
+    def features(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
+        """[B, T, C] -> what the projection reads [B, T, H * v_dim], and the attention that a token score needs:
+        [B, H, T, T] for `full`, the CLS row [B, H, 1, T] for `cls`. Only `full` keeps attention from running fused."""
         query, key, value = (
             layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
         mixed, weights = attend(query, key, value, self.weights, score)
-        return self.proj(mixed.transpose(1, 2).flatten(2)), weights
+        return mixed.transpose(1, 2).flatten(2), weights
+
+    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
+        """[B, T, C] -> [B, T, C], and the attention that a token score needs."""
+        features, weights = self.features(x, score)
+        return self.proj(features), weights
 
 
 def attend(
@@ -131,13 +136,20 @@ class SlimBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, P + tokens_in, C] -> [B, P + keep, C]."""
-        mixed, weights = self.attn(self.norm1(x), self.token_score if self.scores_tokens else None)
-        x = x + self.ls1(mixed)
+        x, weights = self.mix(x)
         if weights is not None:
-            energy = filtered_energy(x[:, self.num_prefix_tokens :], self.lowpass, self.energy_norm)
-            scores = IMPORTANCE[self.token_score](weights, self.num_prefix_tokens) * energy
-            x = self.keep_tokens(x, scores, self.keep)
+            x = self.keep_tokens(x, self.scores(x, weights), self.keep)
         return x + self.ls2(self.mlp(self.norm2(x)))
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attention with its residual, all tokens still there, and the attention where tokens are to be scored."""
+        mixed, weights = self.attn(self.norm1(x), self.token_score if self.scores_tokens else None)
+        return x + self.ls1(mixed), weights
+
+    def scores(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Token scores [B, tokens_in] from the tokens as they leave the attention residual and the attention."""
+        energy = filtered_energy(x[:, self.num_prefix_tokens :], self.lowpass, self.energy_norm)
+        return IMPORTANCE[self.token_score](weights, self.num_prefix_tokens) * energy
 
 
 class SlimViT(nn.Module):

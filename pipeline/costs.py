@@ -1,0 +1,125 @@
+"""What a block costs, in MACs or in milliseconds measured on a runtime: what a target is planned by."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.architecture import Architecture, BlockShape, DenseViT
+from pipeline.errors import InputError
+
+
+class Costs(Protocol):
+    """Of one image, or of one batch. Tokens count the prefix tokens in, except where it says image tokens."""
+
+    def ends(self) -> float:
+        """Patch embedding and classifier."""
+
+    def attention(self, tokens: int, shape: BlockShape) -> float:
+        """Query, key, value, their products, and the projection; the norm and the residual."""
+
+    def mlp(self, tokens: int, hidden: int) -> float:
+        """Both layers, the norm and the residual."""
+
+    def selection(self, image_tokens: int) -> float:
+        """Scoring that many tokens and dropping some."""
+
+
+def total(costs: Costs, architecture: Architecture) -> float:
+    """The cost of a whole model."""
+    prefix, sum_ = architecture.dense.num_prefix_tokens, costs.ends()
+    for index, block in enumerate(architecture.blocks):
+        image_tokens = architecture.tokens_in(index)
+        sum_ += costs.attention(image_tokens + prefix, block) + costs.mlp(block.keep + prefix, block.hidden)
+        if block.keep < image_tokens:
+            sum_ += costs.selection(image_tokens)
+    return sum_
+
+
+class Macs:
+    """Multiply-accumulates of one image; `total` is `Architecture.macs`."""
+
+    def __init__(self, dense: DenseViT) -> None:
+        self.dense = dense
+
+    def ends(self) -> float:
+        """See `Costs`."""
+        return self.dense.end_macs()
+
+    def attention(self, tokens: int, shape: BlockShape) -> float:
+        """See `Costs`."""
+        return self.dense.attention_macs(tokens, shape)
+
+    def mlp(self, tokens: int, hidden: int) -> float:
+        """See `Costs`."""
+        return self.dense.mlp_macs(tokens, hidden)
+
+    def selection(self, image_tokens: int) -> float:
+        """See `Costs`."""
+        return self.dense.selection_macs(image_tokens)
+
+
+class LatencyTable(BaseModel):
+    """Milliseconds of the parts of one dense model's blocks at one batch size, measured on one runtime of one machine.
+
+    `attention_ms[i][j]` belongs to `tokens[i]` tokens (prefix tokens included) and `rows[j]` query/key and value rows,
+    `heads * (qk_dim + v_dim)`; `mlp_ms[i][j]` to `hidden[j]`. In between it is interpolated.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense: DenseViT
+    runtime: str
+    precision: str
+    batch: int
+    token_score: str
+    machine: dict[str, str]
+    ends_ms: float
+    tokens: tuple[int, ...]
+    rows: tuple[int, ...]
+    hidden: tuple[int, ...]
+    attention_ms: tuple[tuple[float, ...], ...]
+    mlp_ms: tuple[tuple[float, ...], ...]
+    selection_ms: tuple[float, ...]
+
+    def ends(self) -> float:
+        """See `Costs`."""
+        return self.ends_ms
+
+    def attention(self, tokens: int, shape: BlockShape) -> float:
+        """See `Costs`."""
+        rows = shape.heads * (shape.qk_dim + shape.v_dim)
+        return _between(self.tokens, [_between(self.rows, row, rows) for row in self.attention_ms], tokens)
+
+    def mlp(self, tokens: int, hidden: int) -> float:
+        """See `Costs`."""
+        return _between(self.tokens, [_between(self.hidden, row, hidden) for row in self.mlp_ms], tokens)
+
+    def selection(self, image_tokens: int) -> float:
+        """See `Costs`."""
+        return _between(self.tokens, self.selection_ms, image_tokens + self.dense.num_prefix_tokens)
+
+
+def read_table(path: Path) -> LatencyTable:
+    """A table that `lowpass profile` wrote.
+
+    Raises:
+        InputError: it is missing or malformed.
+    """
+    try:
+        return LatencyTable.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read the latency table {path}: {error.strerror}; run `lowpass profile`") from None
+    except ValidationError:
+        raise InputError(f"{path} is not a latency table; run `lowpass profile` again") from None
+
+
+def _between(points: Sequence[int], values: Sequence[float], at: int) -> float:
+    """Piecewise linear through ascending points, and on along the outermost two."""
+    if len(points) == 1:
+        return values[0]
+    upper = min(max(bisect_right(points, at), 1), len(points) - 1)
+    low, high = points[upper - 1], points[upper]
+    return values[upper - 1] + (values[upper] - values[upper - 1]) * (at - low) / (high - low)

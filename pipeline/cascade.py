@@ -16,7 +16,7 @@ from pipeline.channels import ChannelChoice, choose_shaped
 from pipeline.decisions import ChannelDecision, Curve, Decision, Plan, TokenDecision, Trial
 from pipeline.errors import InputError
 from pipeline.shaping import Shaping
-from pipeline.slim import SlimViT
+from pipeline.slim import SlimBlock, SlimViT
 from pipeline.standing import Standing
 
 FIRST_BLOCK_KEEP = 0.97  # the paper: block 0 keeps at least this share of its tokens
@@ -58,10 +58,12 @@ def search_to_drop(standing: Standing, allowance: float, log: Log) -> None:
         if index in stages:
             floor -= allowance * recipe.token_share / len(stages)
             tokens = log.next(TokenDecision, _drop_tokens, standing, floor, top1, guesses)
+            guesses["tokens"] = 1 - tokens.keep / model.blocks[index].tokens_in
             model.set_keep(index, tokens.keep)
             top1 = tokens.top1
         floor -= allowance * (1 - recipe.token_share) / depth
         channels = log.next(ChannelDecision, _drop_channels, standing, floor, top1, guesses)
+        guesses["channels"] = channels.dropped / _rows(model.blocks[index])
         apply(standing, channels)
         top1 = channels.top1
         standing.ascend()
@@ -94,7 +96,6 @@ def _drop_tokens(standing: Standing, floor: float, before: float, guesses: dict[
             return standing.top1(model.blocks[index:], floor)
 
     dropped, trials = largest(have - fewest, have, guesses["tokens"], floor, top1)
-    guesses["tokens"] = dropped / have
     if architecture.with_keep(index, left(dropped)).macs() > architecture.macs():
         dropped = 0  # the token filter would cost more than so few tokens save
     keep = left(dropped)
@@ -111,7 +112,7 @@ def _drop_channels(standing: Standing, floor: float, before: float, guesses: dic
     """The most channels, lowest LFS first, that leave top-1 at or above `floor`."""
     model, index = standing.model, standing.index
     scores = standing.sensitivity()
-    have = 2 * scores.query_key.numel() + scores.value.numel() + len(scores.hidden)
+    have = _rows(model.blocks[index])
 
     def choice(n: int) -> ChannelChoice:
         return choose_shaped(scores, n, standing.recipe.shaping)
@@ -124,18 +125,24 @@ def _drop_channels(standing: Standing, floor: float, before: float, guesses: dic
         return standing.top1([block, *model.blocks[index + 1 :]], floor)
 
     n, trials = largest(have - 1, have, guesses["channels"], floor, top1)
-    guesses["channels"] = n / have
     architecture = model.architecture
     if n:
         architecture = architecture.with_block(index, choice(n).shape(architecture.blocks[index].keep))
     return ChannelDecision(
         block=index,
+        dropped=n,
         choice=choice(n) if n else None,
         top1=trials[n] if n else before,
         macs=architecture.macs(),
         refits=cuts[n] if n else (),
         trials=tuple(Trial(amount=amount, top1=left) for amount, left in trials.items()),
     )
+
+
+def _rows(block: SlimBlock) -> int:
+    """Channels of a block, a query/key pair counted twice."""
+    shape = block.shape
+    return shape.heads * (2 * shape.qk_dim + shape.v_dim) + shape.hidden
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pipeline.progress import console
 
 if TYPE_CHECKING:
     from benchmarks.latency import Benchmark
+    from pipeline.recipe import Recipe
     from pipeline.run import Metrics
 
 app = typer.Typer(
@@ -90,6 +91,17 @@ def compress(
     ] = False,
     data: DataOption = None,
     target_macs: Annotated[float | None, typer.Option(help="Share of the dense MACs that stays, such as 0.46.")] = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(metavar="MS", help="Milliseconds of one batch on --runtime of this machine (see `profile`)."),
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="Of --target-latency, such as onnxruntime, openvino or tensorrt.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images in the batch of --target-latency.")] = 1,
+    precision: Annotated[
+        PrecisionOption | None, typer.Option(help="Of --target-latency. [default: the runtime's own]")
+    ] = None,
     allowable_drop: Annotated[
         float | None,
         typer.Option(help="Points of top-1 the search may cost before fine-tuning (the paper's way: 9.5)."),
@@ -134,6 +146,16 @@ def compress(
     score_images: Annotated[int, typer.Option(help="Training images for LFS.")] = 2000,
     measure_images: Annotated[int, typer.Option(help="Training images on which a step's top-1 is measured.")] = 5000,
     batch_size: Annotated[int, typer.Option(help="Images at a time in the search.")] = 64,
+    recovery: Annotated[
+        bool, typer.Option(help="Refit what reads removed channels, in closed form, as part of every trial.")
+    ] = True,
+    mixed_precision: Annotated[
+        bool, typer.Option("--mixed-precision", help="Trials in FP16 on a GPU (BF16 on a CPU); LFS stays FP32.")
+    ] = False,
+    memory_budget: Annotated[
+        float,
+        typer.Option(metavar="GIB", help="For the search's activations; past it they are files in the run directory."),
+    ] = 8.0,
     as_json: AsJson = False,
 ) -> None:
     """Search a slim model (or apply a given table), and save it in a run directory."""
@@ -164,9 +186,15 @@ def compress(
         score_images=score_images,
         measure_images=measure_images,
         batch_size=batch_size,
+        recovery=recovery,
+        mixed_precision=mixed_precision,
         seed=seed,
+        target_latency=target_latency,
+        runtime=runtime,
+        latency_batch=batch,
+        latency_precision=precision,
     )
-    _compress(recipe, out or Path("runs") / model, resume, ship, epochs, as_json)
+    _compress(recipe, out or Path("runs") / model, resume, ship, epochs, as_json, memory_budget)
 
 
 @app.command()
@@ -304,12 +332,25 @@ def doctor(as_json: AsJson = False) -> None:
     _say(machine.model_dump(mode="json"), as_text(machine), as_json)
 
 
-def _compress(recipe: Any, out: Path, resume: bool, ship: bool, epochs: int | None, as_json: bool) -> None:
+def _compress(
+    recipe: "Recipe",
+    out: Path,
+    resume: bool,
+    ship: bool,
+    epochs: int | None,
+    as_json: bool,
+    memory_budget: float = 8.0,
+) -> None:
     """Compress; with `ship` take the result all the way to timed engines."""
     from pipeline.run import compress as run_compress
     from pipeline.run import finetune_run
 
-    metrics = run_compress(recipe, out, resume)
+    goal_of = None
+    if recipe.target_latency is not None:
+        from benchmarks.profile import goal_of_recipe
+
+        goal_of = goal_of_recipe(recipe)
+    metrics = run_compress(recipe, out, resume, goal_of, memory_budget)
     measured = None
     if ship:
         if recipe.data is not None and not metrics.finetuned_epochs:

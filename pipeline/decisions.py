@@ -34,10 +34,12 @@ class TokenDecision(_Record):
 
 
 class ChannelDecision(_Record):
-    """Which channels of a block stay (None: all of them), and how what reads them was refitted."""
+    """Which channels of a block stay (None: all of them), and how what reads them was refitted. `dropped` is the amount
+    that was accepted of those tried; a planned cut has none."""
 
     kind: Literal["channels"] = "channels"
     block: int
+    dropped: int = 0
     choice: ChannelChoice | None
     top1: float
     macs: int

@@ -19,6 +19,7 @@ from pipeline.costs import Costs, total
 from pipeline.errors import InputError
 
 BINS = 8192  # of the target, in which costs are counted
+NEAR = 0.99  # of the target: a table that costs less misses it
 
 
 class _Frozen(BaseModel):
@@ -72,14 +73,18 @@ def plan(
     """
     problem = _Knapsack(curves, architecture, costs, target)
     final = problem.solve()
-    # Costs were rounded to bins: of the end states, the best whose exact cost is within the target.
-    for flat in np.argsort(final, axis=None, kind="stable"):
-        level, bin_ = divmod(int(flat), final.shape[1])
-        if not np.isfinite(final[level, bin_]):
-            break
-        blocks = problem.trace_back(level, bin_)
-        if total(costs, architecture.model_copy(update={"blocks": blocks})) <= target:
-            return blocks
+    # What is near the target goes first: a table further below it would only lose less by an accident of measuring.
+    near = round((NEAR * target - costs.ends()) / problem.unit)
+    for bins in (np.arange(final.shape[1]) >= near, np.full(final.shape[1], True)):
+        allowed = np.where(bins, final, np.inf)
+        for flat in np.argsort(allowed, axis=None, kind="stable"):
+            level, bin_ = divmod(int(flat), final.shape[1])
+            if not np.isfinite(allowed[level, bin_]):
+                break
+            blocks = problem.trace_back(level, bin_)
+            # Costs were rounded to bins; the exact one counts.
+            if total(costs, architecture.model_copy(update={"blocks": blocks})) <= target:
+                return blocks
     return None
 
 

@@ -55,8 +55,8 @@ class Moments:
 
     def error(self, solution: Tensor) -> float:
         """Mean squared error, per row, of `solution` [k + 1, C]."""
-        squared = (solution * (self.gram @ solution - 2 * self.cross)).sum() + self.energy
-        return float(squared) / self.weight
+        squared = (solution * (self.gram @ solution - 2 * self.cross)).sum().item() + self.energy
+        return squared / self.weight
 
 
 Rows = tuple[Tensor, Tensor, Tensor]  # features [B, T, k], targets [B, T, C], weights of the tokens [T]

@@ -5,7 +5,6 @@ search.jsonl         one line a decision               slim.safetensors    the s
 dense.safetensors    the model it came from            metrics.json        top-1, MACs, parameters, bytes
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Sized
@@ -21,9 +20,8 @@ from torch.utils.data import Subset
 
 from pipeline import __version__
 from pipeline.architecture import Architecture, BlockShape, check_blocks, first_problem, read_blocks
-from pipeline.cascade import Log, check_target, search_to_drop
+from pipeline.cascade import Log, check_target
 from pipeline.channels import choose_for_shape
-from pipeline.costs import Macs
 from pipeline.data import Batches, Data, load_data, made_batches
 from pipeline.decisions import ChannelDecision, Curve, Decision, Plan
 from pipeline.dense import load_dense
@@ -33,15 +31,14 @@ from pipeline.files import sha256, write_bytes, write_json, write_text
 from pipeline.finetune import finetune
 from pipeline.progress import console, track
 from pipeline.recipe import RECIPE_FILE, FinetuneSettings, Recipe
+from pipeline.search import GoalOf, search
 from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 from pipeline.standing import DEFAULT_BUDGET_GIB, Standing
-from pipeline.target import Goal, profile, search_to_target
 
 SEARCH_FILE = "search.jsonl"
 METRICS_FILE = "metrics.json"
 VERIFIED_IMAGES = 1000  # at most
 CALIBRATED_IMAGES, JUDGED_IMAGES, INT8_BATCH = 256, 768, 32  # at most, for INT8
-GoalOf = Callable[[Architecture], Goal]
 MADE_IMAGES = 32  # scored where there is no data; a random model has no channels worth more careful choosing
 
 
@@ -368,20 +365,7 @@ def _search(
         write_text(directory / SEARCH_FILE, "\n".join(lines) + "\n")
         console.print(tell(decision, slim.architecture, dense_macs), soft_wrap=True)
 
-    def standing(model: SlimViT) -> Standing:
-        return Standing(model, scoring, measuring, recipe, directory, budget_gib)
-
-    log = Log(decided, record)
-    if recipe.allowable_drop is not None:
-        search_to_drop(standing(slim), recipe.allowable_drop, log)
-        return
-    if recipe.target_macs is not None:
-        goal = Goal(recipe.target_macs * dense_macs, Macs(slim.architecture.dense), "MACs")
-    else:
-        assert goal_of is not None
-        goal = goal_of(slim.architecture)
-    curves = profile(standing(copy.deepcopy(slim)), log)
-    search_to_target(curves, standing(slim), goal, log)
+    search(slim, scoring, measuring, recipe, directory, Log(decided, record), goal_of, budget_gib)
 
 
 def _digest(batches: Batches) -> str:

@@ -188,7 +188,10 @@ def attention_shapes(whole: BlockShape, scores: ChannelScores, shaping: Shaping)
     if shaping.whole_heads:
         return [whole.model_copy(update={"heads": heads}) for heads in range(1, whole.heads + 1)]
     have = 2 * scores.query_key.numel() + scores.value.numel() + len(scores.hidden)
-    found = {whole: None}
+    found = {
+        whole: None,
+        whole.model_copy(update={"qk_dim": 1, "v_dim": 1}): None,
+    }
     for step in range(1, THRESHOLDS + 1):
         choice = choose_channels(scores, min(have - 1, have * step // THRESHOLDS))
         found[choice.shape(whole.keep).model_copy(update={"hidden": whole.hidden})] = None

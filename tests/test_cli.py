@@ -55,7 +55,7 @@ def test_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert 0.78 <= first["slim"]["macs"] / first["dense"]["macs"] <= 0.8
     assert first["slim"]["parameters"] < first["dense"]["parameters"]
     decisions = [json.loads(line) for line in (run / "search.jsonl").read_text().splitlines()[1:]]
-    assert {decision["kind"] for decision in decisions} == {"tokens", "channels"}
+    assert {decision["kind"] for decision in decisions} >= {"curve", "plan", "channels"}
     assert decisions[-1]["macs"] == first["slim"]["macs"]
 
     tuned = answer(capsys, "finetune", str(run), "--epochs", "1")

@@ -2,6 +2,7 @@
 
 import copy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.architecture import Architecture
-from pipeline.cascade import ChannelDecision, Decision, check_target, search
+from pipeline.cascade import Log, check_target
 from pipeline.channels import choose_channels, choose_shaped
 from pipeline.data import Batches, made_batches
+from pipeline.decisions import Decision, TokenDecision
 from pipeline.errors import InputError
 from pipeline.recipe import Recipe, make_shaping
+from pipeline.search import search
 from pipeline.sensitivity import ChannelScores
 from pipeline.shaping import AS_PUBLISHED, SHAPINGS, Shaping
 from pipeline.slim import SlimViT
@@ -99,7 +102,7 @@ def searched(dense: SlimViT, target: float, shaping: Shaping) -> tuple[SlimViT, 
         batches: Batches = [(images, dense(images).argmax(-1)) for images, _ in made]
     model, decisions = copy.deepcopy(dense), list[Decision]()
     recipe = Recipe(model="tiny", data="digits", target_macs=target, shaping=shaping)
-    search(model, batches[:1], batches, recipe, [], decisions.append)
+    search(model, batches[:1], batches, recipe, Path(), Log([], decisions.append))
     return model, decisions
 
 
@@ -116,9 +119,9 @@ def test_a_search_keeps_to_its_shaping(dense: SlimViT, target: float, stages: in
         if block.keep < architecture.tokens_in(index):
             assert index in shaping.stages(4) and (block.keep + 1) % 2 == 0
     for decision in decisions:
-        assert isinstance(decision, ChannelDecision) or decision.block in shaping.stages(4)
+        assert not isinstance(decision, TokenDecision) or decision.block in shaping.stages(4)
     left = architecture.macs() / dense.architecture.macs()
-    assert target - 0.04 <= left <= target  # one head of one of these four blocks is 0.03
+    assert target - 0.01 <= left <= target  # one step of 16 hidden channels of one of these four blocks is 0.02
 
 
 def lowest(architecture: Architecture, shaping: Shaping) -> float:

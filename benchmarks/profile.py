@@ -1,0 +1,460 @@
+"""Latency tables: what the parts of a model's blocks take on one runtime of this machine, for `--target-ms`.
+
+Each part is exported as it is deployed, with random weights. Tables are cached: measuring one takes minutes.
+"""
+
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import describe
+from benchmarks.timing import interleaved, latency
+from export.batch import BatchProfile
+from export.deploy import AtPrecision, deployable
+from export.options import DTYPES, Precision
+from export.quantize import Quantization, quantize
+from export.runtimes import RuntimeName, check_precision, describe_runtime, missing, onnx_session
+from export.sessions import Images, PyTorch, Session
+from export.tensorrt_session import TensorRT
+from export.to_onnx import trace
+from export.to_tensorrt import FLAVOURS, compile_engine
+from pipeline.architecture import Architecture, BlockShape, DenseViT
+from pipeline.costs import LatencyTable, read_table
+from pipeline.errors import InputError
+from pipeline.files import write_json
+from pipeline.progress import console, track
+from pipeline.slim import SlimBlock, SlimViT
+from pipeline.target import Goal, spread
+
+TOKEN_COUNTS, HEAD_COUNTS, WIDTHS = 4, 5, 5  # points of the grid, at most
+TOKEN_STEP, WIDTH_STEP = 8, 32  # what shapings align to
+LINKS = 4  # parts in one graph: a call costs time of its own
+ROUNDS = 7
+ELEMENT = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+}
+
+
+def latency_goal(
+    architecture: Architecture,
+    target_ms: float,
+    runtime: RuntimeName,
+    precision: Precision,
+    batch: int,
+    cache_dir: Path | None = None,
+) -> Goal:
+    """A target in milliseconds, planned by the cached table if one fits, else by one that is measured now.
+
+    Args:
+        architecture: of the dense model, with the token score it will be searched with.
+        target_ms: of one batch.
+        runtime: see `measure_table`, and so are the next two.
+        precision: see there.
+        batch: see there.
+        cache_dir: None for `$XDG_CACHE_HOME/lowpass`.
+
+    Raises:
+        InputError: see `measure_table`.
+    """
+    _refuse(runtime, precision)
+    name = f"{architecture.dense.name}.{architecture.token_score}.{runtime}.{precision}.batch{batch}.json"
+    path = (default_cache_dir() if cache_dir is None else cache_dir) / name
+    table = _cached(path, architecture, runtime)
+    if table is None:
+        table = measure_table(architecture, runtime, precision, batch)
+        try:
+            write_json(path, table.model_dump(mode="json"))
+        except OSError as error:
+            console.print(f"the latency table is not kept: cannot write {path}: {error.strerror}", soft_wrap=True)
+    measure = partial(measured_latency, runtime=runtime, precision=precision, batch=batch)
+    return Goal(target=target_ms, costs=table, unit="ms", measure=measure)
+
+
+def default_cache_dir() -> Path:
+    """Where tables are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowpass"
+
+
+def _cached(path: Path, architecture: Architecture, runtime: RuntimeName) -> LatencyTable | None:
+    """The table of a cache file, if it still fits; runtime, precision and batch are in the file's name."""
+    if not path.exists():
+        return None
+    try:
+        table = read_table(path)
+    except InputError:
+        console.print(f"{path} is damaged: measuring it anew", soft_wrap=True)
+        return None
+    if (table.dense, table.token_score) != (architecture.dense, architecture.token_score):
+        console.print(f"{path} is of another {architecture.dense.name}: measuring it anew", soft_wrap=True)
+        return None
+    was, now = table.machine, _machine(runtime)
+    differences = [
+        f"{key} was {was.get(key)}, is {now.get(key)}" for key in {**now, **was} if was.get(key) != now.get(key)
+    ]
+    if differences:
+        console.print(f"{path} is of another machine ({'; '.join(differences)}): measuring it anew", soft_wrap=True)
+        return None
+    return table
+
+
+def _machine(runtime: RuntimeName) -> dict[str, str]:
+    """What latencies hang on. A virtual CPU's name may say little, its matrix units more."""
+    machine = describe()
+    return {
+        "runtime": describe_runtime(runtime),
+        "cpu": machine.cpu,
+        "matrix units": ", ".join(machine.matrix_units) or "none",
+        "cores": str(machine.cores),
+        "gpu": machine.gpu or "none",
+    }
+
+
+def _refuse(runtime: RuntimeName, precision: Precision) -> None:
+    reason = missing(runtime)
+    if runtime == "pytorch-compile":
+        reason = "it would compile every size of every part; take pytorch, or the runtime you deploy"
+    if reason is not None:
+        raise InputError(f"cannot measure latencies on {runtime}: {reason}")
+    check_precision(runtime, precision)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where and how parts are run; what a runtime caches goes to `folder`."""
+
+    runtime: RuntimeName
+    precision: Precision
+    batch: int
+    folder: Path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return DTYPES[self.precision]
+
+
+def measured_latency(
+    architecture: Architecture, runtime: RuntimeName, precision: Precision, batch: int, seconds: float = 2.0
+) -> float:
+    """Milliseconds of a batch through a whole model with random weights: the median.
+
+    Raises:
+        InputError: the runtime is missing here, or lacks the precision.
+        RunError: it cannot run the model.
+    """
+    _refuse(runtime, precision)
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        place = _Place(runtime, precision, batch, Path(folder))
+        module = deployable(SlimViT(architecture), place.dtype)
+        session = _whole_session(module, architecture.dense, place, quantised=True)
+        rounds = interleaved({"model": session}, seconds)["model"]
+    return latency(rounds, batch).p50_ms
+
+
+class _Point(NamedTuple):
+    """One latency to measure. `alone` is one attention, which `selecting` has the selection behind."""
+
+    part: Literal["attention", "mlp", "alone", "selecting", "ends"]
+    tokens: int = 0
+    size: int = 0
+
+
+def measure_table(
+    architecture: Architecture, runtime: RuntimeName, precision: Precision, batch: int, seconds: float = 0.3
+) -> LatencyTable:
+    """What the parts of a model's blocks take on a runtime.
+
+    Args:
+        architecture: of the dense model, with its token score; its blocks do not matter.
+        runtime: any but `pytorch-compile`.
+        precision: of the exported parts.
+        batch: images at once.
+        seconds: about how long each point of the grid is timed for.
+
+    Raises:
+        InputError: the runtime is missing here, or lacks the precision.
+        RunError: it cannot run a part.
+    """
+    _refuse(runtime, precision)
+    whole = architecture.dense.blocks()[0]
+    tokens = token_grid(architecture.dense)
+    heads = spread(range(1, whole.heads + 1), HEAD_COUNTS)
+    hidden = spread([*range(WIDTH_STEP, whole.hidden, WIDTH_STEP), whole.hidden], WIDTHS)
+    points = len(tokens) * (len(heads) + len(hidden) + 2) + 1
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        place = _Place(runtime, precision, batch, Path(folder))
+        opened = _sessions(architecture, place, tokens, heads, hidden)
+        sessions = dict(track(opened, f"building parts for {runtime}", total=points))
+        timed = _timed(sessions, seconds)
+    ms = {point: median(rounds) for point, rounds in timed.items()}
+
+    def selection(count: int) -> float:
+        pairs = zip(timed[_Point("selecting", count)], timed[_Point("alone", count)], strict=True)
+        return max(0.0, median(with_ - without for with_, without in pairs))
+
+    return LatencyTable(
+        dense=architecture.dense,
+        runtime=runtime,
+        precision=precision,
+        batch=batch,
+        token_score=architecture.token_score,
+        machine=_machine(runtime),
+        ends_ms=ms[_Point("ends")],
+        tokens=tuple(tokens),
+        rows=tuple(count * (whole.qk_dim + whole.v_dim) for count in heads),
+        hidden=tuple(hidden),
+        attention_ms=tuple(tuple(ms[_Point("attention", n, size)] / LINKS for size in heads) for n in tokens),
+        mlp_ms=tuple(tuple(ms[_Point("mlp", n, size)] / LINKS for size in hidden) for n in tokens),
+        selection_ms=tuple(selection(n) for n in tokens),
+    )
+
+
+def token_grid(dense: DenseViT) -> list[int]:
+    """Token counts to measure, prefix tokens included: from about a quarter to all, aligned but for the last."""
+    whole = dense.num_tokens + dense.num_prefix_tokens
+    least = max(whole // 4, dense.num_prefix_tokens + 2) // TOKEN_STEP * TOKEN_STEP
+    aligned = [count for count in range(least, whole, TOKEN_STEP) if count >= dense.num_prefix_tokens + 2]
+    return spread([*aligned, whole], TOKEN_COUNTS)
+
+
+def _sessions(
+    architecture: Architecture, place: _Place, tokens: Sequence[int], heads: Sequence[int], hidden: Sequence[int]
+) -> Iterator[tuple[_Point, Session]]:
+    """A warm session for every point."""
+    dense = architecture.dense
+    whole, prefix = dense.blocks()[0], dense.num_prefix_tokens
+
+    def block(shape: BlockShape, image_tokens: int, keep: int) -> SlimBlock:
+        slim = _one_block(architecture, shape)
+        slim.blocks[0].set_tokens(image_tokens, keep)
+        return _model(deployable(slim, place.dtype)).blocks[0]
+
+    for size in heads:
+        part = _Attention(block(whole.model_copy(update={"heads": size}), whole.keep, whole.keep))
+        for count, session in _part_sessions(part, tokens, LINKS, dense, place):
+            yield _Point("attention", count, size), session
+        if size == whole.heads:
+            for count, session in _part_sessions(part, tokens, 1, dense, place):
+                yield _Point("alone", count), session
+    for size in hidden:
+        mlp = _Mlp(block(whole.model_copy(update={"hidden": size}), whole.keep, whole.keep))
+        for count, session in _part_sessions(mlp, tokens, LINKS, dense, place):
+            yield _Point("mlp", count, size), session
+    for count in tokens:
+        selecting = _Selecting(block(whole, count - prefix, (count - prefix) // 2))
+        for _, session in _part_sessions(selecting, [count], 1, dense, place):
+            yield _Point("selecting", count), session
+    ends = _Ends(_model(deployable(_one_block(architecture, whole), place.dtype)))
+    yield _Point("ends"), _whole_session(AtPrecision(ends, place.dtype), dense, place, quantised=False)
+
+
+def _one_block(architecture: Architecture, shape: BlockShape) -> SlimViT:
+    dense = architecture.dense.model_copy(update={"depth": 1})
+    return SlimViT(architecture.model_copy(update={"dense": dense, "blocks": (shape,)}))
+
+
+def _model(deployed: nn.Module) -> SlimViT:
+    """What `deployable` made, in its precision from end to end."""
+    model = deployed.model if isinstance(deployed, AtPrecision) else deployed
+    assert isinstance(model, SlimViT)
+    return model
+
+
+class _Attention(nn.Module):
+    def __init__(self, block: SlimBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.block.mix(tokens)[0]
+
+
+class _Mlp(_Attention):
+    def forward(self, tokens: Tensor) -> Tensor:
+        mixed: Tensor = self.block.ls2(self.block.mlp(self.block.norm2(tokens)))
+        return tokens + mixed
+
+
+class _Selecting(_Attention):
+    def forward(self, tokens: Tensor) -> Tensor:
+        mixed, weights = self.block.mix(tokens)
+        assert weights is not None
+        return self.block.keep_tokens(mixed, self.block.scores(mixed, weights), self.block.keep)
+
+
+class _Ends(nn.Module):
+    def __init__(self, model: SlimViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.classify(self.model.embed(images))
+
+
+def _part_sessions(
+    part: nn.Module, counts: Sequence[int], links: int, dense: DenseViT, place: _Place
+) -> Iterator[tuple[int, Session]]:
+    """Warm sessions on a chain of parts, by token count. The part is exported once, at the last count."""
+    width = dense.embed_dim
+    if place.runtime == "pytorch":
+        chain = AtPrecision(nn.Sequential(*(copy.deepcopy(part) for _ in range(links))), place.dtype)
+        for count in counts:
+            yield count, _warm(PyTorch(chain), _noise(place.batch, count, width))
+        return
+    traced = trace(part, torch.zeros(2, counts[-1], width, dtype=place.dtype))
+    if place.precision == "int8":
+        traced, _ = quantize(traced, Quantization([_noise(2, counts[-1], width)]))
+    for count in counts:
+        graph = chained(with_tokens(traced, counts[-1], count), links, place.dtype)
+        yield count, _warm(_open(graph, place), _noise(place.batch, count, width))
+
+
+def _whole_session(module: nn.Module, dense: DenseViT, place: _Place, quantised: bool) -> Session:
+    """A warm session on a module from images to logits."""
+    images = _noise(place.batch, dense.in_chans, *dense.img_size)
+    if place.runtime == "pytorch":
+        return _warm(PyTorch(module.eval()), images)
+    graph = trace(module.eval(), torch.zeros(2, dense.in_chans, *dense.img_size))
+    if quantised and place.precision == "int8":
+        graph, _ = quantize(graph, Quantization([images]))
+    return _warm(_open(graph, place), images)
+
+
+def with_tokens(part: onnx.ModelProto, traced: int, wanted: int) -> onnx.ModelProto:
+    """A part exported at `traced` tokens as it would be exported at `wanted`: an export takes longer than a timing.
+
+    Token counts stand in the shapes of input and output, and in the second place of what tensors are reshaped to.
+    """
+    if wanted == traced:
+        return part
+    graph = onnx.ModelProto()
+    graph.CopyFrom(part)
+    del graph.graph.value_info[:]
+    for value in (*graph.graph.input, *graph.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_value = wanted
+    targets = {node.input[1] for node in graph.graph.node if node.op_type == "Reshape"}
+    for tensor in graph.graph.initializer:
+        if tensor.name in targets:
+            shape = onnx.numpy_helper.to_array(tensor).copy()
+            if shape[1] == traced:
+                shape[1] = wanted
+            tensor.CopyFrom(onnx.numpy_helper.from_array(shape, tensor.name))
+    return graph
+
+
+def chained(part: onnx.ModelProto, links: int, dtype: torch.dtype) -> onnx.ModelProto:
+    """`links` copies of a part in a row, each with weights of its own, as in a model; FP32 at either end."""
+    chain = onnx.ModelProto()
+    chain.CopyFrom(part)
+    graph = chain.graph
+    for field in (graph.node, graph.initializer, graph.value_info):
+        del field[:]
+    narrow = dtype != torch.float32
+    first, last = ("images.cast", "logits.cast") if narrow else ("images", "logits")
+    if narrow:
+        graph.node.append(onnx.helper.make_node("Cast", ["images"], [first], to=ELEMENT[dtype]))
+    for link in range(links):
+        names = {
+            "": "",  # an optional input that is left out
+            "images": first if link == 0 else f"between.{link}",
+            "logits": last if link == links - 1 else f"between.{link + 1}",
+        }
+        for node in part.graph.node:
+            copied = graph.node.add()
+            copied.CopyFrom(node)
+            copied.name = f"{link}.{node.name}"
+            copied.input[:] = [names.get(name, f"{link}.{name}") for name in node.input]
+            copied.output[:] = [names.get(name, f"{link}.{name}") for name in node.output]
+        for tensor in part.graph.initializer:
+            weights = graph.initializer.add()
+            weights.CopyFrom(tensor)
+            weights.name = f"{link}.{tensor.name}"
+    if narrow:
+        graph.node.append(onnx.helper.make_node("Cast", [last], ["logits"], to=onnx.TensorProto.FLOAT))
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    return chain
+
+
+def _open(graph: onnx.ModelProto, place: _Place) -> Session:
+    content: bytes = graph.SerializeToString()
+    if place.runtime in FLAVOURS:
+        profile = BatchProfile(least=place.batch, best=place.batch, most=place.batch)
+        timing = place.folder / "timing.cache"  # parts share kernels
+        plan, cache, _ = compile_engine(
+            place.runtime, content, profile, timing.read_bytes() if timing.exists() else b""
+        )
+        timing.write_bytes(cache)
+        return TensorRT(plan, place.runtime, {})
+    return onnx_session(place.runtime, content, place.precision, place.folder)
+
+
+def _noise(*shape: int) -> Images:
+    """What is seen does not matter to the time."""
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _warm(session: Session, images: Images) -> Session:
+    """Loaded, and run as often as it takes a runtime to allocate what it needs."""
+    session.load(images)
+    for _ in range(2):
+        session.run()
+    return session
+
+
+def _timed(sessions: Mapping[_Point, Session], seconds: float) -> dict[_Point, list[float]]:
+    """Milliseconds by session and round, each the median of some runs, at about `seconds` a session. All sessions take
+    turns, so that a change of the machine's speed meets all of them."""
+    runs = {
+        point: max(1, round(1000 * seconds / ROUNDS / _milliseconds(session))) for point, session in sessions.items()
+    }
+    timed: dict[_Point, list[float]] = {point: [] for point in sessions}
+    order = list(sessions)
+    for _ in track(range(ROUNDS), "timing parts"):
+        for point in order:
+            timed[point].append(median(_milliseconds(sessions[point]) for _ in range(runs[point])))
+        order.reverse()
+    return timed
+
+
+def _milliseconds(session: Session) -> float:
+    began = time.perf_counter_ns()
+    session.run()
+    return (time.perf_counter_ns() - began) / 1e6
+
+
+def as_markdown(table: LatencyTable) -> str:
+    """For people: a line of what was measured, and a table with a row for each token count."""
+    machine = table.machine
+    where = machine["gpu"] if machine["gpu"] != "none" else f"{machine['cores']} cores of {machine['cpu']}"
+    columns = [
+        "tokens",
+        "selection",
+        *(f"attention, {size} rows" for size in table.rows),
+        *(f"MLP, {size} wide" for size in table.hidden),
+    ]
+    lines = [
+        f"{table.dense.name}, {machine['runtime']}, {table.precision}, batch {table.batch}, on {where}: milliseconds of "
+        f"one block's parts, tokens scored by `{table.token_score}`. Embedding and classifier: {table.ends_ms:.3g} ms.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'--:|' * len(columns)}",
+    ]
+    for row, count in enumerate(table.tokens):
+        figures = [table.selection_ms[row], *table.attention_ms[row], *table.mlp_ms[row]]
+        lines.append(f"| {count} | {' | '.join(f'{ms:.3g}' for ms in figures)} |")
+    return "\n".join(lines) + "\n"

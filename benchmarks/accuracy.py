@@ -1,9 +1,10 @@
 """Top-1 of the slim digits model against MACs, with and without recovery, before and after fine-tuning, over seeds.
 
-    python -m benchmarks.accuracy --targets 0.5 --seeds 5 --out benchmarks/results/digits_accuracy
+    python -m benchmarks.accuracy --targets 0.8:3,0.5:5 --finetune 0.5 --out benchmarks/results/digits_accuracy
 
 Every seed is a search and a fine-tuning of its own, with other calibration images and another order of training; the
-dense model is the one that ships. About 5 minutes a run on two cores. Runs that are already there are not repeated.
+dense model is the one that ships. About 5 minutes a run on two cores. Runs that are already there are not repeated, and
+what a search finds out about the dense model is taken from another target's run of the same seed.
 """
 
 import shlex
@@ -23,8 +24,8 @@ from benchmarks.plots import plot_accuracy
 from pipeline.architecture import Architecture
 from pipeline.files import write_json, write_text
 from pipeline.progress import console
-from pipeline.recipe import make_recipe
-from pipeline.run import Metrics, compress, finetune_run
+from pipeline.recipe import Recipe, make_recipe
+from pipeline.run import SEARCH_FILE, Metrics, compress, finetune_run
 from pipeline.shaping import AS_PUBLISHED, SHAPINGS
 from pipeline.slim import SlimViT
 
@@ -91,10 +92,21 @@ def one_seed(directory: Path, variant: str, target_macs: float, seed: int, finet
     recipe = make_recipe(
         model="digits_deit", data="digits", target_macs=target_macs, shaping=shaping, recovery=recovery, seed=seed
     )
+    _share_curves(directory, recipe)
     metrics = compress(recipe, directory, resume=True)
     if finetune and not metrics.finetuned_epochs:
         metrics = finetune_run(directory, None, {}, None)
     return _result(variant, target_macs, seed, metrics, SlimViT.load(directory).architecture)
+
+
+def _share_curves(directory: Path, recipe: Recipe) -> None:
+    """Begin a run with the loss curves of the dense model from a run that differs only in its target."""
+    for log in sorted(directory.parent.glob(f"*/{SEARCH_FILE}")):
+        same = Recipe.load(log.parent).model_copy(update={"target_macs": recipe.target_macs}) == recipe
+        if same and not directory.exists():
+            lines = log.read_text().splitlines(keepends=True)
+            recipe.save(directory)
+            write_text(directory / SEARCH_FILE, lines[0] + "".join(line for line in lines[1:] if '"curve"' in line))
 
 
 def _result(variant: str, target: float, seed: int, metrics: Metrics, architecture: Architecture) -> SeedResult:
@@ -180,21 +192,26 @@ def summarise(seeds: Sequence[SeedResult]) -> tuple[Summary, ...]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Where OUT.json, OUT.md and OUT.png go.")],
-    targets: Annotated[str, typer.Option(help="Shares of the dense MACs that stay, separated by commas.")] = "0.5",
+    targets: Annotated[
+        str, typer.Option(metavar="SHARE:SEEDS,...", help="Shares of the dense MACs that stay, with how many seeds.")
+    ] = "0.5:5",
     variants: Annotated[str, typer.Option(help=f"Of {', '.join(COMPARED)}; separated by commas.")] = "lowpass",
-    seeds: Annotated[int, typer.Option(min=2, help="How many.")] = 5,
-    finetune: Annotated[bool, typer.Option(help="Fine-tune each, too.")] = True,
+    finetune: Annotated[str, typer.Option(metavar="SHARE,...", help="Targets whose runs are fine-tuned, too.")] = "0.5",
     runs: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/accuracy"),
 ) -> None:
     began = time.monotonic()
-    names, shares = variants.split(","), [float(share) for share in targets.split(",")]
+    names = variants.split(",")
     if unknown := set(names) - COMPARED.keys():
         raise typer.BadParameter(f"there is no variant {', '.join(unknown)}; choose from {', '.join(COMPARED)}")
+    tuned = {float(share) for share in finetune.split(",") if share}
     results = []
-    for share in shares:
+    for entry in targets.split(","):
+        share, _, seeds = entry.partition(":")
         for name in names:
-            for seed in range(seeds):
-                results.append(one_seed(runs / f"macs{share:g}-{name}-seed{seed}", name, share, seed, finetune))
+            for seed in range(int(seeds or 5)):
+                target = float(share)
+                directory = runs / f"macs{target:g}-{name}-seed{seed}"
+                results.append(one_seed(directory, name, target, seed, target in tuned))
                 console.print(str(results[-1]), soft_wrap=True)
     done = Accuracy(
         command=shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),

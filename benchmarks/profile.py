@@ -1,4 +1,4 @@
-"""Latency tables: what the parts of a model's blocks take on one runtime of this machine, for `--target-ms`.
+"""Latency tables: what the parts of a model's blocks take on one runtime of this machine, for `--target-latency`.
 
 Each part is exported as it is deployed, with random weights. Tables are cached: measuring one takes minutes.
 """
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,7 +40,8 @@ from pipeline.target import Goal, spread
 TOKEN_COUNTS, HEAD_COUNTS, WIDTHS = 4, 5, 5  # points of the grid, at most
 TOKEN_STEP, WIDTH_STEP = 8, 32  # what shapings align to
 LINKS = 4  # parts in one graph: a call costs time of its own
-ROUNDS = 7
+ROUNDS = 10
+QUANTILE = 10  # percent: a busy machine slows single runs down tenfold, and speeds none up
 ELEMENT = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
@@ -70,6 +70,23 @@ def latency_goal(
     Raises:
         InputError: see `measure_table`.
     """
+    table = latency_table(architecture, runtime, precision, batch, cache_dir)
+    measure = partial(measured_latency, runtime=runtime, precision=precision, batch=batch)
+    return Goal(target=target_ms, costs=table, unit="ms", measure=measure)
+
+
+def latency_table(
+    architecture: Architecture,
+    runtime: RuntimeName,
+    precision: Precision,
+    batch: int,
+    cache_dir: Path | None = None,
+) -> LatencyTable:
+    """The cached table if one fits, else one that is measured now, and cached. Arguments as of `latency_goal`.
+
+    Raises:
+        InputError: see `measure_table`.
+    """
     _refuse(runtime, precision)
     name = f"{architecture.dense.name}.{architecture.token_score}.{runtime}.{precision}.batch{batch}.json"
     path = (default_cache_dir() if cache_dir is None else cache_dir) / name
@@ -80,8 +97,7 @@ def latency_goal(
             write_json(path, table.model_dump(mode="json"))
         except OSError as error:
             console.print(f"the latency table is not kept: cannot write {path}: {error.strerror}", soft_wrap=True)
-    measure = partial(measured_latency, runtime=runtime, precision=precision, batch=batch)
-    return Goal(target=target_ms, costs=table, unit="ms", measure=measure)
+    return table
 
 
 def default_cache_dir() -> Path:
@@ -199,13 +215,7 @@ def measure_table(
         place = _Place(runtime, precision, batch, Path(folder))
         opened = _sessions(architecture, place, tokens, heads, hidden)
         sessions = dict(track(opened, f"building parts for {runtime}", total=points))
-        timed = _timed(sessions, seconds)
-    ms = {point: median(rounds) for point, rounds in timed.items()}
-
-    def selection(count: int) -> float:
-        pairs = zip(timed[_Point("selecting", count)], timed[_Point("alone", count)], strict=True)
-        return max(0.0, median(with_ - without for with_, without in pairs))
-
+        ms = _timed(sessions, seconds)
     return LatencyTable(
         dense=architecture.dense,
         runtime=runtime,
@@ -219,7 +229,7 @@ def measure_table(
         hidden=tuple(hidden),
         attention_ms=tuple(tuple(ms[_Point("attention", n, size)] / LINKS for size in heads) for n in tokens),
         mlp_ms=tuple(tuple(ms[_Point("mlp", n, size)] / LINKS for size in hidden) for n in tokens),
-        selection_ms=tuple(selection(n) for n in tokens),
+        selection_ms=tuple(max(0.0, ms[_Point("selecting", n)] - ms[_Point("alone", n)]) for n in tokens),
     )
 
 
@@ -416,19 +426,18 @@ def _warm(session: Session, images: Images) -> Session:
     return session
 
 
-def _timed(sessions: Mapping[_Point, Session], seconds: float) -> dict[_Point, list[float]]:
-    """Milliseconds by session and round, each the median of some runs, at about `seconds` a session. All sessions take
-    turns, so that a change of the machine's speed meets all of them."""
-    runs = {
-        point: max(1, round(1000 * seconds / ROUNDS / _milliseconds(session))) for point, session in sessions.items()
-    }
-    timed: dict[_Point, list[float]] = {point: [] for point in sessions}
+def _timed(sessions: Mapping[_Point, Session], seconds: float) -> dict[_Point, float]:
+    """Milliseconds of a run, at about `seconds` a session. All sessions take turns, so that a change of the machine's
+    speed meets all of them."""
     order = list(sessions)
+    cost = {point: min(_milliseconds(sessions[point]) for _ in range(2)) for point in order}
+    runs = {point: max(1, round(1000 * seconds / ROUNDS / cost[point])) for point in order}
+    timed: dict[_Point, list[float]] = {point: [] for point in order}
     for _ in track(range(ROUNDS), "timing parts"):
         for point in order:
-            timed[point].append(median(_milliseconds(sessions[point]) for _ in range(runs[point])))
+            timed[point].extend(_milliseconds(sessions[point]) for _ in range(runs[point]))
         order.reverse()
-    return timed
+    return {point: float(np.percentile(every, QUANTILE)) for point, every in timed.items()}
 
 
 def _milliseconds(session: Session) -> float:
@@ -448,8 +457,9 @@ def as_markdown(table: LatencyTable) -> str:
         *(f"MLP, {size} wide" for size in table.hidden),
     ]
     lines = [
-        f"{table.dense.name}, {machine['runtime']}, {table.precision}, batch {table.batch}, on {where}: milliseconds of "
-        f"one block's parts, tokens scored by `{table.token_score}`. Embedding and classifier: {table.ends_ms:.3g} ms.",
+        f"{table.dense.name}, {machine['runtime']}, {table.precision}, batch {table.batch}, on {where}: milliseconds "
+        f"of one block's parts, tokens scored by `{table.token_score}`. "
+        f"Embedding and classifier: {table.ends_ms:.3g} ms.",
         "",
         f"| {' | '.join(columns)} |",
         f"|{'--:|' * len(columns)}",

@@ -29,6 +29,7 @@ class Log:
 
     def __init__(self, decided: list[Decision], record: Callable[[Decision], None]) -> None:
         self._replay, self._record = iter(decided), record
+        self.fresh = not decided
 
     def next(self, kind: type[D], decide: Callable[..., D], *arguments: Any) -> D:
         """The next decision: replayed, or `decide(*arguments)`.

@@ -1,5 +1,6 @@
 """The `lowpass` command: parse, call, print. Heavy imports wait until a command runs, so that `--help` is quick."""
 
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -324,6 +325,30 @@ def benchmark(
 
 
 @app.command()
+def profile(
+    model: Annotated[str, typer.Option(help="timm name of the dense model, or digits_deit.")],
+    runtime: Annotated[str, typer.Option(help="Where to measure, such as onnxruntime, openvino or tensorrt.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 1,
+    precision: Annotated[PrecisionOption | None, typer.Option(help="[default: the runtime's own]")] = None,
+    token_score: Annotated[
+        Literal["full", "cls"], typer.Option(help="How blocks that drop tokens score them, see `compress`.")
+    ] = "cls",
+    as_json: AsJson = False,
+) -> None:
+    """Measure what the parts of a model's blocks take on this machine: what `compress --target-latency` plans by.
+
+    The table is kept, and measured anew when the model, the runtime's version or the machine changes."""
+    from benchmarks.profile import as_markdown, latency_table
+    from pipeline.dense import load_dense
+    from pipeline.slim import SlimViT
+
+    dense = load_dense(model, random_weights=model != "digits_deit")  # a latency does not hang on weights
+    architecture = SlimViT.from_timm(dense, token_score=token_score).architecture
+    table = latency_table(architecture, *_place(runtime, precision), batch)
+    _say(table.model_dump(mode="json"), as_markdown(table), as_json)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine can do: CPU and GPU, runtimes and their versions, TensorRT, Triton."""
     from benchmarks.machine import as_text, describe
@@ -347,9 +372,18 @@ def _compress(
 
     goal_of = None
     if recipe.target_latency is not None:
-        from benchmarks.profile import goal_of_recipe
+        from functools import partial
 
-        goal_of = goal_of_recipe(recipe)
+        from benchmarks.profile import latency_goal
+
+        runtime, precision = _place(recipe.runtime, recipe.latency_precision)
+        goal_of = partial(
+            latency_goal,
+            target_ms=recipe.target_latency,
+            runtime=runtime,
+            precision=precision,
+            batch=recipe.latency_batch,
+        )
     metrics = run_compress(recipe, out, resume, goal_of, memory_budget)
     measured = None
     if ship:
@@ -360,6 +394,19 @@ def _compress(
 
         measured = measure(out)
     _answer(out, metrics, measured, as_json)
+
+
+def _place(runtime: str | None, precision: str | None) -> tuple[Any, Any]:
+    """A runtime by name, and a precision it computes in: the one asked for, or its own."""
+    from benchmarks.latency import parse_runtimes
+    from export.runtimes import check_precision, default_precision, missing
+
+    name = parse_runtimes(runtime)[0]
+    if reason := missing(name):
+        raise InputError(f"cannot measure latencies on {name}: {reason}")
+    chosen: Any = precision or default_precision(name)
+    check_precision(name, chosen)
+    return name, chosen
 
 
 def _export_and_build(out: Path) -> None:
@@ -410,10 +457,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(arguments)
     except InputError as error:
         _fail(str(error), 2)
-    except (RunError, OSError) as error:
+    except RunError as error:
         _fail(str(error), 1)
+    except OSError as error:
+        _fail(_why(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted; --resume goes on with a search", 130)
+
+
+def _why(error: OSError) -> str:
+    """An operating system's refusal with the file and the remedy."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"cannot write {what}; what was written before is whole: make room, then go on (a search: with --resume)"
+    return what
 
 
 def _fail(message: str, code: int) -> None:

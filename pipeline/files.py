@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+PART = ".part"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -15,7 +18,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         OSError: the folder is read-only or full; the old file, if any, is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -23,9 +26,18 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # such as a disk that has turned read-only
+            Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say what it was full for
         raise
+
+
+def remove_parts(directory: Path) -> None:
+    """Clear away what a kill left half-written in `directory`."""
+    for part in directory.glob(f".*{PART}"):
+        part.unlink()
 
 
 def write_text(path: Path, content: str) -> None:

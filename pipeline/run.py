@@ -27,7 +27,7 @@ from pipeline.decisions import ChannelDecision, Curve, Decision, Plan
 from pipeline.dense import load_dense
 from pipeline.errors import InputError
 from pipeline.evaluate import top1
-from pipeline.files import sha256, write_bytes, write_json, write_text
+from pipeline.files import remove_parts, sha256, write_bytes, write_json, write_text
 from pipeline.finetune import finetune
 from pipeline.progress import console, track
 from pipeline.recipe import RECIPE_FILE, FinetuneSettings, Recipe
@@ -270,7 +270,7 @@ def best_device() -> torch.device:
 
 
 def _claim(recipe: Recipe, directory: Path, resume: bool) -> bool:
-    """Whether the run in `directory` is already finished; nothing is written.
+    """Whether the run in `directory` is already finished; nothing is written, but what a kill left half-written goes.
 
     Raises:
         InputError: the directory holds something else.
@@ -289,6 +289,7 @@ def _claim(recipe: Recipe, directory: Path, resume: bool) -> bool:
             raise InputError(
                 f"{directory} was started with {field} = {before[field]}, now it is {value}; give another --out"
             )
+    remove_parts(directory)
     return (directory / METRICS_FILE).exists()
 
 

@@ -11,7 +11,7 @@ from pipeline.data import Batches
 from pipeline.recipe import Recipe
 from pipeline.slim import SlimViT
 from pipeline.standing import DEFAULT_BUDGET_GIB, Standing
-from pipeline.target import Goal, profile, search_to_target
+from pipeline.target import Goal, check_measured_target, profile, search_to_target
 
 GoalOf = Callable[[Architecture], Goal]
 
@@ -55,5 +55,7 @@ def search(
         goal = goal_of(dense)
     else:
         raise ValueError("a latency target needs a way to measure")
+    if log.fresh:
+        check_measured_target(goal, dense, recipe.shaping)
     curves = profile(standing(copy.deepcopy(model)), log)
     search_to_target(curves, standing(model), goal, log)

@@ -114,6 +114,26 @@ def make_plan(curves: Sequence[BlockCurve], dense: Architecture, goal: Goal) -> 
     return best
 
 
+def check_measured_target(goal: Goal, dense: Architecture, shaping: Shaping) -> None:
+    """Refuse a measured target that the dense model meets already or that the smallest model misses.
+
+    Raises:
+        InputError: with what was measured.
+    """
+    if goal.measure is None:
+        return
+    before = goal.measure(dense)
+    if before <= goal.target:
+        raise InputError(f"{dense.dense.name} takes {before:.3g} {goal.unit} as it is; a target must be below that")
+    blocks = shaping.smallest(dense.dense, first_keep(dense))
+    least = goal.measure(dense.model_copy(update={"blocks": blocks}))
+    if least > goal.target * (1 + REFUSED_BEYOND):
+        raise InputError(
+            f"a target of {goal.target:g} {goal.unit} is out of reach: the smallest model takes {least:.3g} {goal.unit}"
+            f", the dense one {before:.3g}"
+        )
+
+
 def profile(standing: Standing, log: Log) -> list[BlockCurve]:
     """The loss curves of all blocks of a dense model."""
     batches = _first(standing.clean, PROFILED_IMAGES)

@@ -153,6 +153,10 @@ def _changed_weights(path: Path, **changes: torch.Tensor) -> Path:
         ({"--target-macs": None, "--architecture": "missing.json"}, "cannot read the architecture"),
         ({"--random-weights": ""}, "random weights"),
         ({"--token-cutoff": "2"}, "token_cutoff"),
+        ({"--target-macs": None, "--target-latency": "1"}, "go together"),
+        ({"--runtime": "onnxruntime"}, "go together"),
+        ({"--target-macs": None, "--target-latency": "1", "--runtime": "abacus"}, "no runtime 'abacus'"),
+        ({"--target-macs": None, "--target-latency": "1", "--runtime": "tensorrt"}, "tensorrt"),
     ],
 )
 def test_refused_before_anything_is_written(

@@ -1,0 +1,229 @@
+"""Latency tables: complete, in order, exported as deployed, and cached only for what they were measured on."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import MakeViT
+
+import benchmarks.profile
+from benchmarks.profile import (
+    as_markdown,
+    chained,
+    default_cache_dir,
+    latency_goal,
+    measure_table,
+    measured_latency,
+    token_grid,
+    with_tokens,
+)
+from export.deploy import deployable
+from export.options import Precision
+from export.runtimes import RuntimeName, missing
+from export.sessions import OnnxRuntime, logits_of
+from export.to_onnx import trace
+from pipeline.architecture import Architecture
+from pipeline.costs import LatencyTable, total
+from pipeline.dense import load_dense
+from pipeline.errors import InputError
+from pipeline.slim import SlimViT
+
+
+@pytest.fixture(scope="module")
+def architecture(make_vit: MakeViT) -> Architecture:
+    """Of a tiny dense model: 17 tokens, 2 heads of 12, hidden width 48."""
+    return SlimViT.from_timm(make_vit(num_heads=2, mlp_ratio=2), token_score="cls").architecture
+
+
+@pytest.fixture(scope="module")
+def smallest(make_vit: MakeViT) -> Architecture:
+    """Of a model whose grid is one point: an export takes a second."""
+    return SlimViT.from_timm(make_vit(img_size=8, num_heads=1, mlp_ratio=1), token_score="full").architecture
+
+
+@pytest.fixture(scope="module")
+def table(architecture: Architecture) -> LatencyTable:
+    return measure_table(architecture, "onnxruntime", "fp32", 2, seconds=0.01)
+
+
+@pytest.fixture
+def measured(table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Architecture]]:
+    """What tables were measured of; none really is."""
+    calls: list[Architecture] = []
+
+    def measure(architecture: Architecture, runtime: str, precision: str, batch: int) -> LatencyTable:
+        calls.append(architecture)
+        return table.model_copy(update={"dense": architecture.dense, "token_score": architecture.token_score})
+
+    monkeypatch.setattr(benchmarks.profile, "measure_table", measure)
+    return calls
+
+
+def goal_costs(architecture: Architecture, cache_dir: Path | None) -> LatencyTable:
+    goal = latency_goal(architecture, 1.0, "onnxruntime", "fp32", 2, cache_dir)
+    assert isinstance(goal.costs, LatencyTable)
+    return goal.costs
+
+
+def test_a_table_is_complete(table: LatencyTable, architecture: Architecture) -> None:
+    assert (table.runtime, table.precision, table.batch, table.token_score) == ("onnxruntime", "fp32", 2, "cls")
+    assert table.dense == architecture.dense
+    assert table.tokens == (8, 16, 17) and table.rows == (24, 48) and table.hidden == (32, 48)
+    for grid, columns in ((table.attention_ms, table.rows), (table.mlp_ms, table.hidden)):
+        assert [len(row) for row in grid] == [len(columns)] * len(table.tokens)
+        assert all(math.isfinite(ms) and ms > 0 for row in grid for ms in row)
+    assert len(table.selection_ms) == len(table.tokens)
+    assert all(math.isfinite(ms) and ms >= 0 for ms in table.selection_ms)
+    assert math.isfinite(table.ends_ms) and table.ends_ms > 0
+    assert math.isfinite(total(table, architecture)) and total(table, architecture) > table.ends_ms
+    assert LatencyTable.model_validate_json(table.model_dump_json()) == table
+
+
+def test_a_table_is_readable(table: LatencyTable) -> None:
+    lines = as_markdown(table).splitlines()
+    assert "onnxruntime" in lines[0] and "batch 2" in lines[0]
+    assert [line.split()[1] for line in lines[4:]] == [str(count) for count in table.tokens]
+    assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+def test_grids_span_a_model(make_vit: MakeViT) -> None:
+    dense = SlimViT.from_timm(make_vit(img_size=56, reg_tokens=3)).architecture.dense  # 196 image tokens
+    assert token_grid(dense) == [48, 96, 152, 200]
+    assert token_grid(SlimViT.from_timm(load_dense("digits_deit")).architecture.dense) == [16, 32, 56, 65]
+    assert token_grid(dense.model_copy(update={"img_size": (4, 4)})) == [5]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision"),
+    [("onnxruntime", "fp16"), ("onnxruntime", "int8"), ("openvino", "bf16"), ("pytorch", "fp32")],
+)
+def test_runtimes_and_precisions_are_measured(
+    smallest: Architecture, runtime: RuntimeName, precision: Precision
+) -> None:
+    if missing(runtime) is not None:
+        pytest.skip(f"{runtime} is not here")
+    table = measure_table(smallest, runtime, precision, 1, seconds=0.001)
+    assert (table.runtime, table.precision, table.token_score) == (runtime, precision, "full")
+    assert (table.tokens, table.rows, table.hidden) == ((5,), (48,), (24,))
+    assert min(table.attention_ms[0][0], table.mlp_ms[0][0]) > 0
+
+
+def test_parts_change_their_token_count_as_an_export_would(architecture: Architecture) -> None:
+    block = deployable(SlimViT(architecture)).blocks[0]  # type: ignore[union-attr, index]
+    part = benchmarks.profile._Attention(block)  # type: ignore[arg-type]
+    whole, short = (trace(part, torch.zeros(2, count, 24)) for count in (17, 9))
+    del short.graph.value_info[:]
+    assert with_tokens(whole, 17, 9).SerializeToString(deterministic=True) == short.SerializeToString(
+        deterministic=True
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_chain_computes_its_parts_in_turn(architecture: Architecture, dtype: torch.dtype) -> None:
+    block = benchmarks.profile._model(deployable(SlimViT(architecture), dtype)).blocks[0]
+    part = benchmarks.profile._Mlp(block)
+    chain = chained(trace(part, torch.zeros(2, 17, 24, dtype=dtype)), 3, dtype)
+    onnx.checker.check_model(chain, full_check=True)
+    tokens = np.random.default_rng(0).standard_normal((2, 17, 24), np.float32)
+    with torch.inference_mode():
+        expected = part(part(part(torch.from_numpy(tokens).to(dtype)))).float().numpy()
+    found = logits_of(OnnxRuntime(chain.SerializeToString()), tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4 if dtype == torch.float32 else 0.05)
+
+
+def test_a_whole_model_is_measured_and_draws_no_random_numbers(architecture: Architecture) -> None:
+    slim = architecture.with_keep(0, 9)
+    before = torch.get_rng_state()
+    assert 0 < measured_latency(slim, "onnxruntime", "fp32", 2, seconds=0.01) < math.inf
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_goal_measures_once(architecture: Architecture, measured: list[Architecture], tmp_path: Path) -> None:
+    first, second = goal_costs(architecture, tmp_path), goal_costs(architecture, tmp_path)
+    assert first == second and len(measured) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["VisionTransformer.cls.onnxruntime.fp32.batch2.json"]
+
+
+def test_a_goal_measures_whole_models(
+    architecture: Architecture, measured: list[Architecture], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(benchmarks.profile, "measured_latency", lambda slim, **where: (slim, where))
+    goal = latency_goal(architecture, 2.5, "onnxruntime", "fp32", 2, tmp_path)
+    assert (goal.target, goal.unit) == (2.5, "ms") and goal.measure is not None
+    assert goal.measure(architecture) == (architecture, {"runtime": "onnxruntime", "precision": "fp32", "batch": 2})
+
+
+def test_the_cache_has_a_default_place(
+    architecture: Architecture, measured: list[Architecture], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    goal_costs(architecture, None)
+    assert default_cache_dir() == tmp_path / "lowpass" and len(list(default_cache_dir().iterdir())) == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache_dir() == Path.home() / ".cache" / "lowpass"
+
+
+def test_another_machines_table_is_measured_anew(
+    architecture: Architecture,
+    table: LatencyTable,
+    measured: list[Architecture],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    goal_costs(architecture, tmp_path)
+    (path,) = tmp_path.iterdir()
+    elsewhere = table.model_copy(update={"machine": table.machine | {"cpu": "Z80"}})
+    path.write_text(elsewhere.model_dump_json())
+    assert goal_costs(architecture, tmp_path).machine == table.machine and len(measured) == 2
+    assert "cpu was Z80" in " ".join(capsys.readouterr().err.split())
+    goal_costs(architecture, tmp_path)
+    assert len(measured) == 2
+
+
+def test_another_models_table_is_measured_anew(
+    make_vit: MakeViT, architecture: Architecture, measured: list[Architecture], tmp_path: Path
+) -> None:
+    goal_costs(architecture, tmp_path)
+    other = SlimViT.from_timm(make_vit(num_classes=7), token_score="cls").architecture
+    assert goal_costs(other, tmp_path).dense == other.dense and len(measured) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b'{"batch": 2}', b"\xff\x00"])
+def test_a_damaged_table_is_measured_anew(
+    architecture: Architecture,
+    measured: list[Architecture],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    content: bytes,
+) -> None:
+    goal_costs(architecture, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(content)
+    goal_costs(architecture, tmp_path)
+    assert len(measured) == 2 and "damaged" in capsys.readouterr().err
+    LatencyTable.model_validate_json(path.read_bytes())
+
+
+def test_a_table_that_cannot_be_kept_is_still_used(
+    architecture: Architecture, measured: list[Architecture], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    goal_costs(architecture, tmp_path / "file")
+    assert "not kept" in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_refused(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="pytorch-compile"):
+        measure_table(architecture, "pytorch-compile", "fp32", 1)
+    with pytest.raises(InputError, match="does not run bf16"):
+        measured_latency(architecture, "onnxruntime", "bf16", 1)
+    monkeypatch.setattr(benchmarks.profile, "missing", lambda runtime: f"{runtime} is not installed")
+    with pytest.raises(InputError, match="openvino is not installed"):
+        latency_goal(architecture, 1.0, "openvino", "fp32", 1, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,189 @@
+"""Recovery: ridge regression against a solver of its own, and what it does to a pruned block."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeViT
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from pipeline.channels import ChannelChoice, choose_channels, choose_for_shape
+from pipeline.data import Batches, made_batches
+from pipeline.recipe import Recipe
+from pipeline.recovery import HELD_OUT_EVERY, RIDGES, moments, refit, refit_pairing, token_weights, unscaled
+from pipeline.removal import remove_channels
+from pipeline.slim import SlimViT
+from pipeline.standing import Standing
+
+
+def rows(seed: int, images: int = 16, tokens: int = 9, width: int = 6, out: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(images, tokens, width, generator=generator)
+    mix = torch.randn(width, out, generator=generator)
+    targets = features @ mix + 0.3 + 0.1 * torch.randn(images, tokens, out, generator=generator)
+    return features, targets, torch.rand(tokens, generator=generator)
+
+
+@given(seed=st.integers(0, 1000), chunk=st.integers(1, 16))
+def test_refit_is_weighted_ridge_regression_that_beats_what_was_there(seed: int, chunk: int) -> None:
+    features, targets, weights = rows(seed)
+    parts = zip(features.split(chunk), targets.split(chunk), strict=True)
+    fitted, judged = moments((x, y, weights) for x, y in parts)
+    torch.manual_seed(seed)
+    layer = nn.Linear(6, 4)
+    before = copy.deepcopy(layer)
+    done = refit(layer, "layer", fitted, judged)
+    held = torch.arange(len(features)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+    def error(module: nn.Linear) -> float:
+        squared = (module(features[held]) - targets[held]).double().square().sum(-1)
+        return float((squared * weights).sum() / (weights.sum() * held.sum()))
+
+    assert done.before == pytest.approx(error(before), rel=1e-4)
+    assert done.after == pytest.approx(error(layer), rel=1e-3) and done.after < done.before
+    assert done.ridge in RIDGES
+    # The same by least squares on stacked rows: sqrt-weighted data above, the ridge's pull below.
+    root = weights.sqrt().double()[None, :, None]
+    x = torch.cat([features, torch.ones_like(features[..., :1])], -1).double()
+    x, y = ((t.double() * root)[~held].flatten(0, 1) for t in (x, targets))
+    now = torch.cat([before.weight.T, before.bias[None]]).detach().double()
+    penalty = (done.ridge * x[:, :-1].square().sum() / 6) ** 0.5 * torch.eye(7, dtype=torch.float64)
+    penalty[-1, -1] = 0
+    solution = torch.linalg.lstsq(torch.cat([x, penalty]), torch.cat([y, penalty @ now])).solution
+    torch.testing.assert_close(layer.weight.double(), solution[:-1].T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.bias.double(), solution[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_refit_that_does_not_help_is_not_taken() -> None:
+    """Held-out images that follow another rule than those fitted on: what is there stays, to the bit."""
+    features, targets, weights = rows(0)
+    held = torch.arange(len(features)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    layer = nn.Linear(6, 4)
+    with torch.no_grad():
+        targets[held] = layer(features[held])
+    before = copy.deepcopy(layer)
+    done = refit(layer, "layer", *moments([(features, targets, weights)]))
+    assert done.ridge is None and done.after == done.before
+    assert torch.equal(layer.weight, before.weight) and torch.equal(layer.bias, before.bias)
+
+
+@given(seed=st.integers(0, 100), kept=st.sets(st.integers(0, 5), min_size=1))
+def test_moments_of_some_features_are_part_of_those_of_all(seed: int, kept: set[int]) -> None:
+    features, targets, weights = rows(seed)
+    chosen = sorted(kept)
+    for part, whole in zip(
+        moments([(features[..., chosen], targets, weights)]), moments([(features, targets, weights)]), strict=True
+    ):
+        taken = whole.take(chosen)
+        torch.testing.assert_close(taken.gram, part.gram)
+        torch.testing.assert_close(taken.cross, part.cross)
+
+
+def test_too_few_images_are_refused() -> None:
+    features, targets, weights = rows(0, images=HELD_OUT_EVERY - 1)
+    with pytest.raises(ValueError, match="at least"):
+        moments([(features, targets, weights)])
+
+
+def test_only_what_is_read_counts() -> None:
+    like = torch.zeros(1)
+    assert token_weights(6, 1, True, like).tolist() == [1, 0, 0, 0, 0, 0]
+    assert token_weights(6, 1, False, like).tolist() == [5, 1, 1, 1, 1, 1]
+    assert token_weights(6, 2, False, like).tolist() == [2, 2, 1, 1, 1, 1]
+
+
+def test_layer_scale_is_divided_out_where_it_is_on() -> None:
+    scale, layer = LayerScale(3), nn.Linear(2, 3)
+    with torch.no_grad():
+        scale.gamma.copy_(torch.tensor([2.0, 0.0, -0.5]))
+    features = torch.randn(4, 2)
+    wanted = unscaled(torch.ones(4, 3), scale, layer, features)
+    assert torch.equal(wanted[:, 0], torch.full((4,), 0.5)) and torch.equal(wanted[:, 2], torch.full((4,), -2.0))
+    assert torch.equal(wanted[:, 1], layer(features)[:, 1])
+    assert torch.equal(unscaled(torch.ones(4, 3), nn.Identity(), layer, features), torch.ones(4, 3))
+
+
+@pytest.fixture(scope="module")
+def dense(make_vit: MakeViT) -> SlimViT:
+    return SlimViT.from_timm(make_vit(img_size=24, embed_dim=48, depth=3, init_values=0.5))
+
+
+@pytest.fixture(scope="module")
+def images(dense: SlimViT) -> Batches:
+    return made_batches(dense.architecture, 96, 24, seed=0)
+
+
+def standing(dense: SlimViT, images: Batches, recovery: bool = True) -> Standing:
+    recipe = Recipe(model="tiny", data="digits", target_macs=0.5, recovery=recovery)
+    return Standing(copy.deepcopy(dense), images, images[:1], recipe, Path())
+
+
+def test_pairing_keeps_logits_nearer_than_the_best_channels_do(dense: SlimViT, images: Batches) -> None:
+    at = standing(dense, images)
+    block = copy.deepcopy(at.model.blocks[0])
+    shape = block.shape.model_copy(update={"heads": 2, "qk_dim": 5})
+    choice = choose_for_shape(at.sensitivity(), shape)
+    remove_channels(block, choice)
+    inputs = [block.norm1(tokens) for tokens in at.clean]
+    done = refit_pairing(block, inputs, dense.blocks[0], choice.heads)
+    assert done.ridge is not None and done.after < 0.8 * done.before
+    assert block.shape == shape
+
+
+def test_pairing_of_what_is_whole_is_exact(dense: SlimViT, images: Batches) -> None:
+    """All channels of some heads: nothing is lost, and whatever is done leaves the logits as they were."""
+    block = copy.deepcopy(dense.blocks[0])
+    whole = tuple(range(16))
+    remove_channels(block, ChannelChoice((0, 2), (whole,) * 2, (whole,) * 2, tuple(range(192))))
+    x = block.norm1(dense.embed(images[0][0]))
+    before, _ = block.attn.features(x, "full")
+    refit_pairing(block, [x], dense.blocks[0], (0, 2))
+    torch.testing.assert_close(block.attn.features(x, "full")[0], before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_a_cut_block_comes_nearer_to_the_dense_stream(
+    dense: SlimViT, images: Batches, index: int, dropping: bool
+) -> None:
+    """On images that recovery has not seen, tokens matched, through layer scale; also above blocks that were cut."""
+    fresh = made_batches(dense.architecture, 64, 64, seed=9)
+    left = {}
+    for recovery in (False, True):
+        at = standing(dense, images, recovery)
+        if dropping:
+            at.model.set_keep(0, 20)
+        if index:
+            at.model.vit.blocks[0], _ = at.cut(choose_channels(at.sensitivity(), 150))
+            at.ascend()
+            at.ascend()
+        at.model.vit.blocks[index], refits = at.cut(choose_channels(at.sensitivity(), 200))
+        assert [r.layer for r in refits] == (["query/key", "attn.proj", "mlp.fc2"] if recovery else [])
+        assert all(r.after <= r.before for r in refits)
+        tokens, reference = at.model.embed(fresh[0][0]), dense.embed(fresh[0][0])
+        for slim, whole in zip(at.model.blocks[: index + 1], dense.blocks, strict=False):
+            tokens, reference = slim(tokens), whole(reference)
+        left[recovery] = float((tokens[:, 0] - reference[:, 0]).square().mean())  # CLS is the same token in both
+    assert left[True] < 0.9 * left[False]
+
+
+def test_tokens_are_followed_through_drops(dense: SlimViT, images: Batches) -> None:
+    """`alive` says which tokens of the dense model the slim one still has: with whole blocks they are the same."""
+    at = standing(dense, images)
+    at.model.set_keep(0, 20)
+    at.model.set_keep(2, 7)
+    for keep in (20, 20, 7):
+        at.ascend()
+        for tokens, alive in zip(at.clean, at.alive, strict=True):
+            assert tokens.shape[1] == alive.shape[1] == keep + 1
+            assert torch.equal(alive, alive.sort(1).values) and torch.equal(alive[:, 0], torch.zeros(len(alive)).long())
+    # Block 0 drops after its attention, so up to there both streams are one.
+    first = standing(dense, images)
+    first.model.set_keep(0, 20)
+    middle, alive = first._selected(first.model.blocks[0], first.clean[0], first.alive[0])
+    expected = first.dense_middle[0].gather(1, alive[..., None].expand(-1, -1, 48))
+    torch.testing.assert_close(middle, expected)

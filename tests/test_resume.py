@@ -1,0 +1,172 @@
+"""A search survives kills at any moment, a disk that fills up or turns read-only, and inputs that changed meanwhile."""
+
+import json
+import multiprocessing
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.recipe import Recipe, make_recipe
+from pipeline.run import compress
+
+RESULTS = ("recipe.yaml", "search.jsonl", "architecture.json", "slim.safetensors", "metrics.json")
+GOALS = ({"target_macs": 0.6}, {"allowable_drop": 20.0})
+SMALL = {"score_images": 64, "measure_images": 192}
+
+
+def small(**changes: Any) -> Recipe:
+    return make_recipe(**({"model": "digits_deit", "data": "digits"} | SMALL | changes))
+
+
+def run_alone(recipe: Recipe, directory: Path) -> None:
+    """In a process of its own, as after a kill."""
+    import torch
+
+    torch.set_num_threads(1)
+    compress(recipe, directory, resume=True)
+
+
+def results(directory: Path) -> dict[str, bytes]:
+    return {name: (directory / name).read_bytes() for name in RESULTS}
+
+
+@pytest.mark.slow
+def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+    """Killed at ten random moments, in the making of files too: each resumed run ends with the very same bytes."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["pipeline.run"])  # imports once, so that the moments fall into the search
+    rng = random.Random(0)
+    interrupted = 0
+    for goal in GOALS:
+        recipe = small(**goal)
+        whole = tmp_path / f"whole-{next(iter(goal))}"
+        run_alone(recipe, whole)
+        began = time.monotonic()
+        run_alone(recipe, tmp_path / f"timed-{next(iter(goal))}")
+        seconds = time.monotonic() - began
+        for kill in range(5):
+            directory = tmp_path / f"{next(iter(goal))}-{kill}"
+            process = forks.Process(target=run_alone, args=(recipe, directory))
+            process.start()
+            process.join(rng.uniform(0.1, 0.9) * seconds + 1)
+            process.kill()
+            process.join()
+            interrupted += not (directory / "metrics.json").exists()
+            run_alone(recipe, directory)
+            assert results(directory) == results(whole)
+            assert not list(directory.glob(".*"))  # nothing half-written is left
+    assert interrupted >= 5  # or nothing was tested
+
+
+DRIVER = """
+import subprocess, sys, time
+from pathlib import Path
+
+directory, trouble, *command = sys.argv[1:]
+run, log = Path(directory) / "run", Path(directory) / "run" / "search.jsonl"
+mount = ["mount", "-o"]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", directory], check=True)
+process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+    time.sleep(0.01)
+if trouble == "full":
+    used = sum(file.stat().st_size for file in run.iterdir())
+    subprocess.run([*mount, f"remount,size={used + 65536}", directory], check=True)
+else:
+    (Path(directory) / "held").touch()
+    subprocess.run([*mount, "remount,ro", directory], check=True)
+_, said = process.communicate()
+print(process.returncode, said.splitlines()[-1])
+subprocess.run([*mount, "remount,rw,size=64m", directory], check=True)
+print(subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode)
+for name in sys.stdin.read().split():
+    print((run / name).read_bytes().hex())
+print(*[file.name for file in run.iterdir() if file.name.startswith(".")])
+"""
+
+
+def private_mounts() -> list[str]:
+    """How to get mounts of one's own: as root, or as root of a user namespace."""
+    for command in (["unshare", "--mount"], ["unshare", "--mount", "--user", "--map-root-user"]):
+        if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
+            return command
+    pytest.skip("this system allows no mounts of one's own, which a full disk needs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_disk_in_trouble_is_said_and_the_run_goes_on_later(trouble: str, tmp_path: Path) -> None:
+    recipe = ["--model", "digits_deit", "--data", "digits", "--target-macs", "0.6"]
+    recipe += ["--score-images", "64", "--measure-images", "192"]
+    compress_to = [sys.executable, "-m", "pipeline.cli", "compress", *recipe, "--resume", "--out"]
+    whole, troubled = tmp_path / "whole", tmp_path / "disk"
+    troubled.mkdir()
+    subprocess.run([*compress_to, str(whole)], check=True, capture_output=True)
+    done = subprocess.run(
+        [
+            *private_mounts(),
+            sys.executable,
+            "-c",
+            DRIVER,
+            str(troubled),
+            trouble,
+            *compress_to,
+            str(troubled / "run"),
+        ],
+        input=" ".join(RESULTS),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, resumed, *files, parts = done.stdout.split("\n")[:-1]
+    reason = "No space left on device" if trouble == "full" else "Read-only file system"
+    assert first.startswith("1 lowpass: cannot write ") and reason in first and "--resume" in first, first
+    assert resumed == "0" and not parts
+    assert [bytes.fromhex(file) for file in files] == list(results(whole).values())
+
+
+def test_changed_inputs_are_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    compress(small(**GOALS[1]), run)
+    (run / "metrics.json").unlink()  # as if it had been interrupted
+    with pytest.raises(InputError, match=r"allowable_drop = 20\.0, now it is 30\.0"):
+        compress(small(allowable_drop=30.0), run, resume=True)
+    with pytest.raises(InputError, match="recovery = True, now it is False"):
+        compress(small(**GOALS[1], recovery=False), run, resume=True)
+    log = (run / "search.jsonl").read_text()
+    header = json.loads(log.splitlines()[0])
+    for name, said in (("scored_sha256", "scored_sha256"), ("measured_sha256", "measured_sha256")):
+        other = json.dumps(header | {name: "other"})
+        (run / "search.jsonl").write_text(log.replace(log.splitlines()[0], other))
+        with pytest.raises(InputError, match=f"{said} was other"):
+            compress(small(**GOALS[1]), run, resume=True)
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_a_memory_budget_changes_nothing(goal: dict[str, float], tmp_path: Path) -> None:
+    """Past the budget activations are mapped files, which leave nothing behind."""
+    for name, budget in (("memory", 8.0), ("files", 0.0)):
+        compress(small(**goal), tmp_path / name, budget_gib=budget)
+        assert {file.name for file in (tmp_path / name).iterdir()} == {*RESULTS, "dense.safetensors"}
+    assert results(tmp_path / "memory") == results(tmp_path / "files")
+
+
+def test_mixed_precision_decides_alike(tmp_path: Path) -> None:
+    """BF16 here, for want of a GPU: MACs within 5 points, top-1 of every decision within 3."""
+    runs = {}
+    for mixed in (False, True):
+        directory = tmp_path / str(mixed)
+        compress(small(allowable_drop=20.0, mixed_precision=mixed), directory)
+        runs[mixed] = [json.loads(line) for line in (directory / "search.jsonl").read_text().splitlines()[1:]]
+    dense = runs[False][0]["macs"]
+    for exact, rough in zip(runs[False], runs[True], strict=True):
+        assert (exact["kind"], exact["block"]) == (rough["kind"], rough["block"])
+        assert abs(exact["macs"] - rough["macs"]) <= 0.05 * dense
+        assert abs(exact["top1"] - rough["top1"]) <= 3

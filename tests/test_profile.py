@@ -113,8 +113,7 @@ def test_runtimes_and_precisions_are_measured(
 
 
 def test_parts_change_their_token_count_as_an_export_would(architecture: Architecture) -> None:
-    block = deployable(SlimViT(architecture)).blocks[0]  # type: ignore[union-attr, index]
-    part = benchmarks.profile._Attention(block)  # type: ignore[arg-type]
+    part = benchmarks.profile._Attention(benchmarks.profile._model(deployable(SlimViT(architecture))).blocks[0])
     whole, short = (trace(part, torch.zeros(2, count, 24)) for count in (17, 9))
     del short.graph.value_info[:]
     assert with_tokens(whole, 17, 9).SerializeToString(deterministic=True) == short.SerializeToString(

@@ -17,7 +17,7 @@ from pipeline.run import compress
 
 RESULTS = ("recipe.yaml", "search.jsonl", "architecture.json", "slim.safetensors", "metrics.json")
 GOALS = ({"target_macs": 0.6}, {"allowable_drop": 20.0})
-SMALL = {"score_images": 64, "measure_images": 192}
+SMALL = {"score_images": 32, "measure_images": 64}
 
 
 def small(**changes: Any) -> Recipe:
@@ -103,7 +103,7 @@ def private_mounts() -> list[str]:
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
 def test_a_disk_in_trouble_is_said_and_the_run_goes_on_later(trouble: str, tmp_path: Path) -> None:
     recipe = ["--model", "digits_deit", "--data", "digits", "--target-macs", "0.6"]
-    recipe += ["--score-images", "64", "--measure-images", "192"]
+    recipe += ["--score-images", "32", "--measure-images", "64"]
     compress_to = [sys.executable, "-m", "pipeline.cli", "compress", *recipe, "--resume", "--out"]
     whole, troubled = tmp_path / "whole", tmp_path / "disk"
     troubled.mkdir()

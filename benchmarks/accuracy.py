@@ -1,6 +1,6 @@
 """Top-1 of the slim digits model against MACs, with and without recovery, before and after fine-tuning, over seeds.
 
-    python -m benchmarks.accuracy --targets 0.8:3,0.5:5 --finetune 0.5 --out benchmarks/results/digits_accuracy
+    python -m benchmarks.accuracy --targets 0.5:5 --finetune lowpass:0.5:5 --out benchmarks/results/digits_accuracy
 
 Every seed is a search and a fine-tuning of its own, with other calibration images and another order of training; the
 dense model is the one that ships. About 5 minutes a run on two cores. Runs that are already there are not repeated, and
@@ -72,8 +72,9 @@ class Summary(_Frozen):
     variant: str
     target: float
     seeds: int
+    finetuned_seeds: int
     pruned_top1: Spread
-    finetuned_top1: Spread | None
+    finetuned_top1: Spread | None  # None: of fewer than two
 
 
 class Accuracy(_Frozen):
@@ -136,13 +137,14 @@ def as_markdown(done: Accuracy) -> str:
         "",
         "Mean ± sample standard deviation over the seeds (± half of the 95% interval of the mean).",
         "",
-        "| variant | MACs asked for | seeds | pruned, no training | fine-tuned |",
-        "|---|--:|--:|--:|--:|",
+        "| variant | MACs asked for | seeds | pruned, no training | fine-tuned | of these seeds |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for summary in done.summaries:
         lines.append(
             f"| {summary.variant} | {summary.target:g} | {summary.seeds} | {_text(summary.pruned_top1)} "
-            f"| {'-' if summary.finetuned_top1 is None else _text(summary.finetuned_top1)} |"
+            f"| {'-' if summary.finetuned_top1 is None else _text(summary.finetuned_top1)} "
+            f"| {summary.finetuned_seeds} |"
         )
     lines += [
         "",
@@ -183,8 +185,9 @@ def summarise(seeds: Sequence[SeedResult]) -> tuple[Summary, ...]:
                 variant=variant,
                 target=target,
                 seeds=len(group),
+                finetuned_seeds=len(finetuned),
                 pruned_top1=spread([one.pruned_top1 for one in group]),
-                finetuned_top1=spread(finetuned) if len(finetuned) == len(group) else None,
+                finetuned_top1=spread(finetuned) if len(finetuned) > 1 else None,
             )
         )
     return tuple(summaries)
@@ -196,14 +199,20 @@ def main(
         str, typer.Option(metavar="SHARE:SEEDS,...", help="Shares of the dense MACs that stay, with how many seeds.")
     ] = "0.5:5",
     variants: Annotated[str, typer.Option(help=f"Of {', '.join(COMPARED)}; separated by commas.")] = "lowpass",
-    finetune: Annotated[str, typer.Option(metavar="SHARE,...", help="Targets whose runs are fine-tuned, too.")] = "0.5",
+    finetune: Annotated[
+        str, typer.Option(metavar="VARIANT:SHARE:SEEDS,...", help="Whose runs are fine-tuned, too.")
+    ] = "lowpass:0.5:5",
     runs: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/accuracy"),
 ) -> None:
     began = time.monotonic()
     names = variants.split(",")
     if unknown := set(names) - COMPARED.keys():
         raise typer.BadParameter(f"there is no variant {', '.join(unknown)}; choose from {', '.join(COMPARED)}")
-    tuned = {float(share) for share in finetune.split(",") if share}
+    tuned = {
+        (variant, float(share), seed)
+        for variant, share, seeds in (entry.split(":") for entry in finetune.split(",") if entry)
+        for seed in range(int(seeds))
+    }
     results = []
     for entry in targets.split(","):
         share, _, seeds = entry.partition(":")
@@ -211,7 +220,7 @@ def main(
             for seed in range(int(seeds or 5)):
                 target = float(share)
                 directory = runs / f"macs{target:g}-{name}-seed{seed}"
-                results.append(one_seed(directory, name, target, seed, target in tuned))
+                results.append(one_seed(directory, name, target, seed, (name, target, seed) in tuned))
                 console.print(str(results[-1]), soft_wrap=True)
     done = Accuracy(
         command=shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),

@@ -47,11 +47,11 @@ def test_seeds_are_summed_up_by_variant_and_target(tmp_path: Path) -> None:
         ("lowpass", 0.3, 2, 80.5),
     ]
     assert summaries[0].finetuned_top1 is not None and summaries[0].finetuned_top1.mean == 98.5
-    assert summaries[1].finetuned_top1 is None  # not of all seeds
+    assert summaries[1].finetuned_top1 is None and summaries[1].finetuned_seeds == 1  # one has no spread
     done = Accuracy(command="c", seconds=1, machine=describe(), seeds=tuple(seeds), summaries=summaries)
     table = as_markdown(done)
-    assert "| lowpass | 0.5 | 2 | 98.50 ± 0.71 (± 6.35) | 98.50 ± 0.71 (± 6.35) |" in table
-    assert "| lowpass | 0.3 | 2 | 80.50 ± 0.71 (± 6.35) | - |" in table
+    assert "| lowpass | 0.5 | 2 | 98.50 ± 0.71 (± 6.35) | 98.50 ± 0.71 (± 6.35) | 2 |" in table
+    assert "| lowpass | 0.3 | 2 | 80.50 ± 0.71 (± 6.35) | - | 0 |" in table
     plot_accuracy(done, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size[0] > 800
 

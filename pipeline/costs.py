@@ -117,9 +117,9 @@ def read_table(path: Path) -> LatencyTable:
 
 
 def _between(points: Sequence[int], values: Sequence[float], at: int) -> float:
-    """Piecewise linear through ascending points, and on along the outermost two."""
+    """Piecewise linear through ascending points, and on along the outermost two; a cost is never negative."""
     if len(points) == 1:
         return values[0]
     upper = min(max(bisect_right(points, at), 1), len(points) - 1)
     low, high = points[upper - 1], points[upper]
-    return values[upper - 1] + (values[upper] - values[upper - 1]) * (at - low) / (high - low)
+    return max(0.0, values[upper - 1] + (values[upper] - values[upper - 1]) * (at - low) / (high - low))

@@ -5,6 +5,7 @@
 
 import importlib
 import importlib.util
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -156,7 +157,7 @@ def load_engine(plan: bytes, flavour: Flavour) -> Any:
         RunError: the runtime refuses it.
     """
     trt = _module(flavour)
-    log = _make_log(trt)
+    log = _fresh_log(flavour)
     engine = trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
         raise RunError(f"{flavour} cannot load the engine: {log.reason()}")
@@ -188,7 +189,7 @@ def compile_engine(
         RunError: the parser or the compiler refused the graph.
     """
     trt = _module(flavour)
-    log = _make_log(trt)
+    log = _fresh_log(flavour)
     builder = trt.Builder(log)
     # TensorRT 10 must be told to keep the precisions of the ONNX file; later ones know no other way.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -212,10 +213,14 @@ def compile_engine(
     return bytes(plan), bytes(serialised) if serialised is not None else b"", log.warnings
 
 
-def _make_log(trt: Any) -> Any:
-    """A logger that keeps what is said instead of printing it."""
+@cache
+def _log_of(flavour: Flavour) -> Any:
+    """One logger for as long as the process lives: TensorRT keeps a pointer to the first that it is given."""
+    trt: Any = _module(flavour)
 
     class Log(trt.ILogger):
+        """Keeps what is said instead of printing it."""
+
         def __init__(self) -> None:
             super().__init__()
             self.warnings: list[str] = []
@@ -231,3 +236,10 @@ def _make_log(trt: Any) -> Any:
             return self.errors[-1] if self.errors else "it gave no reason"
 
     return Log()
+
+
+def _fresh_log(flavour: Flavour) -> Any:
+    """The logger, with nothing said yet."""
+    log = _log_of(flavour)
+    log.warnings, log.errors = [], []
+    return log

@@ -47,7 +47,8 @@ from pipeline.slim import SlimViT
 
 TRIALS = 7  # of the authors' schedule, for each of tokens and channels
 DEPTHS = (2, 4, 8, 16)
-COUNTS = (64, 128, 256, 512)
+COUNTS = (32, 64, 128, 256)
+DEIT_BATCH = 3
 
 
 class _Frozen(BaseModel):
@@ -287,15 +288,15 @@ def as_markdown(done: SearchCost) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
-    scored: Annotated[int, typer.Option(help="Images scored of DeiT-Small; of the digits, 500.")] = 12,
-    measured: Annotated[int, typer.Option(help="Images measured of DeiT-Small; of the digits, 1250.")] = 24,
+    scored: Annotated[int, typer.Option(help="Images scored of DeiT-Small; of the digits, 200.")] = 6,
+    measured: Annotated[int, typer.Option(help="Images measured of DeiT-Small; of the digits, 500.")] = 15,
 ) -> None:
     """Count and time."""
     digits = SlimViT.from_timm(load_dense("digits_deit"))
     data = load_data("digits", digits.architecture)
-    scoring, measuring = (data.calibration_batches(n, 64, seed, "reading images") for seed, n in ((0, 500), (1, 1250)))
-    deit, made = random_model("deit_small_patch16_224", scored + measured, 12)
-    split = scored // 12
+    scoring, measuring = (data.calibration_batches(n, 64, seed, "reading images") for seed, n in ((0, 200), (1, 500)))
+    deit, made = random_model("deit_small_patch16_224", scored + measured, DEIT_BATCH)
+    split = scored // DEIT_BATCH
     done = SearchCost(
         command=shlex.join(["python", "-m", "benchmarks.search_cost", *sys.argv[1:]]),
         machine=describe(),
@@ -304,7 +305,7 @@ def main(
             compare("deit_small, random weights", deit, made[:split], made[split:], 40.0),
         ),
         by_images=tuple(sweep_point(4, images) for images in COUNTS),
-        by_depth=tuple(sweep_point(depth, 128) for depth in DEPTHS),
+        by_depth=tuple(sweep_point(depth, 32) for depth in DEPTHS),
     )
     write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
     write_text(out.with_suffix(".md"), as_markdown(done))

@@ -11,15 +11,14 @@ import torch
 from conftest import MakeViT
 
 import benchmarks.profile
+from benchmarks.chains import chained, with_tokens
 from benchmarks.profile import (
     as_markdown,
-    chained,
     default_cache_dir,
     latency_goal,
     measure_table,
     measured_latency,
     token_grid,
-    with_tokens,
 )
 from export.deploy import deployable
 from export.options import Precision

@@ -63,26 +63,26 @@ def plot_efficiency(result: "ModelResult", model: str, path: Path) -> None:
 
 
 def plot_accuracy(done: "Accuracy", path: Path) -> None:
-    """Top-1 against MACs, one panel before and one after fine-tuning, one line a variant, with the 95% interval."""
+    """Top-1 against MACs, one panel before and one after fine-tuning, one line a variant, with the standard deviation over the seeds."""
     stages = [("pruned_top1", "no training"), ("finetuned_top1", "fine-tuned")]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for panel, (field, title) in zip(panels, stages, strict=True):
         for variant in dict.fromkeys(summary.variant for summary in done.summaries):
             points = sorted(
-                (summary.target, spread.mean, spread.half_interval)
+                (summary.target, spread.mean, spread.deviation)
                 for summary in done.summaries
                 if summary.variant == variant and (spread := getattr(summary, field)) is not None
             )
             if points:
-                shares, means, halves = zip(*points, strict=True)
+                shares, means, deviations = zip(*points, strict=True)
                 style = {"capsize": 3, "marker": "o", "markersize": 4, "color": COLOURS.get(variant, "black")}
-                panel.errorbar(shares, means, halves, label=variant, **style)
+                panel.errorbar(shares, means, deviations, label=variant, **style)
         panel.axhline(done.seeds[0].dense_top1, color="black", linewidth=0.8, linestyle="--", label="dense")
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xlabel("share of the dense MACs")
-        panel.invert_xaxis()
         panel.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_xaxis()  # both: the axis is shared
     panels[0].set_ylabel("top-1, percent")
     panels[0].legend(fontsize=8, frameon=False, loc="lower left")
     _write(figure, path)

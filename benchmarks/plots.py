@@ -63,7 +63,8 @@ def plot_efficiency(result: "ModelResult", model: str, path: Path) -> None:
 
 
 def plot_accuracy(done: "Accuracy", path: Path) -> None:
-    """Top-1 against MACs, one panel before and one after fine-tuning, one line a variant, with the standard deviation over the seeds."""
+    """Top-1 against MACs, one panel before and one after fine-tuning, one line a variant; bars are the standard
+    deviation over the seeds."""
     stages = [("pruned_top1", "no training"), ("finetuned_top1", "fine-tuned")]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)

@@ -106,12 +106,13 @@ def make_plan(curves: Sequence[BlockCurve], dense: Architecture, goal: Goal) -> 
             break
         # The parts do not quite add up: aim as far beside the target as the measure was.
         budget *= goal.target / tries[-1].cost
-    best = min(tries, key=lambda made: abs(made.cost / goal.target - 1))
-    if best.cost > goal.target * (1 + REFUSED_BEYOND):
+    met = [made for made in tries if made.cost <= goal.target * (1 + REFUSED_BEYOND)]
+    if not met:
+        fastest = min(made.cost for made in tries)
         raise InputError(
-            f"a target of {goal.target:g} {goal.unit} is out of reach: the fastest model tried takes {best.cost:.3g}"
+            f"a target of {goal.target:g} {goal.unit} is out of reach: the fastest model tried takes {fastest:.3g}"
         )
-    return best
+    return min(met, key=lambda made: abs(made.cost / goal.target - 1))
 
 
 def check_measured_target(goal: Goal, dense: Architecture, shaping: Shaping) -> None:

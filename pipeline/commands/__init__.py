@@ -1,0 +1,1 @@
+"""The commands of `lowpass`, by what they are for. Heavy imports wait until one runs, so that `--help` is quick."""

@@ -5,14 +5,17 @@ PYTHON ?= python3
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 BIN := $(VENV)/bin
 READY := $(VENV)/.lowpass-ready
+# The Triton server's own environment: its wheel needs another NumPy.
+TRITON_VENV ?= .venv-triton
+TRITON_READY := $(TRITON_VENV)/.lowpass-ready
 
-.PHONY: demo test lint
+.PHONY: demo test lint triton
 
 demo: $(READY)
 	$(BIN)/lowpass demo --out $(OUT)
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --ignore tests/test_suite.py
+test: lint $(TRITON_READY)
+	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(BIN)/python -m pytest -n 2 --ignore tests/test_suite.py
 	# Apart: at the end of all other tests in one process, native code of the runtimes has crashed here.
 	$(BIN)/python -m pytest -n 2 tests/test_suite.py
 
@@ -24,4 +27,11 @@ lint: $(READY)
 $(READY): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tensorrt-rtx,openvino]'
+	touch $@
+
+triton: $(TRITON_READY)
+
+$(TRITON_READY): constraints-triton.txt
+	test -x $(TRITON_VENV)/bin/python || $(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python -m pip install --quiet --no-deps --requirement constraints-triton.txt
 	touch $@

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline import __version__
-from pipeline.commands import model, ship
+from pipeline.commands import model, serve, ship
 from pipeline.errors import InputError, RunError
 
 app = typer.Typer(
@@ -35,6 +35,9 @@ for command in (
     ship.build,
     ship.benchmark,
     ship.profile,
+    serve.deploy,
+    serve.serve,
+    serve.predict,
     ship.doctor,
 ):
     app.command()(command)

@@ -1,0 +1,425 @@
+"""A real Triton server on a real slim model: answers as the bare session's, swaps, kills and refusals."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from export.batch import BatchProfile
+from export.options import ExportOptions, Precision
+from export.pixels import Input
+from export.quantize import quantization_of
+from export.runtimes import open_session
+from export.sessions import logits_of
+from export.to_onnx import current_onnx, onnx_path
+from export.to_tensorrt import build, manifest_path
+from export.to_triton import CONFIG_FILE, DeployOptions, deploy, serve_version, versions_of
+from export.triton_client import Client, Protocol, predict
+from export.triton_config import parse_config
+from export.triton_server import Address, Supervisor, find_server, is_ready
+from export.verify import export
+from pipeline.cli import main
+from pipeline.errors import InputError, RunError
+from pipeline.run import verification_batches
+
+PROFILE = BatchProfile.parse("1:4:8")
+ROOT = Path(__file__).parent.parent
+TRITON = Path(os.environ.get("LOWPASS_TRITON", ROOT / ".venv-triton"))
+
+
+def free_address() -> Address:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return Address("127.0.0.1", *ports)
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Running:
+    run: Path
+    repository: Path
+    address: Address
+    log: Path
+    images: np.ndarray  # [16, 3, 32, 32]
+
+    def url(self, protocol: Protocol) -> str:
+        return f"127.0.0.1:{self.address.http if protocol == 'http' else self.address.grpc}"
+
+    @contextmanager
+    def client(self, model: str, protocol: Protocol = "http") -> Iterator[Client]:
+        client = Client(self.url(protocol), model, protocol)
+        yield client
+        client.close()
+
+
+def exported(run: Path, precision: Precision, dense: bool = False, input: Input = "float32") -> None:
+    batches, made = verification_batches(run, None)
+    options = ExportOptions(precision=precision, profile=PROFILE, input=input)
+    export(run, options, batches, made, dense, quantization_of(run, precision))
+
+
+@pytest.fixture(scope="module")
+def running(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One server for the whole file: `digits` and `digits-dense` in FP32, `int8`, `pixels` (uint8)."""
+    repository = tmp_path_factory.mktemp("served") / "repository"
+    one = DeployOptions(instances=2, threads=1)
+    exported(tuned_run, "fp32", input="uint8")
+    deploy(tuned_run, repository, "pixels", one)
+    exported(tuned_run, "fp32")
+    exported(tuned_run, "fp32", dense=True)
+    exported(tuned_run, "int8")
+    deploy(tuned_run, repository, "digits", one)
+    deploy(tuned_run, repository, "digits-dense", one, dense=True)
+    deploy(tuned_run, repository, "int8", DeployOptions(precision="int8", instances=1, threads=1))
+    images = verification_batches(tuned_run, None)[0][0][0][:16].numpy()
+    address, log = free_address(), repository.with_name("triton.log")
+    with Supervisor(find_server(TRITON), repository, address, log) as supervisor:
+        threading.Thread(target=supervisor.watch, daemon=True).start()
+        yield Running(tuned_run, repository, address, log, images)
+    assert not is_ready(address)  # it has stopped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_the_same_logits_as_the_bare_session(running: Running, protocol: Protocol) -> None:
+    for name, precision, dense in (("digits", "fp32", False), ("digits-dense", "fp32", True), ("int8", "int8", False)):
+        session = open_session("onnxruntime", running.run, precision, dense)  # type: ignore[arg-type]
+        with running.client(name, protocol) as client:
+            for batch in (1, 3, 8):
+                images = running.images[:batch]
+                np.testing.assert_allclose(client.logits(images), logits_of(session, images), atol=1e-5, rtol=0)
+
+
+def save_images(folder: Path, images: np.ndarray) -> list[Path]:
+    files = []
+    for index, image in enumerate(images):
+        files.append(folder / f"{index}.png")
+        pixels = np.clip(np.rint((image.transpose(1, 2, 0) * 0.5 + 0.5) * 255), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(files[-1])
+    return files
+
+
+@pytest.mark.parametrize("model", ["digits", "pixels"])
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_labels_of_image_files(running: Running, tmp_path: Path, model: str, protocol: Protocol) -> None:
+    files = save_images(tmp_path, running.images[:11])  # more than one batch
+    wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:11])
+    with running.client(model, protocol) as client:
+        found = predict(client, files, 3)
+    for file, logits in zip(files, wanted, strict=True):
+        assert [guess.index for guess in found[file]] == list(np.argsort(-logits)[:3])
+        assert [guess.label for guess in found[file]] == [str(guess.index) for guess in found[file]]
+        # The files hold 256 levels; the images behind `wanted` were never rounded to them.
+        assert [guess.score for guess in found[file]] == pytest.approx(sorted(logits)[:-4:-1], abs=0.2)
+
+
+def test_predict_from_the_command_line(running: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = save_images(tmp_path, running.images[:1])
+    asked = ["predict", str(file), "--model", "digits", "--url", running.url("grpc"), "--protocol", "grpc", "--json"]
+    with pytest.raises(SystemExit) as stop:
+        main(asked)
+    assert stop.value.code == 0
+    (best,) = json.loads(capsys.readouterr().out)["predictions"].values()
+    assert len(best) == 5 and best[0]["label"] == str(best[0]["index"])
+
+
+def test_predict_refuses(running: Running, tmp_path: Path) -> None:
+    text = tmp_path / "note.txt"
+    text.write_text("not an image")
+    with running.client("digits") as client:
+        for file in (text, tmp_path / "missing.png"):
+            with pytest.raises(InputError, match=rf"{file.name} cannot be read as an image"):
+                predict(client, [file], 1)
+    with pytest.raises(InputError, match="does not serve nothing"):
+        Client(running.url("http"), "nothing")
+    for protocol in ("http", "grpc"):
+        with pytest.raises(RunError, match="does not answer.*lowpass serve"):
+            Client("127.0.0.1:9", "digits", protocol)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind", "message"),
+    [
+        ("images", (1, 3, 32, 31), "FP32", "shape"),
+        ("images", (1, 3, 32), "FP32", "shape"),
+        ("images", (9, 3, 32, 32), "FP32", "max"),
+        ("images", (1, 3, 32, 32), "FP64", "data-type|dtype|datatype"),
+        ("pictures", (1, 3, 32, 32), "FP32", "input"),
+    ],
+)
+def test_wrong_requests_are_refused(
+    running: Running, name: str, shape: tuple[int, ...], kind: str, message: str
+) -> None:
+    for library, port in ((tritonclient.http, running.address.http), (tritonclient.grpc, running.address.grpc)):
+        client = library.InferenceServerClient(f"127.0.0.1:{port}")
+        given = library.InferInput(name, list(shape), kind)
+        given.set_data_from_numpy(np.zeros(shape, np.float64 if kind == "FP64" else np.float32))
+        with pytest.raises(InferenceServerException, match=message):
+            client.infer("digits", [given])
+        assert client.is_server_ready()
+        client.close()
+
+
+def raw(address: Address, content: bytes, patience: float = 5) -> bytes:
+    """What the server says to bytes on its HTTP port, if anything."""
+    with socket.create_connection(("127.0.0.1", address.http), timeout=patience) as connection:
+        try:
+            connection.sendall(content)
+            connection.shutdown(socket.SHUT_WR)
+            return connection.recv(4096)
+        except (ConnectionError, TimeoutError):
+            return b""
+
+
+def post(body: bytes, headers: str = "", length: int | None = None) -> bytes:
+    head = (
+        "POST /v2/models/digits/infer HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Length: {len(body) if length is None else length}\r\n{headers}\r\n"
+    )
+    return head.encode() + body
+
+
+def request_body(images: np.ndarray) -> tuple[bytes, str]:
+    given = tritonclient.http.InferInput("images", list(images.shape), "FP32")
+    given.set_data_from_numpy(images)
+    body, length = tritonclient.http.InferenceServerClient.generate_request_body([given])
+    return body, f"Inference-Header-Content-Length: {length}\r\n"
+
+
+def still_right(running: Running) -> None:
+    wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:2])
+    with running.client("digits") as client:
+        np.testing.assert_allclose(client.logits(running.images[:2]), wanted, atol=1e-5, rtol=0)
+
+
+def test_truncated_and_oversized_bodies(running: Running) -> None:
+    body, headers = request_body(running.images[:1])
+    assert b" 200 " in raw(running.address, post(body, headers))
+    assert b" 200 " not in raw(running.address, post(body[:-100], headers, len(body)), 1)  # never completed
+    assert b" 400 " in raw(running.address, post(body[:-100], headers))
+    assert b" 400 " in raw(running.address, post(body + bytes(100_000), headers))
+    still_right(running)
+
+
+@pytest.mark.slow
+def test_five_thousand_malformed_requests(running: Running) -> None:
+    draw = random.Random(0)
+    good, headers = request_body(running.images[:1])
+    accepted = 0
+    for index in range(5000):
+        body = bytearray(good)
+        match index % 5:
+            case 0:  # the JSON part is damaged
+                for _ in range(draw.randint(1, 8)):
+                    body[draw.randrange(len(body) - running.images[:1].nbytes)] = draw.randrange(256)
+            case 1:
+                del body[draw.randrange(len(body)) :]
+            case 2:
+                body = bytearray(draw.randbytes(draw.randint(0, 400)))
+            case 3:
+                headers = f"Inference-Header-Content-Length: {draw.choice([-1, 0, 1, 10**9, 2**63, 'x'])}\r\n"
+            case _:
+                body += draw.randbytes(draw.randint(1, 5000))
+        content = post(bytes(body), headers) if draw.random() < 0.95 else draw.randbytes(draw.randint(1, 200))
+        accepted += b" 200 " in raw(running.address, content, 1)
+        headers = request_body(running.images[:1])[1] if index % 5 == 3 else headers
+    assert accepted < 500  # damage may leave a request sound: a changed id, say
+    assert is_ready(running.address)
+    still_right(running)
+
+
+@pytest.mark.slow
+def test_versions_are_swapped_under_load(running: Running) -> None:
+    """Dense and slim take turns as what `swapped` serves; each of 2,000 answers is one or the other, none fails."""
+    shutil.copy(onnx_path(running.run, "fp32", dense=True), running.run / "kept.onnx")
+    one = DeployOptions(instances=1, threads=1)
+    deploy(running.run, running.repository, "swapped", one)
+    until(lambda: version_is_served(running, "swapped", 1))
+    wanted = [
+        logits_of(open_session("onnxruntime", running.run, "fp32", dense), running.images[:1])
+        for dense in (False, True)
+    ]
+    failures, seen, left = [], [0, 0], [1000, 1000]
+
+    def load(index: int) -> None:
+        with running.client("swapped", "grpc") as client:
+            while left[index] > 0 or not swapped.is_set():
+                left[index] -= 1
+                try:
+                    distances = [np.abs(client.logits(running.images[:1]) - logits).max() for logits in wanted]
+                    seen[int(np.argmin(distances))] += 1
+                    assert min(distances) < 1e-4
+                except Exception as error:  # every kind of failure counts
+                    failures.append(error)
+
+    swapped = threading.Event()
+    workers = [threading.Thread(target=load, args=(index,)) for index in range(2)]
+    for worker in workers:
+        worker.start()
+    deploy(running.run, running.repository, "swapped", one, dense=True)
+    until(lambda: version_is_served(running, "swapped", 2))
+    assert serve_version(running.repository, "swapped").version == 1
+    until(lambda: version_is_served(running, "swapped", 1))
+    swapped.set()
+    for worker in workers:
+        worker.join()
+    assert not failures and sum(seen) >= 2000 and min(seen) > 0
+
+
+def version_is_served(running: Running, model: str, version: int) -> bool:
+    client = tritonclient.http.InferenceServerClient(running.url("http"))
+    try:
+        return bool(client.is_model_ready(model, str(version)))
+    finally:
+        client.close()
+
+
+@pytest.mark.slow
+def test_a_corrupt_version_leaves_the_old_one_serving(running: Running) -> None:
+    one = DeployOptions(instances=1, threads=1)
+    deploy(running.run, running.repository, "corrupt", one)
+    until(lambda: version_is_served(running, "corrupt", 1))
+    model = running.repository / "corrupt"
+    shutil.copytree(model / "1", model / "2")
+    (model / "2" / "model.onnx").write_bytes(b"damaged" * 100)
+    serve_version(running.repository, "corrupt", 2)
+    until(lambda: "failed to load 'corrupt'" in running.log.read_text())
+    with running.client("corrupt") as client:
+        wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:1])
+        np.testing.assert_allclose(client.logits(running.images[:1]), wanted, atol=1e-5, rtol=0)
+    shutil.rmtree(model)
+
+
+def test_a_tensorrt_model_lacks_the_backend_alone(running: Running) -> None:
+    """The plan of the GPU-less compiler under a manifest of TensorRT's: its configuration is read by the server."""
+    exported(running.run, "fp16")
+    plan = build(running.run, "fp16", "tensorrt-rtx")
+    tensorrt = DeployOptions(backend="tensorrt")
+    with pytest.raises(InputError, match="no backend"):
+        deploy(running.run, running.repository, "engine", tensorrt)
+    manifest = json.loads(manifest_path(plan).read_text()) | {"runtime": "tensorrt"}
+    manifest_path(plan).write_text(json.dumps(manifest))
+    deploy(running.run, running.repository, "engine", tensorrt)
+    model = running.repository / "engine"
+    until(lambda: "failed to load 'engine'" in running.log.read_text())
+    (said,) = {
+        line.split("failed to load 'engine'")[1]
+        for line in running.log.read_text().splitlines()
+        if "failed to load 'engine'" in line and "version" in line
+    }
+    assert "unable to find backend library for backend 'tensorrt'" in said.lower(), said
+    shutil.rmtree(model)
+    still_right(running)
+
+
+def test_engines_for_other_hardware_are_refused(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported(running.run, "fp16")
+    plan = build(running.run, "fp16", "tensorrt-rtx")
+    manifest = json.loads(manifest_path(plan).read_text()) | {"runtime": "tensorrt", "gpu": "another GPU"}
+    manifest_path(plan).write_text(json.dumps(manifest))
+    monkeypatch.setattr("export.to_triton.current_gpu", lambda: "this GPU")
+    with pytest.raises(InputError, match=r"built for another GPU, this machine has this GPU.*lowpass build"):
+        deploy(running.run, running.repository, "engine", DeployOptions(backend="tensorrt"))
+    plan.write_bytes(b"other")
+    with pytest.raises(InputError, match="damaged"):
+        deploy(running.run, running.repository, "engine", DeployOptions(backend="tensorrt"))
+    assert not (running.repository / "engine").exists()
+
+
+def test_a_repository_says_what_it_serves(slim_run: Path, tmp_path: Path) -> None:
+    exported(slim_run, "fp32")
+    for backend in ("python", "onnxruntime"):
+        done = deploy(slim_run, tmp_path / "repo", backend, DeployOptions(backend=backend))  # type: ignore[arg-type]
+        config = parse_config((done.path / CONFIG_FILE).read_text(), "config")
+        assert config.backend == backend and config.max_batch_size == 8
+        assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
+        assert config.dynamic_batching.max_queue_delay_microseconds > 0
+        assert list(config.version_policy.specific.versions) == [1]
+        assert len(config.model_warmup) == 3 and config.instance_group[0].count >= 1
+        assert (done.path / "labels.txt").read_text().split() == [str(digit) for digit in range(10)]
+        assert (done.path / "1" / "model.onnx").read_bytes() == current_onnx(slim_run, "fp32").read_bytes()
+    with pytest.raises(InputError, match="already holds version 1"):
+        deploy(slim_run, tmp_path / "repo", "python", DeployOptions(version=1))
+    with pytest.raises(InputError, match="another backend"):
+        deploy(slim_run, tmp_path / "repo", "python", DeployOptions(backend="onnxruntime"))
+    with pytest.raises(InputError, match="no version before 1"):
+        serve_version(tmp_path / "repo", "python")
+    with pytest.raises(InputError, match="--name"):
+        deploy(slim_run, tmp_path / "repo", "../up", DeployOptions())
+    assert versions_of(tmp_path / "repo" / "python") == (1,)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.slow
+def test_serve_comes_back_after_a_kill(running: Running, tmp_path: Path) -> None:
+    repository = tmp_path / "repo"
+    deploy(running.run, repository, "digits", DeployOptions(instances=1, threads=1))
+    address = free_address()
+    command = [sys.executable, "-m", "pipeline.cli", "serve", str(repository), "--triton", str(TRITON), "--json"]
+    for kind, port in (("http", address.http), ("grpc", address.grpc), ("metrics", address.metrics)):
+        command += [f"--{kind}-port", str(port)]
+    wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:1])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        ready: dict[str, Any] = json.loads(process.stdout.readline())
+        assert ready["ready"] and is_ready(address)
+        answered, stop = [0, 0], threading.Event()  # before and after the kill
+
+        def load() -> None:
+            while not stop.is_set():
+                try:
+                    client = Client(f"127.0.0.1:{address.grpc}", "digits", "grpc")
+                    logits = client.logits(running.images[:1])
+                    client.close()
+                except (RunError, InputError):
+                    continue  # it is down
+                assert np.abs(logits - wanted).max() < 1e-5
+                answered[killed.is_set()] += 1
+
+        killed = threading.Event()
+        worker = threading.Thread(target=load)
+        worker.start()
+        until(lambda: answered[0] > 20)
+        os.kill(ready["pid"], signal.SIGKILL)
+        until(lambda: not is_ready(address))
+        killed.set()
+        until(lambda: answered[1] > 20)
+        stop.set()
+        worker.join()
+        process.terminate()
+        assert process.wait(60) == 0
+    assert not is_ready(address)
+
+
+def test_serve_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", str(tmp_path)])
+    assert stop.value.code == 2 and "holds no model" in capsys.readouterr().err
+    with pytest.raises(InputError, match="make triton"):
+        find_server(tmp_path)

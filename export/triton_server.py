@@ -20,7 +20,7 @@ from pipeline.errors import InputError, RunError
 
 VENV = Path(".venv-triton")
 POLL_S = 1  # how often the server looks for new versions
-STOP_S, START_S = 20.0, 120.0  # seconds to finish what it has; to load all models
+STOP_S, START_S = 20.0, 60.0  # seconds to finish what it has; to load all models
 PAUSE_S, LONGEST_PAUSE_S, STEADY_S = 0.2, 30.0, 60.0
 TAIL = 12  # lines of the log that a failure quotes
 PR_SET_PDEATHSIG = 1
@@ -185,6 +185,9 @@ class Supervisor:
         if self.server.bundle is not None:
             packages = self.server.bundle.parents[1]
             environment["LD_LIBRARY_PATH"] = str(packages / "nvidia_pytriton.libs")
+            # The stub's embedded Python finds its packages by the python3 that comes first on the PATH.
+            environment["PATH"] = f"{packages.parents[2] / 'bin'}{os.pathsep}{environment.get('PATH', '')}"
+            environment["VIRTUAL_ENV"] = str(packages.parents[2])
             environment["PYTHONPATH"] = str(packages)
         return environment
 

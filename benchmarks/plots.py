@@ -59,7 +59,7 @@ def plot_efficiency(result: "ModelResult", model: str, path: Path) -> None:
         panel.set_title(f"{model}, {engine.runtime} {engine.precision}", fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(ncols=len(names), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.32), frameon=False)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def plot_accuracy(done: "Accuracy", path: Path) -> None:
@@ -86,10 +86,11 @@ def plot_accuracy(done: "Accuracy", path: Path) -> None:
     panels[0].invert_xaxis()  # both: the axis is shared
     panels[0].set_ylabel("top-1, percent")
     panels[0].legend(fontsize=8, frameon=False, loc="lower left")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _write(figure: Figure, path: Path) -> None:
+def write_figure(figure: Figure, path: Path) -> None:
+    """A figure as PNG, written whole."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
     write_bytes(path, content.getvalue())

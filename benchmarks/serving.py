@@ -1,0 +1,235 @@
+"""Dense against slim behind one Triton server, under the same load.
+
+    python -m benchmarks.serving --out benchmarks/results/serving
+
+The digits model and DeiT-Small at the paper's MACs (random weights). The runs and exports it needs are made in `--work`
+and used again. Dense and slim take turns point by point. The bare session is ONNX Runtime with all cores in a process
+that does nothing else; the server's cost beside it is at the same batch, from two clients.
+"""
+
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.load import Point, closed_loop, open_loop
+from benchmarks.machine import Machine, describe
+from benchmarks.plots import write_figure
+from benchmarks.timing import interleaved, latency
+from export.options import ExportOptions
+from export.runtimes import open_session
+from export.to_onnx import current_onnx
+from export.to_triton import DeployOptions, deploy
+from export.triton_server import Address, Supervisor, find_server
+from export.verify import export
+from pipeline.data import made_batches
+from pipeline.errors import InputError, RunError
+from pipeline.files import write_json, write_text
+from pipeline.progress import console
+from pipeline.recipe import make_recipe
+from pipeline.run import Metrics, compress, verification_batches
+from pipeline.slim import SlimViT
+
+MODELS = ("digits", "deit_small")
+BARE_BATCH, BARE_CLIENTS = 8, 2
+OPEN_CLIENTS = 32
+RECIPE = Path(__file__).parent.parent / "recipes" / "deit_small_paper.json"
+
+
+class Overhead(BaseModel):
+    """Milliseconds an image at one batch size: the bare session, and the server at saturation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch: int
+    bare_ms: float
+    served_ms: float
+    percent: float
+
+
+class Result(BaseModel):
+    """One model: dense over slim MACs, every load by `dense` and `slim`, and slim's throughput over dense's at best."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    macs_saved: float
+    points: dict[str, list[Point]]
+    overhead: dict[str, Overhead]
+    gain: float
+
+
+class Serving(BaseModel):
+    """Everything that was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    command: str
+    seconds: float
+    machine: Machine
+    models: dict[str, Result]
+
+
+def prepare(model: str, work: Path) -> Path:
+    """A run with its FP32 ONNX files, dense and slim; made where missing."""
+    run = work / model
+    if not (run / "metrics.json").exists():
+        if model == "digits":
+            recipe = make_recipe(model="digits_deit", data="digits", target_macs=0.5)
+        else:
+            recipe = make_recipe(model="deit_small_patch16_224", random_weights=True, architecture=RECIPE)
+        compress(recipe, run, resume=run.exists())
+    for dense in (False, True):
+        try:
+            current_onnx(run, "fp32", dense)
+        except InputError:
+            batches, made = verification_batches(run, None)
+            export(run, ExportOptions(precision="fp32"), batches, made, dense)
+    return run
+
+
+def measure(run: Path, url: str, name: str, concurrencies: tuple[int, ...], seconds: float) -> Result:
+    """Every load on a model and its dense one, both behind `url` (gRPC).
+
+    Raises:
+        RunError: a request failed.
+    """
+    metrics, architecture = Metrics.load(run), SlimViT.load(run).architecture
+    (images, _), *_ = made_batches(architecture, BARE_BATCH, BARE_BATCH, seed=1)
+    batch: NDArray[Any] = images.numpy()
+    served = {"dense": f"{name}-dense", "slim": name}
+    points: dict[str, list[Point]] = {"dense": [], "slim": []}
+    for clients in concurrencies:
+        for kind, model in served.items():
+            points[kind].append(closed_loop(url, model, batch[:1], clients, seconds))
+            console.print(f"{model}, {clients} clients: {points[kind][-1].images_per_s:.1f} images/s", soft_wrap=True)
+    best = {kind: max(point.images_per_s for point in all_) for kind, all_ in points.items()}
+    for share in (0.4, 0.8):  # of what dense can do, so that both meet the same requests
+        for kind, model in served.items():
+            points[kind].append(open_loop(url, model, batch[:1], share * best["dense"], seconds, OPEN_CLIENTS))
+    overhead = {}
+    for kind, model in served.items():
+        session = open_session("onnxruntime", run, "fp32", kind == "dense")
+        session.load(batch)
+        # Before and after, so that a machine that slows down meanwhile counts for both.
+        bare = [latency(interleaved({"bare": session}, seconds / 2, rounds=2)["bare"], BARE_BATCH)]
+        point = closed_loop(url, model, batch, BARE_CLIENTS, seconds)
+        bare.append(latency(interleaved({"bare": session}, seconds / 2, rounds=2)["bare"], BARE_BATCH))
+        bare_ms = float(np.mean([one.p50_ms for one in bare])) / BARE_BATCH
+        served_ms = 1000 / point.images_per_s
+        overhead[kind] = Overhead(
+            batch=BARE_BATCH, bare_ms=bare_ms, served_ms=served_ms, percent=100 * (served_ms / bare_ms - 1)
+        )
+    saved = metrics.dense.macs / metrics.slim.macs
+    return Result(macs_saved=saved, points=points, overhead=overhead, gain=best["slim"] / best["dense"])
+
+
+def as_markdown(done: Serving) -> str:
+    """One table of loads a model, with the machine on top."""
+    machine = done.machine
+    lines = [
+        "# Serving: dense against slim on one Triton server",
+        "",
+        f"`{done.command}`, {done.seconds / 60:.1f} minutes on {machine.cpu}, {machine.cores} cores; "
+        + ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
+    ]
+    for name, result in done.models.items():
+        lines += ["", f"## {name}: slim serves {result.gain:.2f}x dense ({result.macs_saved:.2f}x fewer MACs)", ""]
+        lines += [
+            "| model | load | images/s | p50 ms | p95 ms | p99 ms | mean batch | queue ms | compute ms |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for kind, points in result.points.items():
+            for point in points:
+                load = f"{point.offered:.0f} clients" if point.kind == "closed" else f"{point.offered:.1f} requests/s"
+                figures = (point.images_per_s, point.p50_ms, point.p95_ms, point.p99_ms)
+                rest = (point.mean_batch, point.queue_ms, point.compute_ms)
+                lines.append("| " + " | ".join([kind, load, *(f"{figure:.1f}" for figure in (*figures, *rest))]) + " |")
+        lines.append("")
+        for kind, one in result.overhead.items():
+            lines.append(
+                f"{kind}, batch {one.batch}: bare session {one.bare_ms:.2f} ms an image, server {one.served_ms:.2f} ms "
+                f"({one.percent:+.1f}%).\n"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def plot(done: Serving, path: Path) -> None:
+    """Throughput and p95 against concurrency, a row a model."""
+    figure = Figure(figsize=(8.5, 3.2 * len(done.models)), layout="constrained")
+    rows = figure.subplots(len(done.models), 2, squeeze=False)
+    for (left, right), (name, result) in zip(rows, done.models.items(), strict=True):
+        for kind, points in result.points.items():
+            closed = [point for point in points if point.kind == "closed"]
+            style = {"marker": "o", "markersize": 4, "label": kind, "color": {"dense": "black"}.get(kind, "#0b6e4f")}
+            clients = [point.offered for point in closed]
+            left.plot(clients, [point.images_per_s for point in closed], **style)
+            right.plot(clients, [point.p95_ms for point in closed], **style)
+        left.set_title(f"{name}: {result.gain:.2f}x", fontsize=10, loc="left")
+        left.set_ylabel("images/s")
+        right.set_ylabel("p95, ms")
+        for panel in (left, right):
+            panel.set_xscale("log", base=2)
+            panel.set_ylim(bottom=0)
+            panel.set_xlabel("concurrent clients")
+            panel.spines[["top", "right"]].set_visible(False)
+        left.legend(fontsize=8, frameon=False)
+    write_figure(figure, path)
+
+
+def run_benchmark(
+    out: Path, work: Path, models: tuple[str, ...], concurrencies: tuple[int, ...], seconds: float, triton: Path | None
+) -> Serving:
+    """Prepare, deploy, serve, measure; writes `serving.json`, `serving.md` and `serving.png` into `out`."""
+    began = time.monotonic()
+    runs = {model: prepare(model, work) for model in models}
+    repository = work / f"repository-{os.getpid()}"
+    for name, run in runs.items():
+        for dense in (False, True):
+            deploy(run, repository, f"{name}-dense" if dense else name, DeployOptions(), dense)
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    address = Address("127.0.0.1", *(one.getsockname()[1] for one in sockets))
+    for one in sockets:
+        one.close()
+    with Supervisor(find_server(triton), repository, address, work / "triton.log") as supervisor:
+        threading.Thread(target=supervisor.watch, daemon=True).start()
+        url = f"127.0.0.1:{address.grpc}"
+        results = {name: measure(run, url, name, concurrencies, seconds) for name, run in runs.items()}
+    command = shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]])
+    done = Serving(command=command, seconds=time.monotonic() - began, machine=describe(), models=results)
+    write_json(out / "serving.json", done.model_dump(mode="json"))
+    write_text(out / "serving.md", as_markdown(done))
+    plot(done, out / "serving.png")
+    return done
+
+
+def _main(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results/serving"),
+    work: Annotated[Path, typer.Option(help="Folder of runs and repositories, used again.")] = Path("runs/serving"),
+    models: Annotated[str, typer.Option(help="Of digits, deit_small.")] = ",".join(MODELS),
+    concurrencies: Annotated[str, typer.Option(help="Clients at once.")] = "1,2,4,8,16",
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of each point.")] = 5.0,
+    triton: Annotated[Path | None, typer.Option(envvar="LOWPASS_TRITON", help="The server's environment.")] = None,
+) -> None:
+    """The serving benchmark."""
+    names = tuple(name.strip() for name in models.split(","))
+    if unknown := [name for name in names if name not in MODELS]:
+        raise InputError(f"there is no model {unknown[0]!r}; choose from {', '.join(MODELS)}")
+    done = run_benchmark(out, work, names, tuple(map(int, concurrencies.split(","))), seconds, triton)
+    console.print(as_markdown(done), soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(_main)
+    except (InputError, RunError) as error:
+        raise SystemExit(f"lowpass: {error}") from None

@@ -168,7 +168,7 @@ def test_predict_refuses(running: Running, tmp_path: Path) -> None:
     [
         ("images", (1, 3, 32, 31), "FP32", "shape"),
         ("images", (1, 3, 32), "FP32", "shape"),
-        ("images", (9, 3, 32, 32), "FP32", "max"),
+        ("images", (9, 3, 32, 32), "FP32", "batch-size"),
         ("images", (1, 3, 32, 32), "FP64", "data-type|dtype|datatype"),
         ("pictures", (1, 3, 32, 32), "FP32", "input"),
     ],

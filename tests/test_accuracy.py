@@ -97,11 +97,11 @@ def test_what_is_known_of_the_dense_model_is_shared(tiny_source: dict[str, objec
 
     runs = tmp_path / "runs"
     compress(recipe(0.7, prune="channels"), runs / "channels-seed0")
-    compress(recipe(0.7, prune="tokens"), runs / "tokens-seed0")
+    compress(recipe(0.8, prune="tokens"), runs / "tokens-seed0")
     compress(recipe(0.6), tmp_path / "alone")
     begun = {
         "both": recipe(0.6),
-        "other-target": recipe(0.65, prune="tokens"),
+        "other-target": recipe(0.9, prune="tokens"),
         "other-rival": recipe(0.65, prune="channels", channel_criterion="magnitude"),
         "other-seed": recipe(0.6, seed=1),
         "other-criterion": recipe(0.6, token_criterion="lfe"),
@@ -158,7 +158,7 @@ def test_noise_reaches_the_criteria_alone(tmp_path: Path) -> None:
         tokens_by_noisy_images(recipe, slim.architecture.blocks, data, tmp_path, noise) for noise in (0.0, 100.0)
     )
     assert exact == top1(slim, data.loader(data.test, 64)) > lost > 20
-    blocks = tuple(block.model_copy(update={"hidden": 200}) for block in dense.architecture.blocks)
+    blocks = tuple(block.model_copy(update={"hidden": 60}) for block in dense.architecture.blocks)
     scored = [channels_by_noisy_images(recipe, blocks, data, tmp_path, noise) for noise in (0.0, 0.0, 100.0)]
     assert scored[0] == scored[1] != scored[2]
 

@@ -37,7 +37,7 @@ class FinetuneSettings(BaseModel):
 
 class Recipe(BaseModel):
     """One compression. Exactly one of `target_macs`, `target_latency`, `allowable_drop` and `architecture` says how far
-    to go."""
+    to go; a run that `lowpass import-vtc` made has `released`, the checkpoint it was made from, instead."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,6 +52,7 @@ class Recipe(BaseModel):
     latency_batch: Count = 1
     latency_precision: str | None = None
     architecture: Path | None = None
+    released: Path | None = None
     image_cutoff: Annotated[float, Field(gt=0)] = 0.1
     token_cutoff: Fraction = 0.85
     energy_norm: Literal["l2", "l1"] = "l2"
@@ -64,9 +65,12 @@ class Recipe(BaseModel):
     recovery: bool = True
     mixed_precision: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    finetune: FinetuneSettings | None = None  # None: what suits the data
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
+        if self.released is not None:
+            return self
         goals = [
             goal is not None for goal in (self.target_macs, self.target_latency, self.allowable_drop, self.architecture)
         ]

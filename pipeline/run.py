@@ -144,12 +144,13 @@ def compress(
 
 
 def finetune_run(directory: Path, data: str | None, changes: dict[str, Any], seed: int | None) -> Metrics:
-    """Distil the dense model into the slim one and save it in its place.
+    """Distil the dense model into the slim one and save it in its place. A run imported without its dense model is
+    trained on the labels alone.
 
     Args:
         directory: a run.
         data: None for the run's own.
-        changes: settings that differ from the data's defaults.
+        changes: settings that differ from the recipe's, or else from those that suit the data.
         seed: None for the run's own.
 
     Raises:
@@ -157,10 +158,17 @@ def finetune_run(directory: Path, data: str | None, changes: dict[str, Any], see
         RunError: training diverged; the run is as it was.
     """
     recipe, metrics = Recipe.load(directory), Metrics.load(directory)
-    slim, dense = SlimViT.load(directory), SlimViT.load(directory, DENSE_WEIGHTS_FILE)
+    slim, dense = SlimViT.load(directory), None
+    if has_dense(directory):
+        dense = SlimViT.load(directory, DENSE_WEIGHTS_FILE)
+    elif changes.get("distill_weight"):
+        raise InputError(f"{directory} has no dense model to distil; import it again with --dense CHECKPOINT")
+    else:
+        console.print("no dense model to distil: training on the labels alone")
+        changes = changes | {"distill_weight": 0.0}
     seed = recipe.seed if seed is None else seed
     images = run_data(directory, data)
-    settings = finetune_settings(images.name, changes)
+    settings = finetune_settings(images.name, changes, recipe.finetune)
     slim = finetune(slim, dense, images, settings, seed).to(best_device())
     accuracy = _measure(slim, images, recipe.batch_size, "testing slim")
     slim.save(directory)
@@ -175,11 +183,13 @@ def finetune_run(directory: Path, data: str | None, changes: dict[str, Any], see
 
 
 def evaluate_run(directory: Path, data: str | None) -> Metrics:
-    """Measure top-1 of a run's dense and slim models on the test split of `data` (None: the run's own). Nothing is
-    written: the images may be others than the run's."""
+    """Measure top-1 of a run's slim model, and of its dense one if it has that, on the test split of `data` (None: the
+    run's own). Nothing is written: the images may be others than the run's."""
     recipe, metrics, images = Recipe.load(directory), Metrics.load(directory), run_data(directory, data)
     measured = {}
     for field, file in (("dense", DENSE_WEIGHTS_FILE), ("slim", WEIGHTS_FILE)):
+        if field == "dense" and not has_dense(directory):
+            continue
         model = SlimViT.load(directory, file).to(best_device())
         accuracy = _measure(model, images, recipe.batch_size, f"testing {field}")
         measured[field] = getattr(metrics, field).model_copy(update={"top1": accuracy})
@@ -195,17 +205,22 @@ def run_data(directory: Path, data: str | None) -> Data:
     recipe = Recipe.load(directory)
     spec = data or recipe.data
     if spec is None:
-        raise InputError(f"{directory} was made without images (random weights); give --data")
+        raise InputError(f"{directory} was made without images; give --data")
     return load_data(spec, SlimViT.load(directory).architecture, recipe.seed)
 
 
-def finetune_settings(data: str, changes: dict[str, Any]) -> FinetuneSettings:
-    """The settings that suit a data set, with changes.
+def has_dense(directory: Path) -> bool:
+    """Whether a run holds the dense model's weights: one imported without them does not."""
+    return (directory / DENSE_WEIGHTS_FILE).exists()
+
+
+def finetune_settings(data: str, changes: dict[str, Any], given: FinetuneSettings | None = None) -> FinetuneSettings:
+    """A recipe's settings, or else those that suit a data set, with changes.
 
     Raises:
         InputError: one of them is out of range.
     """
-    defaults = FinetuneSettings.for_digits() if data == "digits" else FinetuneSettings()
+    defaults = given or (FinetuneSettings.for_digits() if data == "digits" else FinetuneSettings())
     try:
         return FinetuneSettings.model_validate(defaults.model_dump() | changes)
     except ValidationError as error:
@@ -213,9 +228,10 @@ def finetune_settings(data: str, changes: dict[str, Any]) -> FinetuneSettings:
 
 
 def verification_batches(directory: Path, data: str | None) -> tuple[Batches, bool]:
-    """Test images to compare an export on, in memory, and whether they are made: a run with random weights has none."""
+    """Test images to compare an export on, in memory, and whether they are made: a run with random weights, or one that
+    was imported without images, has none."""
     recipe = Recipe.load(directory)
-    if recipe.random_weights and data is None:
+    if data is None and (recipe.random_weights or recipe.data is None):
         return made_batches(SlimViT.load(directory).architecture, MADE_IMAGES, recipe.batch_size, recipe.seed), True
     images = run_data(directory, data)
     chosen = Subset(images.test, range(min(VERIFIED_IMAGES, len(cast(Sized, images.test)))))

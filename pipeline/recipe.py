@@ -7,9 +7,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.architecture import first_problem
+from pipeline.energy import EnergyNorm, TokenCriterion
 from pipeline.errors import InputError
 from pipeline.files import write_text
-from pipeline.shaping import AS_PUBLISHED, SHAPINGS, Shaping, Target
+from pipeline.sensitivity import ChannelCriterion
+from pipeline.shaping import AS_PUBLISHED, SHAPINGS, Prune, Shaping, Target
 
 RECIPE_FILE = "recipe.yaml"
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -55,7 +57,11 @@ class Recipe(BaseModel):
     released: Path | None = None
     image_cutoff: Annotated[float, Field(gt=0)] = 0.1
     token_cutoff: Fraction = 0.85
-    energy_norm: Literal["l2", "l1"] = "l2"
+    energy_norm: EnergyNorm = "l2"
+    channel_criterion: ChannelCriterion = "lfs"
+    token_criterion: TokenCriterion = "lfe-attention"
+    order: Literal["bottom-up", "top-down", "one-shot"] = "bottom-up"
+    prune: Prune = "both"
     lfs_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     token_share: Annotated[float, Field(ge=0, le=1)] = 0.56
     shaping: Shaping = SHAPINGS["tensorrt"]
@@ -78,6 +84,8 @@ class Recipe(BaseModel):
             raise ValueError("give exactly one of --target-macs, --target-latency, --allowable-drop and --architecture")
         if (self.target_latency is None) != (self.runtime is None):
             raise ValueError("--target-latency MS and --runtime NAME go together: milliseconds on which runtime?")
+        if self.order != "bottom-up" and self.allowable_drop is not None:
+            raise ValueError(f"--order {self.order} goes with a target or a table: what is allowed is spent bottom-up")
         if self.data is None and not self.random_weights:
             raise ValueError("give --data: 'digits', an image folder, or a timm reader like hfds/NAME")
         if self.random_weights and self.architecture is None:

@@ -21,7 +21,6 @@ from torch.utils.data import Subset
 from pipeline import __version__
 from pipeline.architecture import Architecture, BlockShape, check_blocks, first_problem, read_blocks
 from pipeline.cascade import Log, check_target
-from pipeline.channels import choose_for_shape
 from pipeline.data import Batches, Data, load_data, made_batches
 from pipeline.decisions import ChannelDecision, Curve, Decision, Plan
 from pipeline.dense import load_dense
@@ -29,6 +28,7 @@ from pipeline.errors import InputError
 from pipeline.evaluate import top1
 from pipeline.files import remove_parts, sha256, write_bytes, write_json, write_text
 from pipeline.finetune import finetune
+from pipeline.order import chooser
 from pipeline.progress import console, track
 from pipeline.recipe import RECIPE_FILE, FinetuneSettings, Recipe
 from pipeline.search import GoalOf, search
@@ -257,11 +257,13 @@ def quantization_batches(
 
 
 def apply_table(slim: SlimViT, blocks: tuple[BlockShape, ...], standing: Standing) -> None:
-    """Cut `slim` down to a given table, bottom-up, keeping the channels LFS likes best."""
+    """Cut `slim` down to a given table, bottom-up, keeping the channels that the recipe's criterion likes best."""
+    choose = chooser(standing, blocks)
     for index, shape in enumerate(track(blocks, "cutting blocks")):
         slim.set_keep(index, shape.keep)
-        if shape != slim.blocks[index].shape:
-            slim.vit.blocks[index], _ = standing.cut(choose_for_shape(standing.sensitivity(), shape))
+        choice = choose(index)
+        if choice is not None:
+            slim.vit.blocks[index], _ = standing.cut(choice)
         standing.ascend()
 
 
@@ -316,7 +318,14 @@ def _plan(recipe: Recipe) -> _Plan:
         InputError: the first that cannot be used.
     """
     model = load_dense(recipe.model, recipe.weights, recipe.random_weights, recipe.seed)
-    dense = SlimViT.from_timm(model, recipe.token_cutoff, recipe.energy_norm, recipe.shaping.token_score)
+    dense = SlimViT.from_timm(
+        model,
+        recipe.token_cutoff,
+        recipe.energy_norm,
+        recipe.shaping.token_score,
+        recipe.token_criterion,
+        recipe.seed if recipe.token_criterion == "random" else 0,
+    )
     architecture = dense.architecture
     blocks = None
     if recipe.architecture is not None:
@@ -326,7 +335,7 @@ def _plan(recipe: Recipe) -> _Plan:
         except InputError as error:
             raise InputError(f"{recipe.architecture} does not fit: {error}") from None
     elif recipe.target_macs is not None:
-        check_target(architecture, recipe.target_macs, recipe.shaping)
+        check_target(architecture, recipe.target_macs, recipe.shaping, recipe.prune)
     data = load_data(recipe.data, architecture, recipe.seed) if recipe.data else None
     return _Plan(recipe, dense, data, blocks)
 

@@ -88,6 +88,21 @@ def compress(
     energy_norm: Annotated[
         Literal["l2", "l1"], typer.Option(help="LFE norm: l2 is the paper's, l1 the released code's.")
     ] = "l2",
+    channel_criterion: Annotated[
+        Literal["lfs", "taylor", "magnitude", "random"],
+        typer.Option(help="What channels are scored by: LFS, the method, or a rival to compare it with."),
+    ] = "lfs",
+    token_criterion: Annotated[
+        Literal["lfe-attention", "attention", "lfe", "random"],
+        typer.Option(help="What tokens are scored by: LFE times attention, the method, or a rival."),
+    ] = "lfe-attention",
+    order: Annotated[
+        Literal["bottom-up", "top-down", "one-shot"],
+        typer.Option(help="On which model a block's channels are scored: all below it cut, all above it, or none."),
+    ] = "bottom-up",
+    prune: Annotated[
+        Literal["both", "channels", "tokens"], typer.Option(help="Drop channels and tokens, or one of them.")
+    ] = "both",
     lfs_weight: Annotated[float, typer.Option(help="Share of the cross-entropy in LFS.")] = 0.1,
     token_share: Annotated[float, typer.Option(help="Share of a block's allowance that tokens may spend.")] = 0.56,
     score_images: Annotated[int, typer.Option(help="Training images for LFS.")] = 2000,
@@ -127,6 +142,10 @@ def compress(
         image_cutoff=image_cutoff,
         token_cutoff=token_cutoff,
         energy_norm=energy_norm,
+        channel_criterion=channel_criterion,
+        token_criterion=token_criterion,
+        order=order,
+        prune=prune,
         lfs_weight=lfs_weight,
         token_share=token_share,
         shaping=shaping,

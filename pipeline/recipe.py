@@ -113,6 +113,28 @@ class Recipe(BaseModel):
             raise InputError(f"{path} is not a recipe: {reason}") from None
 
 
+def read_recipe(path: Path, **given: object) -> Recipe:
+    """A recipe file, with options in place of what it says; None changes nothing.
+
+    Raises:
+        InputError: it is missing or malformed; the message names the file and the field.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise InputError(f"{path} is not a recipe: not YAML") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a recipe: it should be a table of settings")
+    if content.get("released"):
+        raise InputError(f"{path} is of an imported run, which `lowpass import-vtc` makes")
+    try:
+        return Recipe.model_validate(content | {name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error).removeprefix('Value error, ')}") from None
+
+
 def make_shaping(target: Target, as_published: bool, **changes: object) -> Shaping:
     """The shaping for a runtime (or the paper's own), with what differs; None changes nothing.
 

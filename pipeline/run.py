@@ -23,11 +23,12 @@ from pipeline.architecture import Architecture, BlockShape, check_blocks, first_
 from pipeline.cascade import Log, check_target
 from pipeline.data import Batches, Data, load_data, made_batches
 from pipeline.decisions import ChannelDecision, Curve, Decision, Plan
-from pipeline.dense import load_dense
+from pipeline.dense import DIGITS_MODEL, DIGITS_WEIGHTS, load_dense
 from pipeline.errors import InputError
 from pipeline.evaluate import top1
 from pipeline.files import remove_parts, sha256, write_bytes, write_json, write_text
 from pipeline.finetune import finetune
+from pipeline.forecast import Forecast, forecast
 from pipeline.order import chooser
 from pipeline.progress import console, track
 from pipeline.recipe import RECIPE_FILE, FinetuneSettings, Recipe
@@ -114,6 +115,8 @@ def compress(
     """
     finished = _claim(recipe, directory, resume)
     plan = _plan(recipe)
+    if resume:
+        remove_parts(directory)  # what a kill left half-written
     recipe.save(directory)
     _keep_dense(plan.dense, directory)
     if finished:
@@ -141,6 +144,33 @@ def compress(
     )
     metrics.save(directory)
     return metrics
+
+
+def dry_run(recipe: Recipe, directory: Path, resume: bool, epochs: int | None) -> Forecast:
+    """Check a recipe as `compress` would, and say what it would take; nothing is written.
+
+    Weights may be missing: what it takes does not hang on them.
+
+    Args:
+        recipe: what to do.
+        directory: where.
+        resume: take up what is in `directory`.
+        epochs: of fine-tuning, in place of the recipe's.
+
+    Raises:
+        InputError: some input cannot be used.
+    """
+    _claim(recipe, directory, resume)
+    weights = "random" if recipe.random_weights else recipe.weights
+    if recipe.model == DIGITS_MODEL and weights is None:
+        weights = DIGITS_WEIGHTS.name
+    plan = _plan(recipe.model_copy(update={"random_weights": True}) if weights is None else recipe)
+    data = plan.data
+    train, test = (0, 0) if data is None else (len(cast(Sized, part)) for part in (data.train, data.test))
+    changes = {} if epochs is None else {"epochs": epochs}
+    settings = finetune_settings(recipe.data or "", changes, recipe.finetune)
+    found = None if weights is None else str(weights)
+    return forecast(recipe, plan.dense.architecture, plan.blocks, train, test, settings, found)
 
 
 def finetune_run(directory: Path, data: str | None, changes: dict[str, Any], seed: int | None) -> Metrics:
@@ -288,7 +318,7 @@ def best_device() -> torch.device:
 
 
 def _claim(recipe: Recipe, directory: Path, resume: bool) -> bool:
-    """Whether the run in `directory` is already finished; nothing is written, but what a kill left half-written goes.
+    """Whether the run in `directory` is already finished; nothing is written.
 
     Raises:
         InputError: the directory holds something else.
@@ -307,7 +337,6 @@ def _claim(recipe: Recipe, directory: Path, resume: bool) -> bool:
             raise InputError(
                 f"{directory} was started with {field} = {before[field]}, now it is {value}; give another --out"
             )
-    remove_parts(directory)
     return (directory / METRICS_FILE).exists()
 
 

@@ -235,7 +235,7 @@ def run_data(directory: Path, data: str | None) -> Data:
     recipe = Recipe.load(directory)
     spec = data or recipe.data
     if spec is None:
-        raise InputError(f"{directory} was made without images; give --data")
+        raise InputError(f"{directory} was made without images; give `evaluate`, `finetune` or `export` --data")
     return load_data(spec, SlimViT.load(directory).architecture, recipe.seed)
 
 

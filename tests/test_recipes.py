@@ -135,6 +135,7 @@ def test_a_recipe_is_run_and_remembers_how_to_be_fine_tuned(
         ({"target_macs": 0.001}, [], ["out of reach"]),
         ({"target_mac": 0.5}, [], ["recipe.yaml: target_mac:"]),
         ({"finetune": {"epochs": 0}}, [], ["recipe.yaml: finetune.epochs:"]),
+        ({"target_macs": None, "target_latency": 5, "runtime": "abacus"}, [], ["abacus"]),
         ({"allowable_drop": 3}, [], ["recipe.yaml: give exactly one of"]),
         ({"data": None}, [], ["recipe.yaml: give --data"]),
         ({"released": "checkpoint.pth"}, [], ["import-vtc"]),

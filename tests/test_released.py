@@ -197,6 +197,28 @@ def test_reference_logits_exported(
     np.testing.assert_allclose(session.run(["logits"], {"images": images})[0], logits, rtol=0, atol=1e-4)
 
 
+def test_the_command_remembers_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "import-vtc",
+                str(DATA / "checkpoint.pth"),
+                "--out",
+                str(run),
+                "--qk-scale",
+                "0.25",
+                "--data",
+                "digits",
+                "--json",
+            ]
+        )
+    told = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0 and told["run"] == str(run)
+    assert told["dense"]["top1"] is None and told["slim"]["top1"] == evaluate_run(run, None).slim.top1
+    assert told["slim"]["parameters"] == sum(p.numel() for p in SlimViT.load(run).parameters())
+
+
 def test_a_run_without_its_dense_model(imported: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(imported, run)

@@ -237,6 +237,8 @@ def _start(
     from pipeline.forecast import as_table
     from pipeline.run import dry_run as forecast_run
 
+    if recipe.target_latency is not None:
+        place(recipe.runtime, recipe.latency_precision)  # refuses a runtime that is not here
     forecast = forecast_run(recipe, out, resume, epochs)
     say(forecast.model_dump(mode="json"), as_table(forecast), as_json)
 

@@ -31,11 +31,12 @@ class SeedResult(_Frozen):
 
 
 class Spread(_Frozen):
-    """Over the seeds: mean, sample standard deviation and half of the 95% interval of the mean (Student's t)."""
+    """Over the seeds: mean, sample standard deviation and half of the 95% interval of the mean (Student's t); None of a
+    single seed."""
 
     mean: float
-    deviation: float
-    half_interval: float
+    deviation: float | None
+    half_interval: float | None
 
 
 class Summary(_Frozen):
@@ -46,8 +47,8 @@ class Summary(_Frozen):
     target: float
     seeds: int
     finetuned_seeds: int
-    pruned_top1: Spread | None  # None: of fewer than two
-    finetuned_top1: Spread | None
+    pruned_top1: Spread
+    finetuned_top1: Spread | None  # None: none was
 
 
 class Accuracy(_Frozen):
@@ -62,10 +63,10 @@ class Accuracy(_Frozen):
     summaries: tuple[Summary, ...]
 
 
-def spread(values: Sequence[float]) -> Spread | None:
-    """Of two values or more; one has none."""
+def spread(values: Sequence[float]) -> Spread:
+    """Of one value or more."""
     if len(values) < 2:
-        return None
+        return Spread(mean=values[0], deviation=None, half_interval=None)
     deviation = stdev(values)
     half = float(t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
     return Spread(mean=mean(values), deviation=deviation, half_interval=half)
@@ -87,7 +88,7 @@ def summarise(seeds: Sequence[SeedResult]) -> tuple[Summary, ...]:
                 seeds=len(members),
                 finetuned_seeds=len(finetuned),
                 pruned_top1=spread([one.pruned_top1 for one in members]),
-                finetuned_top1=spread(finetuned),
+                finetuned_top1=spread(finetuned) if finetuned else None,
             )
         )
     return tuple(summaries)
@@ -113,7 +114,7 @@ def as_markdown(done: Accuracy) -> str:
         macs = [one.macs for one in members]
         lines.append(
             f"| {summary.group} | {summary.variant} | {summary.target:g} | {min(macs):.3f} to {max(macs):.3f} "
-            f"| {summary.seeds} | {_text(summary.pruned_top1)} | {_text(summary.finetuned_top1)} "
+            f"| {summary.seeds} | {as_text(summary.pruned_top1)} | {as_text(summary.finetuned_top1)} "
             f"| {summary.finetuned_seeds} |"
         )
     lines += [
@@ -131,5 +132,9 @@ def as_markdown(done: Accuracy) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _text(spread: Spread | None) -> str:
-    return "-" if spread is None else f"{spread.mean:.2f} ± {spread.half_interval:.2f} ({spread.deviation:.2f})"
+def as_text(spread: Spread | None) -> str:
+    """Mean, interval and deviation, as far as there are any."""
+    if spread is None:
+        return "-"
+    mean = f"{spread.mean:.2f}"
+    return mean if spread.deviation is None else f"{mean} ± {spread.half_interval:.2f} ({spread.deviation:.2f})"

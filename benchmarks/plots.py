@@ -77,7 +77,7 @@ def plot_accuracy(done: "Accuracy", path: Path) -> None:
         for panel, (stage, title) in zip(panels, STAGES.items(), strict=True):
             for place, variant in enumerate(dict.fromkeys(summary.variant for summary in members)):
                 points = sorted(
-                    (summary.target, spread.mean, spread.half_interval)
+                    (summary.target, spread.mean, spread.half_interval or 0.0)
                     for summary in members
                     if summary.variant == variant and (spread := getattr(summary, stage)) is not None
                 )
@@ -107,7 +107,9 @@ def _plot_variants(done: "Accuracy", path: Path) -> None:
         for place, summary in enumerate(done.summaries):
             spread = getattr(summary, stage)
             if spread is not None:
-                panel.errorbar(spread.mean, place, xerr=spread.half_interval, marker="o", capsize=3, color="#0b6e4f")
+                panel.errorbar(
+                    spread.mean, place, xerr=spread.half_interval or 0.0, marker="o", capsize=3, color="#0b6e4f"
+                )
         panel.set_title(f"{title}, {done.summaries[0].target:g} of the MACs", fontsize=10, loc="left")
         panel.set_xlabel("top-1, percent")
         panel.grid(axis="y", linewidth=0.3)
@@ -123,11 +125,11 @@ def plot_noise(done: "Noise", path: Path) -> None:
     figure = Figure(figsize=(4.5 * len(kinds), 3.2), layout="constrained")
     for panel, scored in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for variant in dict.fromkeys(point.variant for point in done.points if point.scored == scored):
-            points = [point for point in done.points if point.variant == variant and point.spread is not None]
+            points = [point for point in done.points if point.variant == variant]
             panel.errorbar(
                 [point.noise for point in points],
-                [point.spread.mean for point in points if point.spread],
-                [point.spread.half_interval for point in points if point.spread],
+                [point.spread.mean for point in points],
+                [point.spread.half_interval or 0.0 for point in points],
                 label=variant,
                 capsize=3,
                 marker="o",

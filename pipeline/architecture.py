@@ -43,6 +43,7 @@ class DenseViT(_Frozen):
     no_embed_class: bool = False
     layer_scale: bool = False
     qkv_bias: bool = True
+    head_dim: Positive | None = None  # None: embed_dim / num_heads
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +70,7 @@ class DenseViT(_Frozen):
 
     def blocks(self) -> tuple[BlockShape, ...]:
         """The table of the dense model itself."""
-        head_dim = self.embed_dim // self.num_heads
+        head_dim = self.head_dim or self.embed_dim // self.num_heads
         shape = BlockShape(
             heads=self.num_heads, qk_dim=head_dim, v_dim=head_dim, hidden=self.hidden, keep=self.num_tokens
         )

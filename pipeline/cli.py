@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline import __version__
-from pipeline.commands import model, ship
+from pipeline.commands import import_vtc, model, ship
 from pipeline.errors import InputError, RunError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
 for command in (
     model.demo,
     model.compress,
+    import_vtc.import_vtc,
     model.finetune,
     model.evaluate,
     ship.export,

@@ -272,7 +272,8 @@ class SlimViT(nn.Module):
         try:
             slim.vit.load_state_dict(load(path.read_bytes()))
         except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from None
+            hint = "; was the run imported without --dense?" if weights_file == DENSE_WEIGHTS_FILE else ""
+            raise InputError(f"cannot read {path}: {error.strerror}{hint}") from None
         except (SafetensorError, RuntimeError) as error:
             first = str(error).strip().splitlines()
             raise InputError(f"{path} does not hold the weights of its architecture: {' '.join(first[:2])}") from None

@@ -31,8 +31,8 @@ from pipeline.architecture import Architecture
 from pipeline.errors import InputError
 from pipeline.files import write_json, write_text
 from pipeline.progress import console
-from pipeline.recipe import make_recipe
-from pipeline.run import Metrics, compress, finetune_run
+from pipeline.recipe import Recipe, make_recipe
+from pipeline.run import METRICS_FILE, Metrics, compress, finetune_run
 from pipeline.slim import ARCHITECTURE_FILE, SlimViT
 
 Source = dict[str, object]  # the dense model and the data
@@ -53,10 +53,20 @@ def one_seed(
         if not table.exists():
             one_seed(root, study, reference, target, seed, source, finetune=False)
         recipe = make_recipe(**settings, architecture=table)
-    metrics = compress(recipe, directory, resume=True)
+    metrics = compress(recipe, directory, resume=True, dense_top1=_known_top1(root, source, seed))
     if finetune and not metrics.finetuned_epochs:
         metrics = finetune_run(directory, None, {} if study.epochs is None else {"epochs": study.epochs}, None)
     return _result(variant, target, seed, metrics, SlimViT.load(directory).architecture)
+
+
+def _known_top1(root: Path, source: Source, seed: int) -> float | None:
+    """Of the dense model on the test split, from any finished run of the same: the seed draws what is held out of a
+    folder without a split."""
+    for file in root.glob(f"*-seed{seed}/{METRICS_FILE}"):
+        recipe = Recipe.load(file.parent)
+        if all(getattr(recipe, name) == value for name, value in source.items()):
+            return Metrics.load(file.parent).dense.top1
+    return None
 
 
 def directory_of(root: Path, variant: Variant, target: float, seed: int) -> Path:

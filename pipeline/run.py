@@ -100,6 +100,7 @@ def compress(
     resume: bool = False,
     goal_of: GoalOf | None = None,
     budget_gib: float = DEFAULT_BUDGET_GIB,
+    dense_top1: float | None = None,
 ) -> Metrics:
     """Search (or apply the recipe's table), remove, measure and save into `directory`.
 
@@ -109,6 +110,7 @@ def compress(
         resume: take up the decisions already made; the outcome is that of a run that was never interrupted.
         goal_of: makes a latency target's goal for the dense model; only a recipe with `target_latency` needs it.
         budget_gib: memory for activations; past it they are memory-mapped files in `directory`.
+        dense_top1: of the dense model on the test split, where it is known; None: to be measured.
 
     Raises:
         InputError: some input cannot be used, found before anything is written.
@@ -123,7 +125,8 @@ def compress(
         return Metrics.load(directory)
     device = best_device()
     dense = plan.dense.to(device)
-    dense_top1 = _measure(dense, plan.data, recipe.batch_size, "testing dense")
+    if dense_top1 is None:
+        dense_top1 = _measure(dense, plan.data, recipe.batch_size, "testing dense")
     parameters, macs = count_parameters(dense), dense.architecture.macs()
     slim = dense  # pruned in place: the dense weights are on disk
     if plan.blocks is None:

@@ -27,6 +27,7 @@ from benchmarks.curves import share_curves
 from benchmarks.machine import describe
 from benchmarks.plots import plot_accuracy
 from benchmarks.studies import STUDIES, Study, Variant
+from pipeline.allocator import keep_freed_memory
 from pipeline.architecture import Architecture
 from pipeline.errors import InputError
 from pipeline.files import write_json, write_text
@@ -104,6 +105,7 @@ def _all_targets(task: Task) -> list[SeedResult]:
 def _quietly() -> None:
     """Workers share the cores, and the terminal belongs to their parent."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     console.quiet = True
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline import __version__
+from pipeline.allocator import keep_freed_memory
 from pipeline.commands import import_vtc, model, ship
 from pipeline.errors import InputError, RunError
 
@@ -58,6 +59,7 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 bad input, 1 failure, 130 interrupted."""
+    keep_freed_memory()
     try:
         app(arguments)
     except InputError as error:

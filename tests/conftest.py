@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from timm.models import VisionTransformer
 
 import pipeline.dense
+from pipeline.allocator import keep_freed_memory
 from pipeline.recipe import make_recipe
 from pipeline.run import compress, finetune_run
 from pipeline.slim import SlimViT
 
+keep_freed_memory()
 torch.set_num_threads(1)  # test processes run side by side, and a tiny model gains nothing from a second thread
 
 # The same examples on every run and every machine, however slow.

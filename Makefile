@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/lowpass demo --out $(OUT)
 
 test: lint $(TRITON_READY)
-	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(BIN)/python -m pytest -n 2 --ignore tests/test_suite.py
+	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/test_suite.py
 	# Apart: at the end of all other tests in one process, native code of the runtimes has crashed here.
 	$(BIN)/python -m pytest -n 2 tests/test_suite.py
 

@@ -1,120 +1,86 @@
-"""Top-1 of the slim digits model against MACs, with and without recovery, before and after fine-tuning, over seeds.
+"""Top-1 of slim models at matched MACs, before and after fine-tuning, over seeds: the method against its rivals.
 
-    python -m benchmarks.accuracy --targets 0.5:5 --finetune lowpass:0.5:5 --out benchmarks/results/digits_accuracy
+    python -m benchmarks.accuracy criteria --out benchmarks/results/accuracy_criteria
+    python -m benchmarks.accuracy criteria --variants taylor --targets 0.55 --seeds 1      one row of it, in a minute
+    python -m benchmarks.accuracy criteria --model deit_tiny_patch16_224 --weights F --data imagenet/
 
-Every seed is a search and a fine-tuning of its own, with other calibration images and another order of training; the
-dense model is the one that ships. About 5 minutes a run on two cores. Runs that are already there are not repeated, and
-what a search finds out about the dense model is taken from another target's run of the same seed.
+What is compared is in `benchmarks/studies.py`; `benchmarks/noise.py` is the study of noisy images. Every seed has a
+search and a fine-tuning of its own, with other calibration images and another order of training; the model is the same.
+Runs that are already there are not repeated, and what a search finds out about the dense model is taken from another
+run where that is the same.
 """
 
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Annotated
 
+import torch
 import typer
-from pydantic import BaseModel, ConfigDict
-from scipy.stats import t
 
-from benchmarks.machine import Machine, describe
+from benchmarks.accuracy_table import Accuracy, SeedResult, as_markdown, summarise
+from benchmarks.curves import share_curves
+from benchmarks.machine import describe
 from benchmarks.plots import plot_accuracy
+from benchmarks.studies import STUDIES, Study, Variant
+from pipeline.allocator import keep_freed_memory
 from pipeline.architecture import Architecture
+from pipeline.errors import InputError
 from pipeline.files import write_json, write_text
 from pipeline.progress import console
 from pipeline.recipe import Recipe, make_recipe
-from pipeline.run import SEARCH_FILE, Metrics, compress, finetune_run
-from pipeline.shaping import AS_PUBLISHED, SHAPINGS
-from pipeline.slim import SlimViT
+from pipeline.run import METRICS_FILE, Metrics, compress, finetune_run
+from pipeline.slim import ARCHITECTURE_FILE, SlimViT
 
-# Shapes, and whether what reads removed channels is refitted.
-COMPARED = {
-    "lowpass": (SHAPINGS["tensorrt"], True),
-    "no-recovery": (SHAPINGS["tensorrt"], False),
-    "full-score": (SHAPINGS["tensorrt"].model_copy(update={"token_score": "full"}), True),
-    "as-published": (AS_PUBLISHED, True),
-}
+Source = dict[str, object]  # the dense model and the data
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SeedResult(_Frozen):
-    """One seed of one variant at one target; top-1 in percent, MACs as a share of the dense model's. `finetuned_top1`
-    is None where it was not asked for."""
-
-    variant: str
-    target: float
-    seed: int
-    macs: float
-    dense_top1: float
-    pruned_top1: float
-    finetuned_top1: float | None
-    blocks: int
-    blocks_dropping_tokens: int
-    blocks_losing_channels: int
-
-
-class Spread(_Frozen):
-    """Over the seeds: mean, sample standard deviation and half of the 95% interval of the mean (Student's t)."""
-
-    mean: float
-    deviation: float
-    half_interval: float
-
-
-class Summary(_Frozen):
-    """All seeds of one variant at one target."""
-
-    variant: str
-    target: float
-    seeds: int
-    finetuned_seeds: int
-    pruned_top1: Spread
-    finetuned_top1: Spread | None  # None: of fewer than two
-
-
-class Accuracy(_Frozen):
-    """Everything there is."""
-
-    command: str
-    seconds: float
-    machine: Machine
-    seeds: tuple[SeedResult, ...]
-    summaries: tuple[Summary, ...]
-
-
-def one_seed(directory: Path, variant: str, target_macs: float, seed: int, finetune: bool) -> SeedResult:
-    """Search and fine-tune in `directory`, or take up what is there."""
-    shaping, recovery = COMPARED[variant]
-    recipe = make_recipe(
-        model="digits_deit", data="digits", target_macs=target_macs, shaping=shaping, recovery=recovery, seed=seed
-    )
-    _share_curves(directory, recipe)
-    metrics = compress(recipe, directory, resume=True)
+def one_seed(
+    root: Path, study: Study, variant: Variant, target: float, seed: int, source: Source, finetune: bool
+) -> SeedResult:
+    """Search and fine-tune in a directory of its own below `root`, or take up what is there."""
+    directory = directory_of(root, variant, target, seed)
+    settings = {**source, **study.recipe, **variant.recipe, "seed": seed}
+    if variant.amounts_of is None:
+        recipe = make_recipe(**settings, target_macs=target)
+        share_curves(directory, recipe)
+    else:
+        reference = study.variant(variant.amounts_of)
+        table = directory_of(root, reference, target, seed) / ARCHITECTURE_FILE
+        if not table.exists():
+            one_seed(root, study, reference, target, seed, source, finetune=False)
+        recipe = make_recipe(**settings, architecture=table)
+    metrics = compress(recipe, directory, resume=True, dense_top1=_known_top1(root, source, seed))
     if finetune and not metrics.finetuned_epochs:
-        metrics = finetune_run(directory, None, {}, None)
-    return _result(variant, target_macs, seed, metrics, SlimViT.load(directory).architecture)
+        metrics = finetune_run(directory, None, {} if study.epochs is None else {"epochs": study.epochs}, None)
+    return _result(variant, target, seed, metrics, SlimViT.load(directory).architecture)
 
 
-def _share_curves(directory: Path, recipe: Recipe) -> None:
-    """Begin a run with the loss curves of the dense model from a run that differs only in its target."""
-    for log in sorted(directory.parent.glob(f"*/{SEARCH_FILE}")):
-        same = Recipe.load(log.parent).model_copy(update={"target_macs": recipe.target_macs}) == recipe
-        if same and not directory.exists():
-            lines = log.read_text().splitlines(keepends=True)
-            recipe.save(directory)
-            write_text(directory / SEARCH_FILE, lines[0] + "".join(line for line in lines[1:] if '"curve"' in line))
+def _known_top1(root: Path, source: Source, seed: int) -> float | None:
+    """Of the dense model on the test split, from any finished run of the same: the seed draws what is held out of a
+    folder without a split."""
+    for file in root.glob(f"*-seed{seed}/{METRICS_FILE}"):
+        recipe = Recipe.load(file.parent)
+        if all(getattr(recipe, name) == value for name, value in source.items()):
+            return Metrics.load(file.parent).dense.top1
+    return None
 
 
-def _result(variant: str, target: float, seed: int, metrics: Metrics, architecture: Architecture) -> SeedResult:
+def directory_of(root: Path, variant: Variant, target: float, seed: int) -> Path:
+    """Where a run is."""
+    return root / f"{variant.name.replace(' ', '_')}-macs{target:g}-seed{seed}"
+
+
+def _result(variant: Variant, target: float, seed: int, metrics: Metrics, architecture: Architecture) -> SeedResult:
     blocks, whole = architecture.blocks, architecture.dense.blocks()[0]
     assert metrics.dense.top1 is not None and metrics.slim.top1 is not None and metrics.pruned_top1 is not None
     return SeedResult(
-        variant=variant,
+        group=variant.group,
+        variant=variant.name,
         target=target,
         seed=seed,
         macs=metrics.slim.macs / metrics.dense.macs,
@@ -127,113 +93,111 @@ def _result(variant: str, target: float, seed: int, metrics: Metrics, architectu
     )
 
 
-def as_markdown(done: Accuracy) -> str:
-    """The tables, with what they were measured by."""
-    lines = [
-        "# digits: top-1 after search and after fine-tuning",
-        "",
-        f"`{done.command}`, {done.seconds / 60:.1f} minutes on {done.machine.cpu}, {done.machine.cores} cores; "
-        + ", ".join(f"{name} {version}" for name, version in done.machine.packages.items()),
-        "",
-        "Mean ± sample standard deviation over the seeds (± half of the 95% interval of the mean).",
-        "",
-        "| variant | MACs asked for | seeds | pruned, no training | fine-tuned | of these seeds |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for summary in done.summaries:
-        lines.append(
-            f"| {summary.variant} | {summary.target:g} | {summary.seeds} | {_text(summary.pruned_top1)} "
-            f"| {'-' if summary.finetuned_top1 is None else _text(summary.finetuned_top1)} "
-            f"| {summary.finetuned_seeds} |"
-        )
-    lines += [
-        "",
-        "| variant | MACs asked for | seed | MACs | dense | pruned | fine-tuned | drop tokens | lost channels |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for one in done.seeds:
-        finetuned = "-" if one.finetuned_top1 is None else f"{one.finetuned_top1:.2f}"
-        lines.append(
-            f"| {one.variant} | {one.target:g} | {one.seed} | {one.macs:.4f} | {one.dense_top1:.2f} "
-            f"| {one.pruned_top1:.2f} | {finetuned} | {one.blocks_dropping_tokens} of {one.blocks} "
-            f"| {one.blocks_losing_channels} of {one.blocks} |"
-        )
-    return "\n".join(lines) + "\n"
+Task = tuple[Path, Study, Variant, Sequence[float], int, Source, bool]
 
 
-def _text(spread: Spread) -> str:
-    return f"{spread.mean:.2f} ± {spread.deviation:.2f} (± {spread.half_interval:.2f})"
+def _all_targets(task: Task) -> list[SeedResult]:
+    """One variant and seed: a worker's task, so that what a search finds out is found once."""
+    root, study, variant, targets, seed, source, finetune = task
+    return [one_seed(root, study, variant, target, seed, source, finetune) for target in targets]
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Of two values or more."""
-    deviation = stdev(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
-    return Spread(mean=mean(values), deviation=deviation, half_interval=half)
+def _quietly() -> None:
+    """Workers share the cores, and the terminal belongs to their parent."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    console.quiet = True
 
 
-def summarise(seeds: Sequence[SeedResult]) -> tuple[Summary, ...]:
-    """One summary a variant and target, in the order they came."""
-    groups: dict[tuple[str, float], list[SeedResult]] = {}
-    for one in seeds:
-        groups.setdefault((one.variant, one.target), []).append(one)
-    summaries = []
-    for (variant, target), group in groups.items():
-        finetuned = [one.finetuned_top1 for one in group if one.finetuned_top1 is not None]
-        summaries.append(
-            Summary(
-                variant=variant,
-                target=target,
-                seeds=len(group),
-                finetuned_seeds=len(finetuned),
-                pruned_top1=spread([one.pruned_top1 for one in group]),
-                finetuned_top1=spread(finetuned) if len(finetuned) > 1 else None,
-            )
-        )
-    return tuple(summaries)
+def waves(study: Study, variants: Iterable[Variant]) -> list[list[Variant]]:
+    """Variants in the order in which they can use what others found: parts alone, then both, then their amounts."""
+    order: list[list[Variant]] = [[], [], []]
+    for variant in variants:
+        alone = "prune" in variant.recipe
+        order[2 if variant.amounts_of else 0 if alone else 1].append(variant)
+    return [wave for wave in order if wave]
+
+
+def run_study(
+    root: Path,
+    study: Study,
+    variants: Sequence[Variant],
+    targets: Sequence[float],
+    seeds: int,
+    finetuned_seeds: int,
+    source: Source,
+    jobs: int,
+) -> list[SeedResult]:
+    """All results, variant by variant, `jobs` at a time."""
+    results: list[SeedResult] = []
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _quietly) as pool:
+        for wave in waves(study, variants):
+            tasks: list[Task] = [
+                (root, study, variant, targets, seed, source, seed < finetuned_seeds)
+                for variant in wave
+                for seed in range(seeds)
+            ]
+            for done in pool.map(_all_targets, tasks):
+                for one in done:
+                    console.print(
+                        f"{one.variant} at {one.target:g}, seed {one.seed}: {one.pruned_top1:.2f} %"
+                        + ("" if one.finetuned_top1 is None else f", fine-tuned {one.finetuned_top1:.2f} %"),
+                        soft_wrap=True,
+                    )
+                results.extend(done)
+    place = {variant.name: index for index, variant in enumerate(variants)}
+    return sorted(results, key=lambda one: (place[one.variant], -one.target, one.seed))
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where OUT.json, OUT.md and OUT.png go.")],
-    targets: Annotated[
-        str, typer.Option(metavar="SHARE:SEEDS,...", help="Shares of the dense MACs that stay, with how many seeds.")
-    ] = "0.5:5",
-    variants: Annotated[str, typer.Option(help=f"Of {', '.join(COMPARED)}; separated by commas.")] = "lowpass",
-    finetune: Annotated[
-        str, typer.Option(metavar="VARIANT:SHARE:SEEDS,...", help="Whose runs are fine-tuned, too.")
-    ] = "lowpass:0.5:5",
+    study: Annotated[str, typer.Argument(help=f"One of {', '.join(STUDIES)}.")],
+    out: Annotated[Path | None, typer.Option(help="Where OUT.json, OUT.md and OUT.png go.")] = None,
+    variants: Annotated[str, typer.Option(help="Some of the study's, separated by commas. [default: all]")] = "",
+    targets: Annotated[str, typer.Option(help="Shares of the dense MACs that stay. [default: the study's]")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="From 0 upwards.")] = 5,
+    finetuned_seeds: Annotated[int | None, typer.Option(min=0, help="Of them fine-tuned. [default: all]")] = None,
+    model: Annotated[str, typer.Option(help="timm name of the dense model.")] = "digits_deit",
+    weights: Annotated[Path | None, typer.Option(help="Its checkpoint.")] = None,
+    data: Annotated[str, typer.Option(help="As of `lowpass compress`.")] = "digits",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = torch.get_num_threads(),
     runs: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/accuracy"),
 ) -> None:
     began = time.monotonic()
-    names = variants.split(",")
-    if unknown := set(names) - COMPARED.keys():
-        raise typer.BadParameter(f"there is no variant {', '.join(unknown)}; choose from {', '.join(COMPARED)}")
-    tuned = {
-        (variant, float(share), seed)
-        for variant, share, seeds in (entry.split(":") for entry in finetune.split(",") if entry)
-        for seed in range(int(seeds))
-    }
-    results = []
-    for entry in targets.split(","):
-        share, _, seeds = entry.partition(":")
-        for name in names:
-            for seed in range(int(seeds or 5)):
-                target = float(share)
-                directory = runs / f"macs{target:g}-{name}-seed{seed}"
-                results.append(one_seed(directory, name, target, seed, (name, target, seed) in tuned))
-                console.print(str(results[-1]), soft_wrap=True)
+    if study not in STUDIES:
+        raise typer.BadParameter(f"there is no study {study}; choose from {', '.join(STUDIES)}")
+    compared = STUDIES[study]
+    names = variants.split(",") if variants else [variant.name for variant in compared.variants]
+    if unknown := set(names) - {variant.name for variant in compared.variants}:
+        known = ", ".join(variant.name for variant in compared.variants)
+        raise typer.BadParameter(f"there is no variant {', '.join(unknown)}; choose from {known}")
+    results = run_study(
+        runs,
+        compared,
+        [compared.variant(name) for name in names],
+        [float(share) for share in targets.split(",")] if targets else compared.targets,
+        seeds,
+        seeds if finetuned_seeds is None else finetuned_seeds,
+        {"model": model, "weights": weights, "data": data},
+        jobs,
+    )
     done = Accuracy(
+        title=f"{model} on {data}: {compared.title}",
         command=shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),
         seconds=time.monotonic() - began,
         machine=describe(),
+        epochs=compared.epochs,
         seeds=tuple(results),
         summaries=summarise(results),
     )
-    write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
-    write_text(out.with_suffix(".md"), as_markdown(done))
-    plot_accuracy(done, out.with_suffix(".png"))
+    if out is not None:
+        write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
+        write_text(out.with_suffix(".md"), as_markdown(done))
+        plot_accuracy(done, out.with_suffix(".png"))
     print(as_markdown(done))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except InputError as error:
+        sys.exit(f"benchmarks.accuracy: {error}")

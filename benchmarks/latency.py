@@ -36,13 +36,13 @@ from export.verify import export
 from pipeline.data import made_batches
 from pipeline.errors import InputError, RunError
 from pipeline.files import write_json, write_text
+from pipeline.imported import dense_run
 from pipeline.progress import console, track
 from pipeline.run import verification_batches
 from pipeline.slim import SlimViT
 
 BENCHMARK_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"
-MODELS = ("dense", "slim")
 DEFAULT_BATCHES = (1, 8, 32)
 GPU_LIMIT_S = 500.0  # a GPU machine is lent for ten minutes at a time
 DEFAULT_RUNTIMES = tuple(runtime for runtime in RUNTIMES if runtime != "pytorch-compile")  # it compiles for minutes
@@ -109,26 +109,11 @@ def benchmark(
         "dense": architecture.model_copy(update={"blocks": architecture.dense.blocks()}).macs(),
         "slim": architecture.macs(),
     }
-    results = {}
-    for runtime in runtimes or DEFAULT_RUNTIMES:
-        at = precision or default_precision(runtime)
-        reason = missing(runtime)
-        if reason is None and at not in SUPPORTED[runtime]:
-            reason = f"it does not run {at}"
-        compared: dict[int, Comparison] = {}
-        if reason is None:
-            try:
-                compared = _one_runtime(directory, runtime, at, batches, seconds, macs["dense"] / macs["slim"])
-            except RunError as error:  # one runtime's failure must not cost the figures of the others
-                reason = str(error)
-        if reason is not None:
-            console.print(f"{runtime}: not measured: {reason}", soft_wrap=True)
-        results[runtime] = RuntimeResult(
-            precision=at,
-            description=None if reason else describe_runtime(runtime),
-            not_measured=reason,
-            batches=compared,
-        )
+    with dense_run(directory) as dense:
+        results = {
+            runtime: _result({"dense": dense, "slim": directory}, runtime, precision, batches, seconds, macs)
+            for runtime in runtimes or DEFAULT_RUNTIMES
+        }
     done = Benchmark(run=str(directory), model=architecture.dense.name, macs=macs, machine=describe(), runtimes=results)
     write_json(directory / BENCHMARK_FILE, done.model_dump(mode="json"))
     write_text(directory / TABLE_FILE, as_markdown(done))
@@ -191,17 +176,51 @@ def refuse_other_rivals(text: str) -> None:
             raise InputError(f"--against knows only dense, not {name.strip()!r}")
 
 
+def _result(
+    runs: Mapping[str, Path],
+    runtime: RuntimeName,
+    precision: Precision | None,
+    batches: Sequence[int],
+    seconds: float,
+    macs: Mapping[str, int],
+) -> RuntimeResult:
+    """One runtime, or why it was not measured."""
+    at = precision or default_precision(runtime)
+    reason = missing(runtime)
+    if reason is None and at not in SUPPORTED[runtime]:
+        reason = f"it does not run {at}"
+    compared: dict[int, Comparison] = {}
+    if reason is None:
+        try:
+            compared = _one_runtime(runs, runtime, at, batches, seconds, macs["dense"] / macs["slim"])
+        except RunError as error:  # one runtime's failure must not cost the figures of the others
+            reason = str(error)
+    if reason is not None:
+        console.print(f"{runtime}: not measured: {reason}", soft_wrap=True)
+    return RuntimeResult(
+        precision=at,
+        description=None if reason else describe_runtime(runtime),
+        not_measured=reason,
+        batches=compared,
+    )
+
+
 def _one_runtime(
-    directory: Path, runtime: RuntimeName, precision: Precision, batches: Sequence[int], seconds: float, saved: float
+    runs: Mapping[str, Path],
+    runtime: RuntimeName,
+    precision: Precision,
+    batches: Sequence[int],
+    seconds: float,
+    saved: float,
 ) -> dict[int, Comparison]:
-    """Every batch size on one runtime. `saved`: dense MACs over slim MACs."""
-    for name in MODELS:
-        _prepare(directory, runtime, precision, name == "dense")
-    sessions = {name: open_session(runtime, directory, precision, name == "dense") for name in MODELS}
-    models = {name: SlimViT.load(directory, weights_path(directory, name == "dense").name) for name in MODELS}
+    """Every batch size on one runtime. `runs`: where each model lies; `saved`: dense MACs over slim MACs."""
+    for name, run in runs.items():
+        _prepare(run, runtime, precision, name == "dense")
+    sessions = {name: open_session(runtime, run, precision, name == "dense") for name, run in runs.items()}
+    models = {name: SlimViT.load(run, weights_path(run, name == "dense").name) for name, run in runs.items()}
     compared = {}
     for batch in track(batches, f"timing {runtime} {precision}"):
-        images = _images(directory, batch)
+        images = _images(runs["slim"], batch)
         for name, session in sessions.items():
             try:
                 check_logits(session, models[name], images, TOLERANCE)

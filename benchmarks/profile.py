@@ -4,12 +4,12 @@ Each part is exported as it is deployed, with random weights. Tables are cached:
 """
 
 import copy
+import math
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.chains import chained, with_tokens
 from benchmarks.machine import describe
-from benchmarks.timing import interleaved, latency
+from benchmarks.timing import interleaved, latency, speedup
 from export.batch import BatchProfile
 from export.deploy import AtPrecision, deployable
 from export.options import DTYPES, Precision
@@ -67,7 +67,14 @@ def latency_goal(
         InputError: see `measure_table`.
     """
     table = latency_table(architecture, runtime, precision, batch, cache_dir)
-    measure = partial(measured_latency, runtime=runtime, precision=precision, batch=batch)
+    quiet = math.inf  # the dense model's best median so far
+
+    def measure(slim: Architecture) -> float:
+        nonlocal quiet
+        dense_ms, speed = against_dense(slim, architecture, runtime, precision, batch)
+        quiet = min(quiet, dense_ms)
+        return quiet / speed
+
     return Goal(target=target_ms, costs=table, unit="ms", measure=measure)
 
 
@@ -84,7 +91,8 @@ def latency_table(
         InputError: see `measure_table`.
     """
     _refuse(runtime, precision)
-    name = f"{architecture.dense.name}.{architecture.token_score}.{runtime}.{precision}.batch{batch}.json"
+    scored = f"{architecture.token_criterion}.{architecture.token_score}"
+    name = f"{architecture.dense.name}.{scored}.{runtime}.{precision}.batch{batch}.json"
     path = (default_cache_dir() if cache_dir is None else cache_dir) / name
     table = _cached(path, architecture, runtime)
     if table is None:
@@ -110,7 +118,8 @@ def _cached(path: Path, architecture: Architecture, runtime: RuntimeName) -> Lat
     except InputError:
         console.print(f"{path} is damaged: measuring it anew", soft_wrap=True)
         return None
-    if (table.dense, table.token_score) != (architecture.dense, architecture.token_score):
+    scored = (architecture.dense, architecture.token_score, architecture.token_criterion)
+    if (table.dense, table.token_score, table.token_criterion) != scored:
         console.print(f"{path} is of another {architecture.dense.name}: measuring it anew", soft_wrap=True)
         return None
     was, now = table.machine, _machine(runtime)
@@ -159,22 +168,31 @@ class _Place:
         return DTYPES[self.precision]
 
 
-def measured_latency(
-    architecture: Architecture, runtime: RuntimeName, precision: Precision, batch: int, seconds: float = 2.0
-) -> float:
-    """Milliseconds of a batch through a whole model with random weights: the median.
+def against_dense(
+    slim: Architecture,
+    dense: Architecture,
+    runtime: RuntimeName,
+    precision: Precision,
+    batch: int,
+    seconds: float = 3.0,
+) -> tuple[float, float]:
+    """Milliseconds of a batch through the dense model (the median), and how many times faster the slim one is, both
+    with random weights. They take turns, so that a machine that is slow for a while slows both: the ratio holds.
 
     Raises:
         InputError: the runtime is missing here, or lacks the precision.
-        RunError: it cannot run the model.
+        RunError: it cannot run a model.
     """
     _refuse(runtime, precision)
+    sessions = {}
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-        place = _Place(runtime, precision, batch, Path(folder))
-        module = deployable(SlimViT(architecture), place.dtype)
-        session = _whole_session(module, architecture.dense, place, quantised=True)
-        rounds = interleaved({"model": session}, seconds)["model"]
-    return latency(rounds, batch).p50_ms
+        for name, architecture in (("dense", dense), ("slim", slim)):
+            (Path(folder) / name).mkdir()
+            place = _Place(runtime, precision, batch, Path(folder) / name)
+            module = deployable(SlimViT(architecture), place.dtype)
+            sessions[name] = _whole_session(module, architecture.dense, place, quantised=True)
+        rounds = interleaved(sessions, seconds)
+    return latency(rounds["dense"], batch).p50_ms, speedup(rounds["dense"], rounds["slim"])[0]
 
 
 class _Point(NamedTuple):
@@ -218,6 +236,7 @@ def measure_table(
         precision=precision,
         batch=batch,
         token_score=architecture.token_score,
+        token_criterion=architecture.token_criterion,
         machine=_machine(runtime),
         ends_ms=ms[_Point("ends")],
         tokens=tuple(tokens),
@@ -298,7 +317,6 @@ class _Mlp(_Attention):
 class _Selecting(_Attention):
     def forward(self, tokens: Tensor) -> Tensor:
         mixed, weights = self.block.mix(tokens)
-        assert weights is not None
         return self.block.keep_tokens(mixed, self.block.scores(mixed, weights), self.block.keep)
 
 

@@ -6,7 +6,7 @@ The authors' schedule (VTC-LFC's released code): in each block seven token trial
 every one a pass of the whole model over all measuring images, and every channel trial with scores of its own: the whole
 model forwards on clean and on low-passed images, and backwards. Ours: `pipeline/cascade.py`, without recovery, so that
 both do the same; recovery is counted apart. Work is counted by torch's FLOP counter, in forwards of one image through
-the dense model.
+the dense model. A search that was counted already is not counted again.
 """
 
 import copy
@@ -73,7 +73,7 @@ class Comparison(_Frozen):
     authors: Cost
     ours: Cost
     ours_with_recovery: Cost
-    to_a_target: Cost  # of half the MACs, with recovery
+    to_a_target: Cost | None  # of half the MACs, with recovery; None: not counted
     saved: float
     saved_with_recovery: float
 
@@ -193,31 +193,49 @@ def ours(model: SlimViT, scoring: Batches, measuring: Batches, recipe: Recipe) -
     return model.architecture
 
 
-def compare(name: str, model: SlimViT, scoring: Batches, measuring: Batches, allowance: float) -> Comparison:
-    """One model, all ways."""
+def remembered(path: Path, count: Callable[[], Cost]) -> Cost:
+    """A cost that was counted already, or `count()`, written down."""
+    if not path.exists():
+        write_json(path, count().model_dump(mode="json"))
+    return Cost.model_validate_json(path.read_bytes())
+
+
+def compare(
+    name: str,
+    model: SlimViT,
+    scoring: Batches,
+    measuring: Batches,
+    allowance: float,
+    folder: Path,
+    to_a_target: bool = True,
+) -> Comparison:
+    """One model, all ways; what is counted is kept in `folder`."""
 
     def recipe(**settings: object) -> Recipe:
         goal = {} if "target_macs" in settings else {"allowable_drop": allowance}
         return Recipe.model_validate({"model": name, "data": "made", "shaping": AS_PUBLISHED} | goal | settings)
 
+    scored, measured = (sum(len(labels) for _, labels in batches) for batches in (scoring, measuring))
     costs = {}
     for kind, schedule, settings in (
+        ("authors", authors_schedule, recipe(recovery=False)),
         ("ours", ours, recipe(recovery=False)),
         ("ours with recovery", ours, recipe()),
-        ("to a target", ours, recipe(target_macs=0.5)),
-        ("authors", authors_schedule, recipe(recovery=False)),
+        *([("to a target", ours, recipe(target_macs=0.5))] if to_a_target else []),
     ):
-        costs[kind] = counted(model, partial(schedule, scoring=scoring, measuring=measuring, recipe=settings))
+        search = partial(schedule, scoring=scoring, measuring=measuring, recipe=settings)
+        path = folder / f"{name}-{scored}-{measured}-{allowance:g}-{kind}.json".replace(" ", "_")
+        costs[kind] = remembered(path, partial(counted, model, search))
         console.print(f"{name}, {kind}: {costs[kind]}", soft_wrap=True)
     return Comparison(
         model=name,
-        scored=sum(len(labels) for _, labels in scoring),
-        measured=sum(len(labels) for _, labels in measuring),
+        scored=scored,
+        measured=measured,
         allowance=allowance,
         authors=costs["authors"],
         ours=costs["ours"],
         ours_with_recovery=costs["ours with recovery"],
-        to_a_target=costs["to a target"],
+        to_a_target=costs.get("to a target"),
         saved=costs["authors"].image_forwards / costs["ours"].image_forwards,
         saved_with_recovery=costs["authors"].image_forwards / costs["ours with recovery"].image_forwards,
     )
@@ -268,10 +286,12 @@ def as_markdown(done: SearchCost) -> str:
             ("ours, with recovery", one.ours_with_recovery),
             ("ours, to half the MACs, with recovery", one.to_a_target),
         ):
-            lines.append(
-                f"| {one.model} | {one.scored} / {one.measured} | {name} | {cost.image_forwards:,.0f} "
-                f"| {one.authors.image_forwards / cost.image_forwards:.1f}x | {cost.seconds:.0f} | {cost.macs:.3f} |"
-            )
+            if cost is not None:
+                lines.append(
+                    f"| {one.model} | {one.scored} / {one.measured} | {name} | {cost.image_forwards:,.0f} "
+                    f"| {one.authors.image_forwards / cost.image_forwards:.1f}x | {cost.seconds:.0f} "
+                    f"| {cost.macs:.3f} |"
+                )
     for title, points in (("images", done.by_images), ("depth", done.by_depth)):
         lines += [
             "",
@@ -290,6 +310,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
     scored: Annotated[int, typer.Option(help="Images scored of DeiT-Small; of the digits, 200.")] = 6,
     measured: Annotated[int, typer.Option(help="Images measured of DeiT-Small; of the digits, 500.")] = 15,
+    runs: Annotated[Path, typer.Option(help="Where the costs counted so far are.")] = Path("runs/search_cost"),
 ) -> None:
     """Count and time."""
     digits = SlimViT.from_timm(load_dense("digits_deit"))
@@ -301,8 +322,9 @@ def main(
         command=shlex.join(["python", "-m", "benchmarks.search_cost", *sys.argv[1:]]),
         machine=describe(),
         models=(
-            compare("digits_deit", digits, scoring, measuring, 9.5),
-            compare("deit_small, random weights", deit, made[:split], made[split:], 40.0),
+            compare("digits_deit", digits, scoring, measuring, 9.5, runs),
+            # To a target it would take an hour: every part is cut to every size.
+            compare("deit_small random", deit, made[:split], made[split:], 40.0, runs, to_a_target=False),
         ),
         by_images=tuple(sweep_point(4, images) for images in COUNTS),
         by_depth=tuple(sweep_point(depth, 32) for depth in DEPTHS),

@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks.load import Point, closed_loop, open_loop
 from benchmarks.machine import Machine, describe
 from benchmarks.plots import write_figure
-from benchmarks.timing import interleaved, latency
 from export.options import ExportOptions
 from export.runtimes import open_session
+from export.sessions import Session
 from export.to_onnx import current_onnx
 from export.to_triton import DeployOptions, deploy
 from export.triton_server import Address, Supervisor, find_server
@@ -43,6 +43,7 @@ from pipeline.slim import SlimViT
 MODELS = ("digits", "deit_small")
 BARE_BATCH, BARE_CLIENTS = 8, 2
 OPEN_CLIENTS = 32
+OVERHEAD_TURNS = 5
 RECIPE = Path(__file__).parent.parent / "recipes" / "deit_small_paper.json"
 
 
@@ -120,17 +121,27 @@ def measure(run: Path, url: str, name: str, concurrencies: tuple[int, ...], seco
     for kind, model in served.items():
         session = open_session("onnxruntime", run, "fp32", kind == "dense")
         session.load(batch)
-        # Before and after, so that a machine that slows down meanwhile counts for both.
-        bare = [latency(interleaved({"bare": session}, seconds / 2, rounds=2)["bare"], BARE_BATCH)]
-        point = closed_loop(url, model, batch, BARE_CLIENTS, seconds)
-        bare.append(latency(interleaved({"bare": session}, seconds / 2, rounds=2)["bare"], BARE_BATCH))
-        bare_ms = float(np.mean([one.p50_ms for one in bare])) / BARE_BATCH
-        served_ms = 1000 / point.images_per_s
+        bare, through = list[float](), list[float]()
+        for _ in range(OVERHEAD_TURNS):  # in turns, so that a machine that slows down meanwhile slows both
+            bare.append(_alone(session, seconds / OVERHEAD_TURNS) / BARE_BATCH)
+            point = closed_loop(url, model, batch, BARE_CLIENTS, seconds / OVERHEAD_TURNS)
+            through.append(1000 / point.images_per_s)
+        bare_ms, served_ms = median(bare), median(through)
         overhead[kind] = Overhead(
             batch=BARE_BATCH, bare_ms=bare_ms, served_ms=served_ms, percent=100 * (served_ms / bare_ms - 1)
         )
     saved = metrics.dense.macs / metrics.slim.macs
     return Result(macs_saved=saved, points=points, overhead=overhead, gain=best["slim"] / best["dense"])
+
+
+def _alone(session: Session, seconds: float) -> float:
+    """Milliseconds of a run, over as many as fit."""
+    session.run()
+    began, runs = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        session.run()
+        runs += 1
+    return 1000 * (time.perf_counter() - began) / runs
 
 
 def as_markdown(done: Serving) -> str:

@@ -75,7 +75,7 @@ def deployable(slim: SlimViT, dtype: torch.dtype = torch.float32, selection: Sel
     """
     model = copy.deepcopy(slim).eval().requires_grad_(False)
     for block in model.blocks:
-        fuses = not (block.scores_tokens and block.token_score == "full")
+        fuses = block.reads_attention != "full"
         padded = dtype != torch.float32 and fuses
         block.attn = FusedAttention(block.attn, fused_head_dim(block.attn) if padded else None)  # type: ignore[assignment]
         block.keep_tokens = LOWERINGS[selection]

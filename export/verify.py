@@ -37,7 +37,7 @@ class Verification(BaseModel):
     sha256: str
     runtime: str
     images: int
-    made_images: bool  # noise instead of real images: the model has random weights, its top-1 says nothing
+    made_images: bool  # noise instead of real images: its top-1 says nothing
     largest_difference: float  # of any logit; at FP32 from PyTorch in FP64 where FP32 is in doubt
     largest_logit: float  # what that is to be seen against
     same_top1: float  # percent
@@ -66,7 +66,7 @@ def export(
         directory: the run.
         options: of the file.
         batches: (images [B, C, H, W], labels); labels are not looked at.
-        made_images: the images are noise and the weights random: what differs is written down but not judged by top-1.
+        made_images: the images are noise: what differs is written down but not judged by top-1.
         dense: export `dense.<precision>.onnx` instead of `model.<precision>.onnx`.
         calibration: needed for INT8.
 

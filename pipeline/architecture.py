@@ -1,10 +1,11 @@
 """The architecture of a slim ViT: one table of five numbers per block, beside the dense model it came from."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.energy import TOKEN_CRITERIA, EnergyNorm, TokenCriterion, TokenScore
 from pipeline.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -42,6 +43,7 @@ class DenseViT(_Frozen):
     no_embed_class: bool = False
     layer_scale: bool = False
     qkv_bias: bool = True
+    head_dim: Positive | None = None  # None: embed_dim / num_heads
 
     @property
     def num_tokens(self) -> int:
@@ -66,13 +68,9 @@ class DenseViT(_Frozen):
         """MACs of both MLP layers over `tokens`, prefix tokens included."""
         return tokens * self.embed_dim * 2 * hidden
 
-    def selection_macs(self, image_tokens: int) -> int:
-        """MACs of LFE's low-pass as a matrix."""
-        return image_tokens * image_tokens * self.embed_dim
-
     def blocks(self) -> tuple[BlockShape, ...]:
         """The table of the dense model itself."""
-        head_dim = self.embed_dim // self.num_heads
+        head_dim = self.head_dim or self.embed_dim // self.num_heads
         shape = BlockShape(
             heads=self.num_heads, qk_dim=head_dim, v_dim=head_dim, hidden=self.hidden, keep=self.num_tokens
         )
@@ -95,8 +93,10 @@ class Architecture(_Frozen):
     preprocessing: Preprocessing
     qk_scale: float
     token_cutoff: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    energy_norm: Literal["l2", "l1"] = "l2"
-    token_score: Literal["full", "cls"] = "full"
+    energy_norm: EnergyNorm = "l2"
+    token_score: TokenScore = "full"
+    token_criterion: TokenCriterion = "lfe-attention"
+    token_seed: int = 0  # of tokens that are drawn
     blocks: tuple[BlockShape, ...]
 
     @model_validator(mode="after")
@@ -116,8 +116,13 @@ class Architecture(_Frozen):
             sum_ += dense.attention_macs(image_tokens + dense.num_prefix_tokens, block)
             sum_ += dense.mlp_macs(block.keep + dense.num_prefix_tokens, block.hidden)
             if block.keep < image_tokens:
-                sum_ += dense.selection_macs(image_tokens)
+                sum_ += self.selection_macs(image_tokens)
         return sum_
+
+    def selection_macs(self, image_tokens: int) -> int:
+        """MACs of scoring that many image tokens: LFE's low-pass as a matrix, where LFE is read at all."""
+        reads_energy = TOKEN_CRITERIA[self.token_criterion].reads_energy
+        return image_tokens * image_tokens * self.dense.embed_dim if reads_energy else 0
 
     def with_keep(self, block: int, keep: int) -> "Architecture":
         """With `block` passing on `keep` image tokens, and later blocks at most as many."""

@@ -15,7 +15,7 @@ from pipeline.architecture import Architecture
 from pipeline.channels import ChannelChoice, choose_shaped
 from pipeline.decisions import ChannelDecision, Curve, Decision, Plan, TokenDecision, Trial
 from pipeline.errors import InputError
-from pipeline.shaping import Shaping
+from pipeline.shaping import Prune, Shaping
 from pipeline.slim import SlimBlock, SlimViT
 from pipeline.standing import Standing
 
@@ -51,22 +51,24 @@ def search_to_drop(standing: Standing, allowance: float, log: Log) -> None:
     """Prune in place, allowing `allowance` points of top-1 in all."""
     model, recipe = standing.model, standing.recipe
     shaping, depth = recipe.shaping, len(model.blocks)
-    stages = shaping.stages(depth)
+    stages = shaping.stages(depth) if recipe.prune != "channels" else ()
+    token_share = {"both": recipe.token_share, "tokens": 1.0, "channels": 0.0}[recipe.prune]
     top1 = standing.top1(model.blocks)
     guesses = {"tokens": 0.1, "channels": 0.3}  # shares; once a block is done, what it came to
     for index in range(depth):
         floor = top1
         if index in stages:
-            floor -= allowance * recipe.token_share / len(stages)
+            floor -= allowance * token_share / len(stages)
             tokens = log.next(TokenDecision, _drop_tokens, standing, floor, top1, guesses)
             guesses["tokens"] = 1 - tokens.keep / model.blocks[index].tokens_in
             model.set_keep(index, tokens.keep)
             top1 = tokens.top1
-        floor -= allowance * (1 - recipe.token_share) / depth
-        channels = log.next(ChannelDecision, _drop_channels, standing, floor, top1, guesses)
-        guesses["channels"] = channels.dropped / _rows(model.blocks[index])
-        apply(standing, channels)
-        top1 = channels.top1
+        if recipe.prune != "tokens":
+            floor -= allowance * (1 - token_share) / depth
+            channels = log.next(ChannelDecision, _drop_channels, standing, floor, top1, guesses)
+            guesses["channels"] = channels.dropped / _rows(model.blocks[index])
+            apply(standing, channels)
+            top1 = channels.top1
         standing.ascend()
 
 
@@ -186,19 +188,19 @@ def largest(
     return accepted, trials
 
 
-def smallest_share(architecture: Architecture, shaping: Shaping) -> float:
+def smallest_share(architecture: Architecture, shaping: Shaping, prune: Prune) -> float:
     """The share of the MACs that is left when every block is as small as it can be."""
-    blocks = shaping.smallest(architecture.dense, first_keep(architecture))
+    blocks = shaping.smallest(architecture.dense, first_keep(architecture), prune)
     return architecture.model_copy(update={"blocks": blocks}).macs() / architecture.macs()
 
 
-def check_target(architecture: Architecture, target_macs: float, shaping: Shaping) -> None:
+def check_target(architecture: Architecture, target_macs: float, shaping: Shaping, prune: Prune = "both") -> None:
     """Refuse a target below what is left when every block is as small as it can be.
 
     Raises:
         InputError: with the lowest share of the MACs that can be reached.
     """
-    lowest = smallest_share(architecture, shaping)
+    lowest = smallest_share(architecture, shaping, prune)
     if target_macs < lowest:
         share = math.ceil(lowest * 1000) / 1000
         raise InputError(

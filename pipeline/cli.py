@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from pipeline import __version__
-from pipeline.commands import model, serve, ship
+from pipeline.allocator import keep_freed_memory
+from pipeline.commands import import_vtc, model, serve, ship
 from pipeline.errors import InputError, RunError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 for command in (
     model.demo,
     model.compress,
+    import_vtc.import_vtc,
     model.finetune,
     model.evaluate,
     ship.export,
@@ -60,6 +62,7 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 bad input, 1 failure, 130 interrupted."""
+    keep_freed_memory()
     try:
         app(arguments)
     except InputError as error:

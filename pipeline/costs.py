@@ -41,8 +41,8 @@ def total(costs: Costs, architecture: Architecture) -> float:
 class Macs:
     """Multiply-accumulates of one image; `total` is `Architecture.macs`."""
 
-    def __init__(self, dense: DenseViT) -> None:
-        self.dense = dense
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture, self.dense = architecture, architecture.dense
 
     def ends(self) -> float:
         """See `Costs`."""
@@ -58,7 +58,7 @@ class Macs:
 
     def selection(self, image_tokens: int) -> float:
         """See `Costs`."""
-        return self.dense.selection_macs(image_tokens)
+        return self.architecture.selection_macs(image_tokens)
 
 
 class LatencyTable(BaseModel):
@@ -75,6 +75,7 @@ class LatencyTable(BaseModel):
     precision: str
     batch: int
     token_score: str
+    token_criterion: str
     machine: dict[str, str]
     ends_ms: float
     tokens: tuple[int, ...]

@@ -1,6 +1,7 @@
 """Dense models by timm name, and their weights from a local file."""
 
 import difflib
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: missing, truncated, of no known layout, or not finite.
     """
+    return {timm_key(name): tensor for name, tensor in state_of(read_checkpoint(path), path).items()}
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What a `.safetensors` or `.pth` file holds; pickles are read with `weights_only=True`.
+
+    Raises:
+        InputError: missing or truncated.
+    """
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([Namespace]):  # training scripts keep their arguments beside the weights
+            return torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there are no weights at {path}") from None
     except Exception as error:  # a damaged pickle raises anything, from struct.error to AttributeError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot read the weights {path}: truncated or not a checkpoint ({reason[:120]})") from None
+
+
+def state_of(content: Any, path: Path) -> dict[str, Tensor]:
+    """The table of tensors in a checkpoint, alone or under `model` or `state_dict`, under its own names.
+
+    Raises:
+        InputError: there is none, or it is not finite.
+    """
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -107,14 +128,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
         raise InputError(f"{path} holds no state dict (a table of tensors, alone or under 'model' or 'state_dict')")
-    state = {_timm_key(name): tensor for name, tensor in content.items()}
+    state = dict[str, Tensor](content)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{path}: {name} holds NaN or infinite values; these weights cannot be used")
     return state
 
 
-def _timm_key(name: str) -> str:
+def timm_key(name: str) -> str:
     """DDP's prefix removed, DeiT-III's layer scale renamed."""
     name = name.removeprefix("module.")
     return name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma")

@@ -1,6 +1,7 @@
-"""LFE and the token score (paper, eq. 6, 8 and 9): which image tokens a block passes on."""
+"""LFE and the token score (paper, eq. 6, 8 and 9), and its rivals: which image tokens a block passes on."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from pipeline.frequency import token_lowpass_matrix
 
 EnergyNorm = Literal["l2", "l1"]
 TokenScore = Literal["full", "cls"]
+TokenCriterion = Literal["lfe-attention", "attention", "lfe", "random"]
 
 
 def low_frequency_energy(tokens: Tensor, cutoff: float, norm: EnergyNorm = "l2") -> Tensor:
@@ -107,6 +109,66 @@ def token_scores(
     else:
         num_prefix_tokens = length - count
     return attention_importance(attention, num_prefix_tokens) * low_frequency_energy(tokens, cutoff, norm)
+
+
+@dataclass(frozen=True)
+class SeenTokens:
+    """What a block knows of its image tokens when it has to choose."""
+
+    tokens: Tensor  # [B, N, C], as they leave the attention residual
+    attention: Tensor  # as much of it as `token_score` reads; empty where the criterion reads none
+    num_prefix_tokens: int
+    lowpass: Tensor  # [N, N]; empty where the criterion reads no energy
+    chance: Tensor  # [N]; empty unless tokens are drawn
+    energy_norm: EnergyNorm
+    token_score: TokenScore
+
+    def importance(self) -> Tensor:
+        """The attention factor [B, N] (eq. 8, or its direct half)."""
+        return IMPORTANCE[self.token_score](self.attention, self.num_prefix_tokens)
+
+    def energy(self) -> Tensor:
+        """LFE [B, N] (eq. 6)."""
+        return filtered_energy(self.tokens, self.lowpass, self.energy_norm)
+
+
+def energy_and_attention(seen: SeenTokens) -> Tensor:
+    """The paper's score (eq. 9)."""
+    return seen.importance() * seen.energy()
+
+
+def attention_alone(seen: SeenTokens) -> Tensor:
+    """With the `cls` score what EViT keeps (Liang et al., ICLR 2022)."""
+    return seen.importance()
+
+
+def energy_alone(seen: SeenTokens) -> Tensor:
+    """LFE, whatever attends to it."""
+    return seen.energy()
+
+
+def drawn(seen: SeenTokens) -> Tensor:
+    """The same positions of every image, drawn once for each block: the floor for any criterion."""
+    return seen.chance.float().expand(seen.tokens.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A token score [B, N], higher stays, and what it reads: the attention decides whether attention can run fused,
+    the energy costs MACs."""
+
+    score: Callable[[SeenTokens], Tensor]
+    reads_attention: bool = False
+    reads_energy: bool = False
+    draws: bool = False
+
+
+TOKEN_CRITERIA: dict[TokenCriterion, Criterion] = {
+    "lfe-attention": Criterion(energy_and_attention, reads_attention=True, reads_energy=True),
+    "attention": Criterion(attention_alone, reads_attention=True),
+    "lfe": Criterion(energy_alone, reads_energy=True),
+    "random": Criterion(drawn, draws=True),
+}
 
 
 def keep_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:

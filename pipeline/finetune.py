@@ -21,7 +21,7 @@ WARMUP = 0.05  # of all steps
 CLIP = 1.0  # gradient norm
 
 
-def finetune(slim: SlimViT, dense: SlimViT, data: Data, settings: FinetuneSettings, seed: int) -> SlimViT:
+def finetune(slim: SlimViT, dense: SlimViT | None, data: Data, settings: FinetuneSettings, seed: int) -> SlimViT:
     """The fine-tuned copy of `slim` (moving average of its weights, on the CPU, in evaluation mode).
 
     The loss is `(1 - w) CE(slim, y) + w CE(slim, argmax dense)`, with w = `distill_weight`. AdamW with layer decay
@@ -29,15 +29,18 @@ def finetune(slim: SlimViT, dense: SlimViT, data: Data, settings: FinetuneSettin
 
     Args:
         slim: what the search left; it is trained in place, too.
-        dense: the teacher.
+        dense: the teacher; None needs a `distill_weight` of 0.
         data: its `train` split is drawn anew each epoch.
         settings: epochs, rates and weights.
         seed: of the order of images and of what augmentation draws.
 
     Raises:
         InputError: a batch is larger than the training split.
+        ValueError: there is something to distil, but no teacher.
         RunError: the loss stopped being finite.
     """
+    if dense is None and settings.distill_weight:
+        raise ValueError("distillation needs a teacher")
     if len(cast(Sized, data.train)) < settings.batch_size:
         raise InputError(
             f"a batch of {settings.batch_size} is more than the {len(cast(Sized, data.train))} training images; "
@@ -54,7 +57,7 @@ def finetune(slim: SlimViT, dense: SlimViT, data: Data, settings: FinetuneSettin
         layer_decay=settings.layer_decay,
     )
     model, optimiser, loader = accelerator.prepare(slim, optimiser, loader)
-    teacher = dense.to(accelerator.device).eval()
+    teacher = None if dense is None else dense.to(accelerator.device).eval()
     ema = ModelEmaV3(accelerator.unwrap_model(model), decay=settings.ema_decay, use_warmup=True)
     steps = settings.epochs * len(loader)
     schedule = CosineLRScheduler(
@@ -66,11 +69,12 @@ def finetune(slim: SlimViT, dense: SlimViT, data: Data, settings: FinetuneSettin
         if hasattr(data.train, "epoch"):
             data.train.epoch = epoch  # new digit scenes
         for images, labels in loader:
-            with torch.no_grad():
-                target = teacher(images).argmax(-1)
             logits = model(images)
-            hard = F.cross_entropy(logits, target)
-            loss = (1 - settings.distill_weight) * F.cross_entropy(logits, labels) + settings.distill_weight * hard
+            loss = (1 - settings.distill_weight) * F.cross_entropy(logits, labels)
+            if teacher is not None:
+                with torch.no_grad():
+                    target = teacher(images).argmax(-1)
+                loss = loss + settings.distill_weight * F.cross_entropy(logits, target)
             if not loss.isfinite():
                 raise RunError(f"the fine-tuning loss became {loss.item()} in epoch {epoch}; lower --lr")
             accelerator.backward(loss)

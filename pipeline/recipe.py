@@ -7,9 +7,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.architecture import first_problem
+from pipeline.energy import EnergyNorm, TokenCriterion
 from pipeline.errors import InputError
 from pipeline.files import write_text
-from pipeline.shaping import AS_PUBLISHED, SHAPINGS, Shaping, Target
+from pipeline.sensitivity import ChannelCriterion
+from pipeline.shaping import AS_PUBLISHED, SHAPINGS, Prune, Shaping, Target
 
 RECIPE_FILE = "recipe.yaml"
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -37,7 +39,7 @@ class FinetuneSettings(BaseModel):
 
 class Recipe(BaseModel):
     """One compression. Exactly one of `target_macs`, `target_latency`, `allowable_drop` and `architecture` says how far
-    to go."""
+    to go; a run that `lowpass import-vtc` made has `released`, the checkpoint it was made from, instead."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,9 +54,14 @@ class Recipe(BaseModel):
     latency_batch: Count = 1
     latency_precision: str | None = None
     architecture: Path | None = None
+    released: Path | None = None
     image_cutoff: Annotated[float, Field(gt=0)] = 0.1
     token_cutoff: Fraction = 0.85
-    energy_norm: Literal["l2", "l1"] = "l2"
+    energy_norm: EnergyNorm = "l2"
+    channel_criterion: ChannelCriterion = "lfs"
+    token_criterion: TokenCriterion = "lfe-attention"
+    order: Literal["bottom-up", "top-down", "one-shot"] = "bottom-up"
+    prune: Prune = "both"
     lfs_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     token_share: Annotated[float, Field(ge=0, le=1)] = 0.56
     shaping: Shaping = SHAPINGS["tensorrt"]
@@ -64,9 +71,12 @@ class Recipe(BaseModel):
     recovery: bool = True
     mixed_precision: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    finetune: FinetuneSettings | None = None  # None: what suits the data
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
+        if self.released is not None:
+            return self
         goals = [
             goal is not None for goal in (self.target_macs, self.target_latency, self.allowable_drop, self.architecture)
         ]
@@ -74,6 +84,8 @@ class Recipe(BaseModel):
             raise ValueError("give exactly one of --target-macs, --target-latency, --allowable-drop and --architecture")
         if (self.target_latency is None) != (self.runtime is None):
             raise ValueError("--target-latency MS and --runtime NAME go together: milliseconds on which runtime?")
+        if self.order != "bottom-up" and self.allowable_drop is not None:
+            raise ValueError(f"--order {self.order} goes with a target or a table: what is allowed is spent bottom-up")
         if self.data is None and not self.random_weights:
             raise ValueError("give --data: 'digits', an image folder, or a timm reader like hfds/NAME")
         if self.random_weights and self.architecture is None:
@@ -99,6 +111,28 @@ class Recipe(BaseModel):
         except (ValidationError, yaml.YAMLError) as error:
             reason = first_problem(error) if isinstance(error, ValidationError) else "not YAML"
             raise InputError(f"{path} is not a recipe: {reason}") from None
+
+
+def read_recipe(path: Path, **given: object) -> Recipe:
+    """A recipe file, with options in place of what it says; None changes nothing.
+
+    Raises:
+        InputError: it is missing or malformed; the message names the file and the field.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise InputError(f"{path} is not a recipe: not YAML") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a recipe: it should be a table of settings")
+    if content.get("released"):
+        raise InputError(f"{path} is of an imported run, which `lowpass import-vtc` makes")
+    try:
+        return Recipe.model_validate(content | {name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error).removeprefix('Value error, ')}") from None
 
 
 def make_shaping(target: Target, as_published: bool, **changes: object) -> Shaping:

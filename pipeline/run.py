@@ -21,14 +21,15 @@ from torch.utils.data import Subset
 from pipeline import __version__
 from pipeline.architecture import Architecture, BlockShape, check_blocks, first_problem, read_blocks
 from pipeline.cascade import Log, check_target
-from pipeline.channels import choose_for_shape
 from pipeline.data import Batches, Data, load_data, made_batches
 from pipeline.decisions import ChannelDecision, Curve, Decision, Plan
-from pipeline.dense import load_dense
+from pipeline.dense import DIGITS_MODEL, DIGITS_WEIGHTS, load_dense
 from pipeline.errors import InputError
 from pipeline.evaluate import top1
 from pipeline.files import remove_parts, sha256, write_bytes, write_json, write_text
 from pipeline.finetune import finetune
+from pipeline.forecast import Forecast, forecast
+from pipeline.order import chooser
 from pipeline.progress import console, track
 from pipeline.recipe import RECIPE_FILE, FinetuneSettings, Recipe
 from pipeline.search import GoalOf, search
@@ -99,6 +100,7 @@ def compress(
     resume: bool = False,
     goal_of: GoalOf | None = None,
     budget_gib: float = DEFAULT_BUDGET_GIB,
+    dense_top1: float | None = None,
 ) -> Metrics:
     """Search (or apply the recipe's table), remove, measure and save into `directory`.
 
@@ -108,19 +110,23 @@ def compress(
         resume: take up the decisions already made; the outcome is that of a run that was never interrupted.
         goal_of: makes a latency target's goal for the dense model; only a recipe with `target_latency` needs it.
         budget_gib: memory for activations; past it they are memory-mapped files in `directory`.
+        dense_top1: of the dense model on the test split, where it is known; None: to be measured.
 
     Raises:
         InputError: some input cannot be used, found before anything is written.
     """
     finished = _claim(recipe, directory, resume)
     plan = _plan(recipe)
+    if resume:
+        remove_parts(directory)  # what a kill left half-written
     recipe.save(directory)
     _keep_dense(plan.dense, directory)
     if finished:
         return Metrics.load(directory)
     device = best_device()
     dense = plan.dense.to(device)
-    dense_top1 = _measure(dense, plan.data, recipe.batch_size, "testing dense")
+    if dense_top1 is None:
+        dense_top1 = _measure(dense, plan.data, recipe.batch_size, "testing dense")
     parameters, macs = count_parameters(dense), dense.architecture.macs()
     slim = dense  # pruned in place: the dense weights are on disk
     if plan.blocks is None:
@@ -143,13 +149,41 @@ def compress(
     return metrics
 
 
+def dry_run(recipe: Recipe, directory: Path, resume: bool, epochs: int | None) -> Forecast:
+    """Check a recipe as `compress` would, and say what it would take; nothing is written.
+
+    Weights may be missing: what it takes does not hang on them.
+
+    Args:
+        recipe: what to do.
+        directory: where.
+        resume: take up what is in `directory`.
+        epochs: of fine-tuning, in place of the recipe's.
+
+    Raises:
+        InputError: some input cannot be used.
+    """
+    _claim(recipe, directory, resume)
+    weights = "random" if recipe.random_weights else recipe.weights
+    if recipe.model == DIGITS_MODEL and weights is None:
+        weights = DIGITS_WEIGHTS.name
+    plan = _plan(recipe.model_copy(update={"random_weights": True}) if weights is None else recipe)
+    data = plan.data
+    train, test = (0, 0) if data is None else (len(cast(Sized, part)) for part in (data.train, data.test))
+    changes = {} if epochs is None else {"epochs": epochs}
+    settings = finetune_settings(recipe.data or "", changes, recipe.finetune)
+    found = None if weights is None else str(weights)
+    return forecast(recipe, plan.dense.architecture, plan.blocks, train, test, settings, found)
+
+
 def finetune_run(directory: Path, data: str | None, changes: dict[str, Any], seed: int | None) -> Metrics:
-    """Distil the dense model into the slim one and save it in its place.
+    """Distil the dense model into the slim one and save it in its place. A run imported without its dense model is
+    trained on the labels alone.
 
     Args:
         directory: a run.
         data: None for the run's own.
-        changes: settings that differ from the data's defaults.
+        changes: settings that differ from the recipe's, or else from those that suit the data.
         seed: None for the run's own.
 
     Raises:
@@ -157,10 +191,17 @@ def finetune_run(directory: Path, data: str | None, changes: dict[str, Any], see
         RunError: training diverged; the run is as it was.
     """
     recipe, metrics = Recipe.load(directory), Metrics.load(directory)
-    slim, dense = SlimViT.load(directory), SlimViT.load(directory, DENSE_WEIGHTS_FILE)
+    slim, dense = SlimViT.load(directory), None
+    if has_dense(directory):
+        dense = SlimViT.load(directory, DENSE_WEIGHTS_FILE)
+    elif changes.get("distill_weight"):
+        raise InputError(f"{directory} has no dense model to distil; import it again with --dense CHECKPOINT")
+    else:
+        console.print("no dense model to distil: training on the labels alone")
+        changes = changes | {"distill_weight": 0.0}
     seed = recipe.seed if seed is None else seed
     images = run_data(directory, data)
-    settings = finetune_settings(images.name, changes)
+    settings = finetune_settings(images.name, changes, recipe.finetune)
     slim = finetune(slim, dense, images, settings, seed).to(best_device())
     accuracy = _measure(slim, images, recipe.batch_size, "testing slim")
     slim.save(directory)
@@ -175,11 +216,13 @@ def finetune_run(directory: Path, data: str | None, changes: dict[str, Any], see
 
 
 def evaluate_run(directory: Path, data: str | None) -> Metrics:
-    """Measure top-1 of a run's dense and slim models on the test split of `data` (None: the run's own). Nothing is
-    written: the images may be others than the run's."""
+    """Measure top-1 of a run's slim model, and of its dense one if it has that, on the test split of `data` (None: the
+    run's own). Nothing is written: the images may be others than the run's."""
     recipe, metrics, images = Recipe.load(directory), Metrics.load(directory), run_data(directory, data)
     measured = {}
     for field, file in (("dense", DENSE_WEIGHTS_FILE), ("slim", WEIGHTS_FILE)):
+        if field == "dense" and not has_dense(directory):
+            continue
         model = SlimViT.load(directory, file).to(best_device())
         accuracy = _measure(model, images, recipe.batch_size, f"testing {field}")
         measured[field] = getattr(metrics, field).model_copy(update={"top1": accuracy})
@@ -195,17 +238,22 @@ def run_data(directory: Path, data: str | None) -> Data:
     recipe = Recipe.load(directory)
     spec = data or recipe.data
     if spec is None:
-        raise InputError(f"{directory} was made without images (random weights); give --data")
+        raise InputError(f"{directory} was made without images; give `evaluate`, `finetune` or `export` --data")
     return load_data(spec, SlimViT.load(directory).architecture, recipe.seed)
 
 
-def finetune_settings(data: str, changes: dict[str, Any]) -> FinetuneSettings:
-    """The settings that suit a data set, with changes.
+def has_dense(directory: Path) -> bool:
+    """Whether a run holds the dense model's weights: one imported without them does not."""
+    return (directory / DENSE_WEIGHTS_FILE).exists()
+
+
+def finetune_settings(data: str, changes: dict[str, Any], given: FinetuneSettings | None = None) -> FinetuneSettings:
+    """A recipe's settings, or else those that suit a data set, with changes.
 
     Raises:
         InputError: one of them is out of range.
     """
-    defaults = FinetuneSettings.for_digits() if data == "digits" else FinetuneSettings()
+    defaults = given or (FinetuneSettings.for_digits() if data == "digits" else FinetuneSettings())
     try:
         return FinetuneSettings.model_validate(defaults.model_dump() | changes)
     except ValidationError as error:
@@ -213,9 +261,10 @@ def finetune_settings(data: str, changes: dict[str, Any]) -> FinetuneSettings:
 
 
 def verification_batches(directory: Path, data: str | None) -> tuple[Batches, bool]:
-    """Test images to compare an export on, in memory, and whether they are made: a run with random weights has none."""
+    """Test images to compare an export on, in memory, and whether they are made: a run with random weights, or one that
+    was imported without images, has none."""
     recipe = Recipe.load(directory)
-    if recipe.random_weights and data is None:
+    if data is None and (recipe.random_weights or recipe.data is None):
         return made_batches(SlimViT.load(directory).architecture, MADE_IMAGES, recipe.batch_size, recipe.seed), True
     images = run_data(directory, data)
     chosen = Subset(images.test, range(min(VERIFIED_IMAGES, len(cast(Sized, images.test)))))
@@ -241,11 +290,13 @@ def quantization_batches(
 
 
 def apply_table(slim: SlimViT, blocks: tuple[BlockShape, ...], standing: Standing) -> None:
-    """Cut `slim` down to a given table, bottom-up, keeping the channels LFS likes best."""
+    """Cut `slim` down to a given table, bottom-up, keeping the channels that the recipe's criterion likes best."""
+    choose = chooser(standing, blocks)
     for index, shape in enumerate(track(blocks, "cutting blocks")):
         slim.set_keep(index, shape.keep)
-        if shape != slim.blocks[index].shape:
-            slim.vit.blocks[index], _ = standing.cut(choose_for_shape(standing.sensitivity(), shape))
+        choice = choose(index)
+        if choice is not None:
+            slim.vit.blocks[index], _ = standing.cut(choice)
         standing.ascend()
 
 
@@ -270,7 +321,7 @@ def best_device() -> torch.device:
 
 
 def _claim(recipe: Recipe, directory: Path, resume: bool) -> bool:
-    """Whether the run in `directory` is already finished; nothing is written, but what a kill left half-written goes.
+    """Whether the run in `directory` is already finished; nothing is written.
 
     Raises:
         InputError: the directory holds something else.
@@ -289,7 +340,6 @@ def _claim(recipe: Recipe, directory: Path, resume: bool) -> bool:
             raise InputError(
                 f"{directory} was started with {field} = {before[field]}, now it is {value}; give another --out"
             )
-    remove_parts(directory)
     return (directory / METRICS_FILE).exists()
 
 
@@ -300,7 +350,14 @@ def _plan(recipe: Recipe) -> _Plan:
         InputError: the first that cannot be used.
     """
     model = load_dense(recipe.model, recipe.weights, recipe.random_weights, recipe.seed)
-    dense = SlimViT.from_timm(model, recipe.token_cutoff, recipe.energy_norm, recipe.shaping.token_score)
+    dense = SlimViT.from_timm(
+        model,
+        recipe.token_cutoff,
+        recipe.energy_norm,
+        recipe.shaping.token_score,
+        recipe.token_criterion,
+        recipe.seed if recipe.token_criterion == "random" else 0,
+    )
     architecture = dense.architecture
     blocks = None
     if recipe.architecture is not None:
@@ -310,7 +367,7 @@ def _plan(recipe: Recipe) -> _Plan:
         except InputError as error:
             raise InputError(f"{recipe.architecture} does not fit: {error}") from None
     elif recipe.target_macs is not None:
-        check_target(architecture, recipe.target_macs, recipe.shaping)
+        check_target(architecture, recipe.target_macs, recipe.shaping, recipe.prune)
     data = load_data(recipe.data, architecture, recipe.seed) if recipe.data else None
     return _Plan(recipe, dense, data, blocks)
 

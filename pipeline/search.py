@@ -50,12 +50,12 @@ def search(
         return
     dense = model.architecture
     if recipe.target_macs is not None:
-        goal = Goal(recipe.target_macs * dense.macs(), Macs(dense.dense), "MACs")
+        goal = Goal(recipe.target_macs * dense.macs(), Macs(dense), "MACs")
     elif goal_of is not None:
         goal = goal_of(dense)
     else:
         raise ValueError("a latency target needs a way to measure")
     if log.fresh:
-        check_measured_target(goal, dense, recipe.shaping)
+        check_measured_target(goal, dense, recipe.shaping, recipe.prune)
     curves = profile(standing(copy.deepcopy(model)), log)
     search_to_target(curves, standing(model), goal, log)

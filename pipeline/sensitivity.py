@@ -1,8 +1,8 @@
-"""LFS: how much each channel matters to low-frequency images (paper, eq. 3-5)."""
+"""LFS: how much each channel matters to low-frequency images (paper, eq. 3-5), and its rivals."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from pipeline.frequency import lowpass_images
 from pipeline.slim import SlimViT
 
+ChannelCriterion = Literal["lfs", "taylor", "magnitude", "random"]
 Stream = tuple[Tensor, Tensor, Tensor]  # tokens of clean images, tokens of low-passed images, labels
 
 
@@ -80,8 +81,7 @@ def sensitivity_from(slim: SlimViT, streams: Iterable[Stream], block: int, weigh
     Raises:
         ValueError: there are no batches.
     """
-    attention, hidden = slim.blocks[block].attn, cast(nn.Linear, slim.blocks[block].mlp.fc1)
-    layers = [attention.query, attention.key, attention.value, hidden]
+    layers = _layers(slim, block)
     total = [torch.zeros_like(layer.weight) for layer in layers]
     count = 0
     for clean, low, labels in streams:
@@ -91,12 +91,48 @@ def sensitivity_from(slim: SlimViT, streams: Iterable[Stream], block: int, weigh
         count += 1
     if not count:
         raise ValueError("channel sensitivity needs at least one batch")
-    query, key, value, mlp = (
-        ((gradient / count * layer.weight.detach()) ** 2).sum(1).float().cpu()
-        for gradient, layer in zip(total, layers, strict=True)
-    )
-    heads = attention.num_heads
-    return ChannelScores((query + key).unflatten(0, (heads, -1)), value.unflatten(0, (heads, -1)), mlp)
+    products = (gradient / count * layer.weight.detach() for gradient, layer in zip(total, layers, strict=True))
+    return _by_row(products, slim.blocks[block].attn.num_heads)
+
+
+def taylor(slim: SlimViT, streams: Iterable[Stream], block: int) -> ChannelScores:
+    """First-order Taylor saliency as in NViT (Yang et al., 2023): LFS's sum with the gradient of the cross-entropy on
+    unfiltered images. See `sensitivity_from`."""
+    unfiltered = ((clean, clean, labels) for clean, _, labels in streams)
+    return sensitivity_from(slim, unfiltered, block, weight=1.0)
+
+
+def magnitude(slim: SlimViT, block: int) -> ChannelScores:
+    """The squared L2 norm of each weight row."""
+    return _by_row((layer.weight.detach() for layer in _layers(slim, block)), slim.blocks[block].attn.num_heads)
+
+
+def drawn(slim: SlimViT, block: int, seed: int) -> ChannelScores:
+    """Uniform noise: the floor for any criterion."""
+    generator = torch.Generator().manual_seed(seed * len(slim.blocks) + block)
+    attention, hidden = slim.blocks[block].attn, cast(nn.Linear, slim.blocks[block].mlp.fc1)
+    sizes = ((attention.num_heads, attention.qk_dim), (attention.num_heads, attention.v_dim), (hidden.out_features,))
+    return ChannelScores(*(torch.rand(size, generator=generator) for size in sizes))
+
+
+# From the model, what enters the block, the block's index, the share of the cross-entropy (LFS) and a seed.
+CHANNEL_CRITERIA: dict[ChannelCriterion, Callable[[SlimViT, Iterable[Stream], int, float, int], ChannelScores]] = {
+    "lfs": lambda slim, streams, block, weight, _seed: sensitivity_from(slim, streams, block, weight),
+    "taylor": lambda slim, streams, block, _weight, _seed: taylor(slim, streams, block),
+    "magnitude": lambda slim, _streams, block, _weight, _seed: magnitude(slim, block),
+    "random": lambda slim, _streams, block, _weight, seed: drawn(slim, block, seed),
+}
+
+
+def _layers(slim: SlimViT, block: int) -> list[nn.Linear]:
+    attention = slim.blocks[block].attn
+    return [attention.query, attention.key, attention.value, cast(nn.Linear, slim.blocks[block].mlp.fc1)]
+
+
+def _by_row(matrices: Iterable[Tensor], heads: int) -> ChannelScores:
+    """Sums of squares over the rows of query, key, value and hidden matrices."""
+    query, key, value, hidden = (matrix.square().sum(1).float().cpu() for matrix in matrices)
+    return ChannelScores((query + key).unflatten(0, (heads, -1)), value.unflatten(0, (heads, -1)), hidden)
 
 
 def _loss(slim: SlimViT, clean: Tensor, low: Tensor, labels: Tensor, block: int, weight: float) -> Tensor:

@@ -12,6 +12,7 @@ from pipeline.architecture import BlockShape, DenseViT
 from pipeline.energy import TokenScore
 
 Target = Literal["onnxruntime", "openvino", "tensorrt"]
+Prune = Literal["both", "channels", "tokens"]
 
 
 class Shaping(BaseModel):
@@ -44,15 +45,15 @@ class Shaping(BaseModel):
         """The nearest hidden width, upwards, that suits: at most `have`."""
         return min(have, -(-width // self.align) * self.align)
 
-    def smallest(self, dense: DenseViT, first_keep: int) -> tuple[BlockShape, ...]:
+    def smallest(self, dense: DenseViT, first_keep: int, prune: Prune = "both") -> tuple[BlockShape, ...]:
         """The smallest table there is, when block 0 keeps at least `first_keep` tokens."""
         head = dense.blocks()[0]
         # Thinned, the head search prefers many heads of one channel to one head.
         shape = {"heads": 1} if self.whole_heads else {"qk_dim": 1, "v_dim": 1}
-        least = head.model_copy(update={**shape, "hidden": self.width(1, head.hidden)})
+        least = head.model_copy(update={**shape, "hidden": self.width(1, head.hidden)}) if prune != "tokens" else head
         tokens, table = dense.num_tokens, []
         for block in range(dense.depth):
-            if block in self.stages(dense.depth):
+            if prune != "channels" and block in self.stages(dense.depth):
                 fewest = min(first_keep, tokens) if block == 0 else 1
                 tokens = self.keep(fewest, tokens, dense.num_prefix_tokens)
             table.append(least.model_copy(update={"keep": tokens}))

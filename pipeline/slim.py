@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.architecture import Architecture, BlockShape, DenseViT, Preprocessing, read_architecture
-from pipeline.energy import IMPORTANCE, EnergyNorm, TokenScore, filtered_energy, keep_tokens
+from pipeline.energy import TOKEN_CRITERIA, EnergyNorm, SeenTokens, TokenCriterion, TokenScore, keep_tokens
 from pipeline.errors import InputError
 from pipeline.files import write_bytes, write_json
 from pipeline.frequency import token_lowpass_matrix
@@ -91,6 +91,7 @@ class SlimBlock(nn.Module):
     """Pre-norm block that passes on the `keep` best image tokens, chosen between attention and MLP (eq. 8-9)."""
 
     lowpass: Tensor
+    chance: Tensor
 
     def __init__(self, architecture: Architecture, index: int) -> None:
         super().__init__()
@@ -103,6 +104,8 @@ class SlimBlock(nn.Module):
         self.token_cutoff = architecture.token_cutoff
         self.energy_norm: EnergyNorm = architecture.energy_norm
         self.token_score: TokenScore = architecture.token_score
+        self.criterion = TOKEN_CRITERIA[architecture.token_criterion]
+        self.token_seed = architecture.token_seed + index
         self.norm1 = nn.LayerNorm(dim, eps=dense.norm_eps)
         self.attn = SlimAttention(dim, shape, architecture.qk_scale, dense.qkv_bias)
         self.ls1 = LayerScale(dim) if dense.layer_scale else nn.Identity()
@@ -112,16 +115,26 @@ class SlimBlock(nn.Module):
         self.set_tokens(architecture.tokens_in(index), shape.keep)
 
     def set_tokens(self, tokens_in: int, keep: int) -> None:
-        """Fix how many image tokens enter and leave; the LFE matrix follows (empty where all are kept)."""
+        """Fix how many image tokens enter and leave; what scores them follows (empty where all are kept)."""
         self.tokens_in, self.keep = tokens_in, keep
-        device = self.norm1.weight.device
-        matrix = token_lowpass_matrix(tokens_in, self.token_cutoff) if self.scores_tokens else torch.empty(0)
-        self.register_buffer("lowpass", matrix.to(device, self.norm1.weight.dtype), persistent=False)
+        lowpass = chance = torch.empty(0)
+        if self.scores_tokens and self.criterion.reads_energy:
+            lowpass = token_lowpass_matrix(tokens_in, self.token_cutoff)
+        if self.scores_tokens and self.criterion.draws:
+            chance = torch.rand(tokens_in, generator=torch.Generator().manual_seed(self.token_seed))
+        like = self.norm1.weight
+        self.register_buffer("lowpass", lowpass.to(like.device, like.dtype), persistent=False)
+        self.register_buffer("chance", chance.to(like.device), persistent=False)
 
     @property
     def scores_tokens(self) -> bool:
-        """Whether this block drops tokens, and so must hold its whole attention matrix."""
+        """Whether this block drops tokens."""
         return self.keep < self.tokens_in
+
+    @property
+    def reads_attention(self) -> TokenScore | None:
+        """What of its attention this block scores tokens by; `full` keeps attention from running fused."""
+        return self.token_score if self.scores_tokens and self.criterion.reads_attention else None
 
     @property
     def shape(self) -> BlockShape:
@@ -137,19 +150,22 @@ class SlimBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, P + tokens_in, C] -> [B, P + keep, C]."""
         x, weights = self.mix(x)
-        if weights is not None:
+        if self.scores_tokens:
             x = self.keep_tokens(x, self.scores(x, weights), self.keep)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Attention with its residual, all tokens still there, and the attention where tokens are to be scored."""
-        mixed, weights = self.attn(self.norm1(x), self.token_score if self.scores_tokens else None)
+        """Attention with its residual, all tokens still there, and the attention that their scores read."""
+        mixed, weights = self.attn(self.norm1(x), self.reads_attention)
         return x + self.ls1(mixed), weights
 
-    def scores(self, x: Tensor, weights: Tensor) -> Tensor:
+    def scores(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Token scores [B, tokens_in] from the tokens as they leave the attention residual and the attention."""
-        energy = filtered_energy(x[:, self.num_prefix_tokens :], self.lowpass, self.energy_norm)
-        return IMPORTANCE[self.token_score](weights, self.num_prefix_tokens) * energy
+        prefix = self.num_prefix_tokens
+        attention = x.new_empty(0) if weights is None else weights
+        return self.criterion.score(
+            SeenTokens(x[:, prefix:], attention, prefix, self.lowpass, self.chance, self.energy_norm, self.token_score)
+        )
 
 
 class SlimViT(nn.Module):
@@ -196,6 +212,8 @@ class SlimViT(nn.Module):
         token_cutoff: float = 0.85,
         energy_norm: EnergyNorm = "l2",
         token_score: TokenScore = "full",
+        token_criterion: TokenCriterion = "lfe-attention",
+        token_seed: int = 0,
     ) -> "SlimViT":
         """A slim ViT with nothing removed: the dense model's weights, its logits to 1e-5.
 
@@ -216,6 +234,8 @@ class SlimViT(nn.Module):
             token_cutoff=token_cutoff,
             energy_norm=energy_norm,
             token_score=token_score,
+            token_criterion=token_criterion,
+            token_seed=token_seed,
             blocks=dense.blocks(),
         )
         slim = cls(architecture)
@@ -252,7 +272,8 @@ class SlimViT(nn.Module):
         try:
             slim.vit.load_state_dict(load(path.read_bytes()))
         except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from None
+            hint = "; was the run imported without --dense?" if weights_file == DENSE_WEIGHTS_FILE else ""
+            raise InputError(f"cannot read {path}: {error.strerror}{hint}") from None
         except (SafetensorError, RuntimeError) as error:
             first = str(error).strip().splitlines()
             raise InputError(f"{path} does not hold the weights of its architecture: {' '.join(first[:2])}") from None

@@ -3,7 +3,7 @@ them is kept and only the rest is run."""
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from pipeline.frequency import lowpass_images
 from pipeline.recipe import Recipe
 from pipeline.recovery import Moments, Refit, Rows, moments, refit, refit_pairing, token_weights, unscaled
 from pipeline.removal import remove_channels
-from pipeline.sensitivity import ChannelScores, sensitivity_from
+from pipeline.sensitivity import CHANNEL_CRITERIA, ChannelScores, Stream
 from pipeline.slim import SlimBlock, SlimViT
 
 REFIT_ROWS = 131_072  # tokens that recovery looks at: some hundred for each unknown of a row
@@ -145,13 +145,19 @@ class Standing:
             total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
         return total / sum(map(len, batches))
 
+    def streams(self) -> Iterator[Stream]:
+        """What enters the block at hand from the scoring images, on the model's device."""
+        for clean, low, labels in zip(self.clean, self.low, self.labels, strict=True):
+            yield clean.to(self.device), low.to(self.device), labels.to(self.device)
+
     def sensitivity(self) -> ChannelScores:
-        """LFS of the block at hand."""
-        streams = (
-            tuple(part.to(self.device) for part in parts)
-            for parts in zip(self.clean, self.low, self.labels, strict=True)
-        )
-        return sensitivity_from(self.model, streams, self.index, self.recipe.lfs_weight)  # type: ignore[arg-type]
+        """Of the block at hand, by the recipe's criterion."""
+        return self.scores_of(self.model, self.streams(), self.index)
+
+    def scores_of(self, model: SlimViT, streams: Iterable[Stream], index: int) -> ChannelScores:
+        """Of any block of any model, by the recipe's criterion."""
+        score = CHANNEL_CRITERIA[self.recipe.channel_criterion]
+        return score(model, streams, index, self.recipe.lfs_weight, self.recipe.seed)
 
     def cut(self, choice: ChannelChoice) -> tuple[SlimBlock, tuple[Refit, ...]]:
         """A copy of the block at hand with the chosen channels alone, refitted; the model stays as it is. The same
@@ -182,7 +188,7 @@ class Standing:
     def attention_rows(self, block: SlimBlock) -> Iterator[Rows]:
         """What the projection reads, and what it should give."""
         for tokens, alive, middle in zip(self._inputs(), self.alive, self.dense_middle, strict=True):
-            features, _ = block.attn.features(block.norm1(tokens), block.token_score if block.scores_tokens else None)
+            features, _ = block.attn.features(block.norm1(tokens), block.reads_attention)
             wanted = _pick(middle.to(self.device), alive.to(self.device)) - tokens
             yield features, unscaled(wanted, block.ls1, block.attn.proj, features), self._weights(tokens)
 
@@ -201,7 +207,7 @@ class Standing:
     def _selected(self, block: SlimBlock, tokens: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens after attention and selection, and which of the dense model's tokens they are."""
         middle, weights = block.mix(tokens)
-        if weights is None:
+        if not block.scores_tokens:
             return middle, alive
         prefix = torch.arange(block.num_prefix_tokens, device=tokens.device).expand(len(tokens), -1)
         kept = kept_indices(block.scores(middle, weights), block.keep) + block.num_prefix_tokens

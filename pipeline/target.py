@@ -18,12 +18,13 @@ from pipeline.channels import ChannelChoice, choose_channels, choose_for_shape
 from pipeline.costs import Costs, total
 from pipeline.decisions import ChannelDecision, Curve, Plan, TokenDecision
 from pipeline.errors import InputError
+from pipeline.order import chooser
 from pipeline.plan import AttentionOption, BlockCurve, SizeOption, interpolated, plan, refuse_unreachable
 from pipeline.progress import console, track
 from pipeline.recovery import Refit, refit
 from pipeline.removal import remove_channels
 from pipeline.sensitivity import ChannelScores
-from pipeline.shaping import Shaping
+from pipeline.shaping import Prune, Shaping
 from pipeline.slim import SlimBlock
 from pipeline.standing import Standing
 
@@ -58,11 +59,12 @@ def search_to_target(curves: Sequence[BlockCurve], standing: Standing, goal: Goa
     dense = standing.model.architecture
     planned = log.next(Plan, make_plan, curves, dense, goal)
     model = standing.model
+    choose = chooser(standing, planned.blocks)
     for index, shape in enumerate(track(planned.blocks, "cutting blocks")):
         if shape.keep < model.blocks[index].tokens_in:
             log.next(TokenDecision, _kept, standing, shape.keep)
             model.set_keep(index, shape.keep)
-        apply(standing, log.next(ChannelDecision, _cut_to, standing, shape))
+        apply(standing, log.next(ChannelDecision, _cut_to, standing, shape, choose))
         standing.ascend()
 
 
@@ -73,12 +75,11 @@ def _kept(standing: Standing, keep: int) -> TokenDecision:
         return TokenDecision(block=index, keep=keep, top1=top1, macs=model.architecture.macs())
 
 
-def _cut_to(standing: Standing, shape: BlockShape) -> ChannelDecision:
+def _cut_to(standing: Standing, shape: BlockShape, choose: Callable[[int], ChannelChoice | None]) -> ChannelDecision:
     model, index = standing.model, standing.index
-    choice: ChannelChoice | None = None
+    choice = choose(index)
     block, refits = model.blocks[index], tuple[Refit, ...]()
-    if shape != block.shape:
-        choice = choose_for_shape(standing.sensitivity(), shape)
+    if choice is not None:
         block, refits = standing.cut(choice)
     top1 = standing.top1([block, *model.blocks[index + 1 :]])
     macs = model.architecture.with_block(index, shape).macs()
@@ -115,7 +116,7 @@ def make_plan(curves: Sequence[BlockCurve], dense: Architecture, goal: Goal) -> 
     return min(met, key=lambda made: abs(made.cost / goal.target - 1))
 
 
-def check_measured_target(goal: Goal, dense: Architecture, shaping: Shaping) -> None:
+def check_measured_target(goal: Goal, dense: Architecture, shaping: Shaping, prune: Prune) -> None:
     """Refuse a measured target that the dense model meets already or that the smallest model misses.
 
     Raises:
@@ -126,7 +127,7 @@ def check_measured_target(goal: Goal, dense: Architecture, shaping: Shaping) -> 
     before = goal.measure(dense)
     if before <= goal.target:
         raise InputError(f"{dense.dense.name} takes {before:.3g} {goal.unit} as it is; a target must be below that")
-    blocks = shaping.smallest(dense.dense, first_keep(dense))
+    blocks = shaping.smallest(dense.dense, first_keep(dense), prune)
     least = goal.measure(dense.model_copy(update={"blocks": blocks}))
     if least > goal.target * (1 + REFUSED_BEYOND):
         raise InputError(
@@ -180,11 +181,12 @@ def _curve(standing: Standing, wanted: list[torch.Tensor]) -> Curve:
         return candidate
 
     whole = block.shape
+    prune = standing.recipe.prune
     attention = [
         AttentionOption(heads=s.heads, qk_dim=s.qk_dim, v_dim=s.v_dim, loss=0.0 if s == whole else loss(cut(s)))
-        for s in attention_shapes(whole, scores, shaping)
+        for s in ([whole] if prune == "tokens" else attention_shapes(whole, scores, shaping))
     ]
-    widths = widths_of(whole.hidden, shaping)
+    widths = [whole.hidden] if prune == "tokens" else widths_of(whole.hidden, shaping)
     hidden = [
         SizeOption(
             size=width,
@@ -193,7 +195,7 @@ def _curve(standing: Standing, wanted: list[torch.Tensor]) -> Curve:
         for width in spread(widths, POINTS)
     ]
     tokens = []
-    if index in shaping.stages(len(model.blocks)):
+    if prune != "channels" and index in shaping.stages(len(model.blocks)):
         counts = token_counts(model.architecture, index, shaping)
         for keep in spread(counts, POINTS):
             with keeping(model, index, keep):

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import tiny  # noqa: F401  registers its model
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
 from timm.models import VisionTransformer
 
 import pipeline.dense
+from pipeline.allocator import keep_freed_memory
 from pipeline.recipe import make_recipe
 from pipeline.run import compress, finetune_run
 from pipeline.slim import SlimViT
 
+keep_freed_memory()
 torch.set_num_threads(1)  # test processes run side by side, and a tiny model gains nothing from a second thread
 
 # The same examples on every run and every machine, however slow.
@@ -45,6 +50,16 @@ def make_vit() -> MakeViT:
 def digits_slim() -> SlimViT:
     """The embedded digits model with nothing removed yet. Shared: copy it before changing it."""
     return SlimViT.from_timm(pipeline.dense.load_dense("digits_deit"))
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The options that name the model of `tiny.py` with some weights: a search of it takes a second."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    torch.manual_seed(0)
+    model = timm.create_model("tiny_deit")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    return {"model": "tiny_deit", "weights": path}
 
 
 # Every kind of block: heads dropped, query/key and value of unequal sizes, tokens dropped, and one left alone.

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-import pipeline.standing
 from pipeline.architecture import Architecture, BlockShape
 from pipeline.cascade import FIRST_BLOCK_KEEP, Log, check_target, largest
 from pipeline.data import Batches, made_batches
@@ -21,7 +20,7 @@ from pipeline.errors import InputError
 from pipeline.evaluate import top1
 from pipeline.recipe import Recipe
 from pipeline.search import search
-from pipeline.sensitivity import ChannelScores, Stream, low_frequency_sensitivity, sensitivity_from
+from pipeline.sensitivity import CHANNEL_CRITERIA, ChannelScores, Stream, low_frequency_sensitivity, sensitivity_from
 from pipeline.shaping import AS_PUBLISHED
 from pipeline.slim import SlimViT
 
@@ -101,7 +100,7 @@ def test_channels_are_scored_as_the_recipe_says(
 ) -> None:
     asked = []
 
-    def score(model: SlimViT, streams: Any, block: int, weight: float) -> ChannelScores:
+    def score(model: SlimViT, streams: Any, block: int, weight: float, _seed: int) -> ChannelScores:
         kept = list[Stream](streams)
         asked.append((block, weight))
         expected = low_frequency_sensitivity(model, batches[:1], block, cutoff=0.3, weight=0.7)
@@ -110,7 +109,7 @@ def test_channels_are_scored_as_the_recipe_says(
         torch.testing.assert_close(scores.hidden, expected.hidden, rtol=1e-3, atol=1e-9)
         return scores
 
-    monkeypatch.setattr(pipeline.standing, "sensitivity_from", score)
+    monkeypatch.setitem(CHANNEL_CRITERIA, "lfs", score)
     run(dense, batches, recipe(allowable_drop=50, image_cutoff=0.3, lfs_weight=0.7))
     assert asked == [(block, 0.7) for block in range(BLOCKS)]  # once, not once a trial
 

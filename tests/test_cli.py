@@ -280,7 +280,7 @@ def test_a_failure_is_not_a_refusal(
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "compress", "finetune", "evaluate", "export", "build", "benchmark", "doctor"):
+    for command in ("demo", "compress", "import-vtc", "finetune", "evaluate", "export", "build", "benchmark", "doctor"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0 and "Usage:" in capsys.readouterr().out

@@ -69,7 +69,7 @@ def every_table(of: list[BlockCurve]) -> list[tuple[float, tuple[BlockShape, ...
 def test_the_plan_loses_least_of_all_tables_within_the_target(
     architecture: Architecture, of: list[BlockCurve], share: float
 ) -> None:
-    costs, target = Macs(architecture.dense), share * architecture.macs()
+    costs, target = Macs(architecture), share * architecture.macs()
     within = [
         (loss, blocks, cost)
         for loss, blocks in every_table(of)
@@ -91,7 +91,7 @@ def test_costs_add_up_to_the_macs_of_the_model(architecture: Architecture, share
     keep = max(1, round(36 * share))
     shape = BlockShape(heads=2, qk_dim=5, v_dim=7, hidden=50, keep=keep)
     slim = architecture.model_copy(update={"blocks": (shape,) * DEPTH})
-    assert total(Macs(architecture.dense), slim) == slim.macs()
+    assert total(Macs(architecture), slim) == slim.macs()
 
 
 def test_cheapest_takes_the_least_of_every_part(architecture: Architecture) -> None:
@@ -124,6 +124,7 @@ def table(dense: DenseViT) -> LatencyTable:
         precision="fp32",
         batch=1,
         token_score="full",
+        token_criterion="lfe-attention",
         machine={},
         ends_ms=1.0,
         tokens=(10, 20),
@@ -148,7 +149,7 @@ def test_a_latency_table_interpolates(architecture: Architecture) -> None:
 @pytest.mark.parametrize("off", [0.7, 1.0, 1.4])
 def test_a_measured_target_is_met_though_parts_do_not_add_up(architecture: Architecture, off: float) -> None:
     """The whole model takes other than its parts: the plan is made again until the measure agrees."""
-    costs = Macs(architecture.dense)
+    costs = Macs(architecture)
     of = [
         BlockCurve(
             attention=tuple(AttentionOption(heads=h, qk_dim=16, v_dim=16, loss=0.1 * (3 - h)) for h in (1, 2, 3)),
@@ -169,7 +170,7 @@ def test_a_measured_target_is_met_though_parts_do_not_add_up(architecture: Archi
 
 
 def test_an_unreachable_measured_target_is_refused_with_what_is_reachable(architecture: Architecture) -> None:
-    costs = Macs(architecture.dense)
+    costs = Macs(architecture)
     of = [
         BlockCurve(
             attention=(AttentionOption(heads=3, qk_dim=16, v_dim=16, loss=0),),
@@ -189,15 +190,15 @@ def test_a_measured_target_is_checked_before_the_search(architecture: Architectu
     shaping = SHAPINGS["onnxruntime"]
 
     def refusal(target: float) -> str:
-        goal = Goal(target * architecture.macs(), Macs(architecture.dense), "ms", lambda slim: float(slim.macs()))
+        goal = Goal(target * architecture.macs(), Macs(architecture), "ms", lambda slim: float(slim.macs()))
         with pytest.raises(InputError) as error:
-            check_measured_target(goal, architecture, shaping)
+            check_measured_target(goal, architecture, shaping, "both")
         return str(error.value)
 
     assert "as it is" in refusal(1.1)
     assert "out of reach: the smallest model takes" in refusal(0.01)
-    reachable = Goal(0.5 * architecture.macs(), Macs(architecture.dense), "ms", lambda slim: float(slim.macs()))
-    check_measured_target(reachable, architecture, shaping)
+    reachable = Goal(0.5 * architecture.macs(), Macs(architecture), "ms", lambda slim: float(slim.macs()))
+    check_measured_target(reachable, architecture, shaping, "both")
 
 
 def test_deit_small_has_the_macs_it_is_known_by() -> None:

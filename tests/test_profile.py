@@ -13,11 +13,11 @@ from conftest import MakeViT
 import benchmarks.profile
 from benchmarks.chains import chained, with_tokens
 from benchmarks.profile import (
+    against_dense,
     as_markdown,
     default_cache_dir,
     latency_goal,
     measure_table,
-    measured_latency,
     token_grid,
 )
 from export.deploy import deployable
@@ -136,23 +136,34 @@ def test_a_chain_computes_its_parts_in_turn(architecture: Architecture, dtype: t
 def test_a_whole_model_is_measured_and_draws_no_random_numbers(architecture: Architecture) -> None:
     slim = architecture.with_keep(0, 9)
     before = torch.get_rng_state()
-    assert 0 < measured_latency(slim, "onnxruntime", "fp32", 2, seconds=0.01) < math.inf
+    dense_ms, speed = against_dense(slim, architecture, "onnxruntime", "fp32", 2, seconds=0.01)
+    assert 0 < dense_ms < math.inf and 0 < speed < math.inf
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_goal_measures_once(architecture: Architecture, measured: list[Architecture], tmp_path: Path) -> None:
     first, second = goal_costs(architecture, tmp_path), goal_costs(architecture, tmp_path)
     assert first == second and len(measured) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["VisionTransformer.cls.onnxruntime.fp32.batch2.json"]
+    (path,) = tmp_path.iterdir()
+    assert path.name == "VisionTransformer.lfe-attention.cls.onnxruntime.fp32.batch2.json"
 
 
 def test_a_goal_measures_whole_models(
     architecture: Architecture, measured: list[Architecture], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(benchmarks.profile, "measured_latency", lambda slim, **where: (slim, where))
+    """By what they are faster than the dense model beside them, from the dense model's best time."""
+    seen, answers = [], iter([(8.0, 1.0), (10.0, 2.0), (6.0, 2.0), (12.0, 3.0)])
+
+    def against(*measured: object) -> tuple[float, float]:
+        seen.append(measured)
+        return next(answers)
+
+    monkeypatch.setattr(benchmarks.profile, "against_dense", against)
     goal = latency_goal(architecture, 2.5, "onnxruntime", "fp32", 2, tmp_path)
     assert (goal.target, goal.unit) == (2.5, "ms") and goal.measure is not None
-    assert goal.measure(architecture) == (architecture, {"runtime": "onnxruntime", "precision": "fp32", "batch": 2})
+    slim = architecture.with_keep(0, 9)
+    assert [goal.measure(slim) for _ in range(4)] == [8.0, 4.0, 3.0, 2.0]
+    assert set(seen) == {(slim, architecture, "onnxruntime", "fp32", 2)}
 
 
 def test_the_cache_has_a_default_place(
@@ -220,7 +231,7 @@ def test_what_cannot_be_measured_is_refused(
     with pytest.raises(InputError, match="pytorch-compile"):
         measure_table(architecture, "pytorch-compile", "fp32", 1)
     with pytest.raises(InputError, match="does not run bf16"):
-        measured_latency(architecture, "onnxruntime", "bf16", 1)
+        against_dense(architecture, architecture, "onnxruntime", "bf16", 1)
     monkeypatch.setattr(benchmarks.profile, "missing", lambda runtime: f"{runtime} is not installed")
     with pytest.raises(InputError, match="openvino is not installed"):
         latency_goal(architecture, 1.0, "openvino", "fp32", 1, tmp_path)

@@ -17,11 +17,11 @@ from pipeline.run import compress
 
 RESULTS = ("recipe.yaml", "search.jsonl", "architecture.json", "slim.safetensors", "metrics.json")
 GOALS = ({"target_macs": 0.6}, {"allowable_drop": 20.0})
-SMALL = {"score_images": 32, "measure_images": 64}
+SMALL = {"data": "digits", "score_images": 64, "measure_images": 128}
 
 
 def small(**changes: Any) -> Recipe:
-    return make_recipe(**({"model": "digits_deit", "data": "digits"} | SMALL | changes))
+    return make_recipe(**({"model": "digits_deit"} | SMALL | changes))
 
 
 def run_alone(recipe: Recipe, directory: Path) -> None:
@@ -37,14 +37,14 @@ def results(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+def test_ten_kills_change_nothing(tiny_source: dict[str, object], tmp_path: Path) -> None:
     """Killed at ten random moments, in the making of files too: each resumed run ends with the very same bytes."""
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["pipeline.run"])  # imports once, so that the moments fall into the search
+    forks.set_forkserver_preload(["pipeline.run", "tiny"])  # imports once, so that the moments fall into the search
     rng = random.Random(0)
     interrupted = 0
     for goal in GOALS:
-        recipe = small(**goal)
+        recipe = small(**tiny_source, **goal)
         whole = tmp_path / f"whole-{next(iter(goal))}"
         run_alone(recipe, whole)
         began = time.monotonic()
@@ -54,7 +54,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
             directory = tmp_path / f"{next(iter(goal))}-{kill}"
             process = forks.Process(target=run_alone, args=(recipe, directory))
             process.start()
-            process.join(rng.uniform(0.1, 0.9) * seconds + 1)
+            process.join(rng.uniform(0.1, 0.9) * seconds)
             process.kill()
             process.join()
             interrupted += not (directory / "metrics.json").exists()
@@ -101,10 +101,14 @@ def private_mounts() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
-def test_a_disk_in_trouble_is_said_and_the_run_goes_on_later(trouble: str, tmp_path: Path) -> None:
-    recipe = ["--model", "digits_deit", "--data", "digits", "--target-macs", "0.6"]
-    recipe += ["--score-images", "32", "--measure-images", "64"]
-    compress_to = [sys.executable, "-m", "pipeline.cli", "compress", *recipe, "--resume", "--out"]
+def test_a_disk_in_trouble_is_said_and_the_run_goes_on_later(
+    trouble: str, tiny_source: dict[str, object], tmp_path: Path
+) -> None:
+    recipe = ["--data", "digits", "--target-macs", "0.6", "--score-images", "64", "--measure-images", "128"]
+    for name, value in tiny_source.items():
+        recipe += [f"--{name}", str(value)]
+    command = "import sys; sys.path.append('tests'); import tiny; from pipeline.cli import main; main()"
+    compress_to = [sys.executable, "-c", command, "compress", *recipe, "--resume", "--out"]
     whole, troubled = tmp_path / "whole", tmp_path / "disk"
     troubled.mkdir()
     subprocess.run([*compress_to, str(whole)], check=True, capture_output=True)

@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.commands.common import AsJson, DataOption, Epochs, PrecisionOption, Resume, Run, Seed, answer
+from pipeline.commands.common import AsJson, DataOption, Epochs, PrecisionOption, Resume, Run, Seed, answer, say
 from pipeline.commands.ship import place
+from pipeline.errors import InputError
 from pipeline.progress import console
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
+
+# What `compress --recipe` takes beside the file.
+BESIDE_RECIPE = (
+    "recipe_file", "weights", "data", "out", "resume", "ship", "dry_run", "epochs", "memory_budget", "as_json",
+)  # fmt: skip
 
 
 def demo(
@@ -29,7 +35,14 @@ def demo(
 
 
 def compress(
-    model: Annotated[str, typer.Option(help="timm name of the dense model, or digits_deit.")],
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="timm name of the dense model, or digits_deit.")] = None,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe", metavar="FILE", help="Everything below but --weights and --data from a file, see recipes/."
+        ),
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Its checkpoint: .safetensors or .pth, timm's or DeiT's own keys.")
     ] = None,
@@ -62,6 +75,9 @@ def compress(
     ship: Annotated[
         bool, typer.Option("--ship", help="Then fine-tune, export, verify, build and benchmark, too.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every input and say what it would cost; nothing is written.")
+    ] = False,
     epochs: Epochs = None,
     seed: Seed = 0,
     tune_for: Annotated[
@@ -88,6 +104,21 @@ def compress(
     energy_norm: Annotated[
         Literal["l2", "l1"], typer.Option(help="LFE norm: l2 is the paper's, l1 the released code's.")
     ] = "l2",
+    channel_criterion: Annotated[
+        Literal["lfs", "taylor", "magnitude", "random"],
+        typer.Option(help="What channels are scored by: LFS, the method, or a rival to compare it with."),
+    ] = "lfs",
+    token_criterion: Annotated[
+        Literal["lfe-attention", "attention", "lfe", "random"],
+        typer.Option(help="What tokens are scored by: LFE times attention, the method, or a rival."),
+    ] = "lfe-attention",
+    order: Annotated[
+        Literal["bottom-up", "top-down", "one-shot"],
+        typer.Option(help="On which model a block's channels are scored: all below it cut, all above it, or none."),
+    ] = "bottom-up",
+    prune: Annotated[
+        Literal["both", "channels", "tokens"], typer.Option(help="Drop channels and tokens, or one of them.")
+    ] = "both",
     lfs_weight: Annotated[float, typer.Option(help="Share of the cross-entropy in LFS.")] = 0.1,
     token_share: Annotated[float, typer.Option(help="Share of a block's allowance that tokens may spend.")] = 0.56,
     score_images: Annotated[int, typer.Option(help="Training images for LFS.")] = 2000,
@@ -106,8 +137,15 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Search a slim model (or apply a given table), and save it in a run directory."""
-    from pipeline.recipe import make_recipe, make_shaping
+    from pipeline.recipe import make_recipe, make_shaping, read_recipe
 
+    if recipe_file is not None:
+        _refuse_beside_recipe(context)
+        recipe = read_recipe(recipe_file, weights=weights, data=data)
+        _start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run)
+        return
+    if model is None:
+        raise InputError("give --model NAME, or --recipe FILE")
     shaping = make_shaping(
         tune_for,
         as_published,
@@ -127,6 +165,10 @@ def compress(
         image_cutoff=image_cutoff,
         token_cutoff=token_cutoff,
         energy_norm=energy_norm,
+        channel_criterion=channel_criterion,
+        token_criterion=token_criterion,
+        order=order,
+        prune=prune,
         lfs_weight=lfs_weight,
         token_share=token_share,
         shaping=shaping,
@@ -141,7 +183,7 @@ def compress(
         latency_batch=batch,
         latency_precision=precision,
     )
-    _compress(recipe, out or Path("runs") / model, resume, ship, epochs, as_json, memory_budget)
+    _start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run)
 
 
 def finetune(
@@ -167,6 +209,38 @@ def evaluate(directory: Run, data: DataOption = None, as_json: AsJson = False) -
     from pipeline.run import evaluate_run
 
     answer(directory, evaluate_run(directory, data), None, as_json)
+
+
+def _refuse_beside_recipe(context: typer.Context) -> None:
+    """Refuse what a recipe file settles, given as an option, too."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in BESIDE_RECIPE:
+            raise InputError(f"--recipe settles {parameter.opts[0]}: leave it out, or change the file")
+
+
+def _start(
+    recipe: "Recipe",
+    out: Path | None,
+    resume: bool,
+    ship: bool,
+    epochs: int | None,
+    as_json: bool,
+    memory_budget: float,
+    dry_run: bool,
+) -> None:
+    """Compress, or say what that would take."""
+    out = out or Path("runs") / recipe.model
+    if not dry_run:
+        _compress(recipe, out, resume, ship, epochs, as_json, memory_budget)
+        return
+    from pipeline.forecast import as_table
+    from pipeline.run import dry_run as forecast_run
+
+    if recipe.target_latency is not None:
+        place(recipe.runtime, recipe.latency_precision)  # refuses a runtime that is not here
+    forecast = forecast_run(recipe, out, resume, epochs)
+    say(forecast.model_dump(mode="json"), as_table(forecast), as_json)
 
 
 def _compress(

@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import t
 
-from benchmarks.machine import Machine
+from benchmarks.machine import Machine, in_a_line
 
 
 class _Frozen(BaseModel):
@@ -100,8 +100,7 @@ def as_markdown(done: Accuracy) -> str:
     lines = [
         f"# {done.title}",
         "",
-        f"`{done.command}`, {done.seconds / 60:.1f} minutes on {done.machine.cpu}, {done.machine.cores} cores; "
-        + ", ".join(f"{name} {version}" for name, version in done.machine.packages.items()),
+        f"`{done.command}`, {done.seconds / 60:.1f} minutes on {in_a_line(done.machine)}",
         "",
         f"Top-1 in percent, mean ± half of the 95% interval of the mean over the seeds (Student's t; sample standard "
         f"deviation in brackets). Fine-tuned for {epochs}. MACs: share of the dense model's, least and most.",

@@ -15,7 +15,7 @@ import typer
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.candidates import CANDIDATES
-from benchmarks.machine import Machine, describe
+from benchmarks.machine import Machine, describe, in_a_line
 from benchmarks.suite import Engine, run_suite
 from benchmarks.timing import Latency, Rounds, check_logits, interleaved, latency, speedup
 from export.options import ExportOptions, Precision
@@ -271,8 +271,7 @@ def as_markdown(done: Benchmark) -> str:
         f"# {done.model}: dense {done.macs['dense'] / 1e6:.1f} M MACs, slim {done.macs['slim'] / 1e6:.1f} M "
         f"({done.macs['dense'] / done.macs['slim']:.2f}x fewer)",
         "",
-        f"{done.machine.cpu}, {done.machine.cores} cores, {done.machine.gpu or 'no GPU'}; "
-        + ", ".join(f"{name} {version}" for name, version in done.machine.packages.items()),
+        in_a_line(done.machine),
         "",
         "| runtime | batch | dense p50 / p90 / p99 ms | slim p50 / p90 / p99 ms | dense img/s | slim img/s "
         "| speed-up (quartiles) | efficiency |",

@@ -61,6 +61,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def in_a_line(machine: Machine) -> str:
+    """What a table was measured on, for its heading."""
+    packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
+    return f"{machine.cpu}, {machine.cores} cores, {machine.gpu or 'no GPU'}; {packages}"
+
+
 def as_text(machine: Machine) -> str:
     """For people, one fact a line."""
     gpu = "none" if machine.gpu is None else f"{machine.gpu}, {machine.gpu_memory_gib} GiB"

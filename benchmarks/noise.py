@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import Source, directory_of, one_seed
 from benchmarks.accuracy_table import Spread, as_text, spread
-from benchmarks.machine import Machine, describe
+from benchmarks.machine import Machine, describe, in_a_line
 from benchmarks.plots import plot_noise
 from benchmarks.studies import STUDIES
 from pipeline.architecture import BlockShape, read_blocks
@@ -154,8 +154,7 @@ def as_markdown(done: Noise) -> str:
     lines = [
         f"# {done.title}",
         "",
-        f"`{done.command}`, {done.seconds / 60:.1f} minutes on {done.machine.cpu}, {done.machine.cores} cores; "
-        + ", ".join(f"{name} {version}" for name, version in done.machine.packages.items()),
+        f"`{done.command}`, {done.seconds / 60:.1f} minutes on {in_a_line(done.machine)}",
         "",
         "Top-1 in percent on clean images, no training: mean ± half of the 95% interval of the mean over the seeds "
         "(sample standard deviation).",

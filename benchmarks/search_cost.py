@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.machine import Machine, describe
+from benchmarks.machine import Machine, describe, in_a_line
 from pipeline.architecture import Architecture
 from pipeline.cascade import Log, first_keep, keeping
 from pipeline.channels import choose_channels
@@ -270,8 +270,7 @@ def as_markdown(done: SearchCost) -> str:
     lines = [
         "# What a search costs",
         "",
-        f"`{done.command}` on {machine.cpu}, {machine.cores} cores; "
-        + ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
+        f"`{done.command}` on {in_a_line(machine)}",
         "",
         "Work in forwards of one image through the dense model, counted by torch's FLOP counter; the same images, "
         "allowance and shapes (the paper's) for all.",

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.load import Point, closed_loop, open_loop
-from benchmarks.machine import Machine, describe
+from benchmarks.machine import Machine, describe, in_a_line
 from benchmarks.plots import write_figure
 from export.options import ExportOptions
 from export.runtimes import open_session
@@ -150,8 +150,7 @@ def as_markdown(done: Serving) -> str:
     lines = [
         "# Serving: dense against slim on one Triton server",
         "",
-        f"`{done.command}`, {done.seconds / 60:.1f} minutes on {machine.cpu}, {machine.cores} cores; "
-        + ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
+        f"`{done.command}`, {done.seconds / 60:.1f} minutes on {in_a_line(machine)}",
     ]
     for name, result in done.models.items():
         lines += ["", f"## {name}: slim serves {result.gain:.2f}x dense ({result.macs_saved:.2f}x fewer MACs)", ""]

@@ -92,9 +92,10 @@ class OnnxRuntime:
 
     def load(self, images: Images) -> None:
         """See `Session`."""
-        value = onnxruntime.OrtValue.ortvalue_from_numpy(as_input(images, self.metadata), self.device, 0)
+        # On a CPU it is a view of the array, which nothing else would keep alive.
+        self.images = onnxruntime.OrtValue.ortvalue_from_numpy(as_input(images, self.metadata), self.device, 0)
         self.binding.clear_binding_inputs()
-        self.binding.bind_ortvalue_input("images", value)
+        self.binding.bind_ortvalue_input("images", self.images)
         self.binding.bind_output("logits", self.device)
 
     def run(self) -> None:

@@ -277,6 +277,19 @@ def test_sessions_agree(slim_run: Path, images: Batches) -> None:
         np.testing.assert_allclose(logits_of(open_session(runtime, slim_run, "fp32"), batch), expected, atol=1e-4)
 
 
+def test_a_session_keeps_what_it_loaded(slim_run: Path, images: Batches) -> None:
+    """Whatever becomes of the caller's array."""
+    batch = images[0][0][:5].numpy()
+    export_verified(slim_run, options("fp32"), images[:1])
+    for runtime in ("pytorch", "onnxruntime", "openvino"):
+        session = open_session(runtime, slim_run, "fp32")
+        expected = logits_of(session, batch)
+        session.load(batch.copy())
+        others = [np.full_like(batch, 7) for _ in range(50)]  # one of them takes the place of a freed copy
+        session.run()
+        np.testing.assert_allclose(session.logits(), expected, atol=1e-5, err_msg=f"{runtime}, {len(others)}")
+
+
 def test_a_missing_runtime_is_reported(slim_run: Path) -> None:
     for runtime in ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
         if missing(runtime) is not None:

@@ -31,9 +31,10 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.architecture import Architecture
 from pipeline.errors import InputError
 from pipeline.files import write_json, write_text
+from pipeline.metrics import METRICS_FILE, Metrics
 from pipeline.progress import console
 from pipeline.recipe import Recipe, make_recipe
-from pipeline.run import METRICS_FILE, Metrics, compress, finetune_run
+from pipeline.run import compress, finetune_run
 from pipeline.slim import ARCHITECTURE_FILE, SlimViT
 
 Source = dict[str, object]  # the dense model and the data

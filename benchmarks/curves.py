@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.decisions import Curve
 from pipeline.files import write_text
 from pipeline.recipe import Recipe
-from pipeline.run import SEARCH_FILE
+from pipeline.search_log import SEARCH_FILE
 
 # What the curves of one kind of part do not hang on.
 UNRELATED = {

@@ -35,9 +35,10 @@ from export.verify import export
 from pipeline.data import made_batches
 from pipeline.errors import InputError, RunError
 from pipeline.files import write_json, write_text
+from pipeline.metrics import Metrics
 from pipeline.progress import console
 from pipeline.recipe import make_recipe
-from pipeline.run import Metrics, compress, verification_batches
+from pipeline.run import compress, verification_batches
 from pipeline.slim import SlimViT
 
 MODELS = ("digits", "deit_small")
@@ -189,6 +190,7 @@ def plot(done: Serving, path: Path) -> None:
         right.set_ylabel("p95, ms")
         for panel in (left, right):
             panel.set_xscale("log", base=2)
+            panel.set_xticks(clients, [f"{count:g}" for count in clients])
             panel.set_ylim(bottom=0)
             panel.set_xlabel("concurrent clients")
             panel.spines[["top", "right"]].set_visible(False)

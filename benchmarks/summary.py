@@ -7,7 +7,7 @@ from rich.table import Table
 
 from benchmarks.latency import Benchmark
 from benchmarks.timing import Latency
-from pipeline.run import Figures, Metrics
+from pipeline.metrics import Figures, Metrics
 
 
 class _Frozen(BaseModel):

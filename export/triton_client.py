@@ -70,13 +70,13 @@ class Client:
         config = answer if protocol == "http" else json_format.MessageToDict(answer, preserving_proto_field_name=True)
         self.served = _served(model, config.get("config", config))
 
-    def logits(self, images: NDArray[Any], version: str = "") -> NDArray[np.float32]:
+    def logits(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Prepared images [B, ...] as the model takes them -> [B, classes] FP32.
 
         Raises:
             RunError: the server refuses.
         """
-        result: NDArray[np.float32] = self._ask(images, None, version)
+        result: NDArray[np.float32] = self._ask(images, None)
         return result
 
     def classify(self, images: NDArray[Any], top: int) -> list[list[Guess]]:
@@ -86,17 +86,17 @@ class Client:
             RunError: the server refuses.
         """
         guesses = []
-        for row in self._ask(images, top, ""):
+        for row in self._ask(images, top):
             fields = [entry.decode().split(":", 2) for entry in row]
             guesses.append([Guess(int(index), label, float(score)) for score, index, label in fields])
         return guesses
 
-    def _ask(self, images: NDArray[Any], top: int | None, version: str) -> NDArray[Any]:
+    def _ask(self, images: NDArray[Any], top: int | None) -> NDArray[Any]:
         given = self.library.InferInput("images", list(images.shape), "UINT8" if self.served.uint8 else "FP32")
         given.set_data_from_numpy(images)
         wanted = self.library.InferRequestedOutput("logits", **({} if top is None else {"class_count": top}))
         try:
-            answer = self.client.infer(self.model, [given], outputs=[wanted], model_version=version)
+            answer = self.client.infer(self.model, [given], outputs=[wanted])
         except InferenceServerException as error:
             raise RunError(f"{self.url} refused the request: {error.message()}") from None
         except OSError as error:

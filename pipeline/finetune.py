@@ -57,7 +57,7 @@ def finetune(slim: SlimViT, dense: SlimViT | None, data: Data, settings: Finetun
         layer_decay=settings.layer_decay,
     )
     model, optimiser, loader = accelerator.prepare(slim, optimiser, loader)
-    teacher = None if dense is None else dense.to(accelerator.device).eval()
+    teacher = dense.to(accelerator.device).eval() if dense is not None and settings.distill_weight else None
     ema = ModelEmaV3(accelerator.unwrap_model(model), decay=settings.ema_decay, use_warmup=True)
     steps = settings.epochs * len(loader)
     schedule = CosineLRScheduler(

@@ -15,10 +15,11 @@ from pipeline.architecture import Architecture, DenseViT, check_blocks
 from pipeline.data import Data, load_data
 from pipeline.errors import InputError
 from pipeline.evaluate import top1
+from pipeline.metrics import Figures, Metrics, count_parameters, slim_figures
 from pipeline.progress import console
 from pipeline.recipe import Recipe, make_recipe
 from pipeline.released import read_released
-from pipeline.run import Figures, Metrics, best_device, count_parameters, has_dense, slim_figures
+from pipeline.run import best_device, has_dense
 from pipeline.shaping import AS_PUBLISHED
 from pipeline.slim import ARCHITECTURE_FILE, DENSE_WEIGHTS_FILE, SlimViT
 

@@ -5,9 +5,7 @@ search.jsonl         one line a decision               slim.safetensors    the s
 dense.safetensors    the model it came from            metrics.json        top-1, MACs, parameters, bytes
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Sized
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,73 +13,30 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch.utils.data import Subset
 
-from pipeline import __version__
-from pipeline.architecture import Architecture, BlockShape, check_blocks, first_problem, read_blocks
-from pipeline.cascade import Log, check_target
+from pipeline.architecture import BlockShape, check_blocks, first_problem, read_blocks
+from pipeline.cascade import check_target
 from pipeline.data import Batches, Data, load_data, made_batches
-from pipeline.decisions import ChannelDecision, Curve, Decision, Plan
 from pipeline.dense import DIGITS_MODEL, DIGITS_WEIGHTS, load_dense
 from pipeline.errors import InputError
 from pipeline.evaluate import top1
-from pipeline.files import remove_parts, sha256, write_bytes, write_json, write_text
+from pipeline.files import remove_parts, write_bytes
 from pipeline.finetune import finetune
 from pipeline.forecast import Forecast, forecast
+from pipeline.metrics import METRICS_FILE, Figures, Metrics, count_parameters, slim_figures
 from pipeline.order import chooser
 from pipeline.progress import console, track
 from pipeline.recipe import RECIPE_FILE, FinetuneSettings, Recipe
-from pipeline.search import GoalOf, search
+from pipeline.search import GoalOf
+from pipeline.search_log import logged_search
 from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 from pipeline.standing import DEFAULT_BUDGET_GIB, Standing
 
-SEARCH_FILE = "search.jsonl"
-METRICS_FILE = "metrics.json"
 VERIFIED_IMAGES = 1000  # at most
 CALIBRATED_IMAGES, JUDGED_IMAGES, INT8_BATCH = 256, 768, 32  # at most, for INT8
 MADE_IMAGES = 32  # scored where there is no data; a random model has no channels worth more careful choosing
-
-
-class Figures(BaseModel):
-    """One model: top-1 on the test split in percent (None: no data), MACs of an image, parameters, bytes of weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    top1: float | None
-    macs: int
-    parameters: int
-    bytes: int
-
-
-class Metrics(BaseModel):
-    """What a run has come to. `pruned_top1` is the slim model's before any fine-tuning."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dense: Figures
-    slim: Figures
-    pruned_top1: float | None
-    finetuned_epochs: int = 0
-
-    @classmethod
-    def load(cls, directory: Path) -> "Metrics":
-        """The metrics of a finished run.
-
-        Raises:
-            InputError: they are missing or malformed.
-        """
-        path = directory / METRICS_FILE
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}; is {directory} a finished run?") from None
-        except ValidationError:
-            raise InputError(f"{path} is damaged; run `lowpass evaluate {directory}` to measure anew") from None
-
-    def save(self, directory: Path) -> None:
-        """Write `metrics.json`."""
-        write_json(directory / METRICS_FILE, self.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -131,7 +86,7 @@ def compress(
     slim = dense  # pruned in place: the dense weights are on disk
     if plan.blocks is None:
         assert plan.data is not None
-        _search(slim, plan.data, recipe, directory, goal_of, budget_gib)
+        logged_search(slim, plan.data, recipe, directory, goal_of, budget_gib)
     else:
         # Noise has nothing to recover by.
         settings = recipe if plan.data is not None else recipe.model_copy(update={"recovery": False})
@@ -300,21 +255,6 @@ def apply_table(slim: SlimViT, blocks: tuple[BlockShape, ...], standing: Standin
         standing.ascend()
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """Trained numbers in a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def slim_figures(slim: SlimViT, accuracy: float | None, directory: Path) -> Figures:
-    """The figures of a slim model as it lies in `directory`."""
-    return Figures(
-        top1=accuracy,
-        macs=slim.architecture.macs(),
-        parameters=count_parameters(slim),
-        bytes=(directory / WEIGHTS_FILE).stat().st_size,
-    )
-
-
 def best_device() -> torch.device:
     """A GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -394,87 +334,3 @@ def _scoring(plan: _Plan) -> Batches:
 
 def _measure(model: SlimViT, data: Data | None, batch_size: int, description: str) -> float | None:
     return None if data is None else top1(model, data.loader(data.test, batch_size), description)
-
-
-def _search(
-    slim: SlimViT, data: Data, recipe: Recipe, directory: Path, goal_of: GoalOf | None, budget_gib: float
-) -> None:
-    """The search, with every decision kept in `search.jsonl` before it is acted on."""
-    scoring = data.calibration_batches(recipe.score_images, recipe.batch_size, recipe.seed, "reading images to score")
-    measuring = data.calibration_batches(
-        recipe.measure_images, recipe.batch_size, recipe.seed + 1, "reading images to measure"
-    )
-    header = {
-        "lowpass": __version__,
-        "dense_sha256": sha256(directory / DENSE_WEIGHTS_FILE),
-        "scored_images": sum(len(labels) for _, labels in scoring),
-        "scored_sha256": _digest(scoring),
-        "measured_images": sum(len(labels) for _, labels in measuring),
-        "measured_sha256": _digest(measuring),
-    }
-    decided = _read_decisions(directory / SEARCH_FILE, header)
-    lines = [json.dumps(header), *(decision.model_dump_json() for decision in decided)]
-    dense_macs = slim.architecture.macs()
-    if decided:
-        console.print(f"resuming after {len(decided)} decisions")
-
-    def record(decision: Decision) -> None:
-        lines.append(decision.model_dump_json())
-        write_text(directory / SEARCH_FILE, "\n".join(lines) + "\n")
-        console.print(tell(decision, slim.architecture, dense_macs), soft_wrap=True)
-
-    search(slim, scoring, measuring, recipe, directory, Log(decided, record), goal_of, budget_gib)
-
-
-def _digest(batches: Batches) -> str:
-    """SHA-256 of images and labels."""
-    digest = hashlib.sha256()
-    for images, labels in batches:
-        digest.update(images.numpy().tobytes())
-        digest.update(labels.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def tell(decision: Decision, before: Architecture, dense_macs: int) -> str:
-    """One line for people: what a decision does to the model as it stood before."""
-    if isinstance(decision, Curve):
-        least = decision.losses.attention[0]
-        return f"profiled block {decision.block}: one head would lose {least.loss:.3g}"
-    if isinstance(decision, Plan):
-        return "plan: " + ", ".join(f"{b.heads}x{b.qk_dim}/{b.v_dim}+{b.hidden}@{b.keep}" for b in decision.blocks)
-    index = decision.block
-    had = before.blocks[index]
-    if not isinstance(decision, ChannelDecision):
-        tokens = before.tokens_in(index)
-        what = f"tokens {tokens} -> {decision.keep}" if decision.keep < tokens else f"keeps its {tokens} tokens"
-    elif decision.choice is None:
-        what = "keeps its channels"
-    else:
-        now = decision.choice.shape(had.keep)
-        what = (
-            f"heads {had.heads} -> {now.heads}, query/key {had.qk_dim} -> {now.qk_dim}, "
-            f"value {had.v_dim} -> {now.v_dim}, hidden {had.hidden} -> {now.hidden}"
-        )
-    trials = f" ({len(decision.trials)} trials)" if decision.trials else ""
-    return f"block {index}: {what}; top-1 {decision.top1:.2f}, MACs {decision.macs / dense_macs:.3f}{trials}"
-
-
-def _read_decisions(path: Path, header: dict[str, object]) -> list[Decision]:
-    """The decisions of an interrupted search.
-
-    Raises:
-        InputError: the file is damaged, or was written for other inputs; the message names what differs.
-    """
-    if not path.exists():
-        return []
-    parse: Callable[[str], Decision] = TypeAdapter(Decision).validate_json
-    try:
-        first, *rest = path.read_text().splitlines()
-        written = json.loads(first)
-        decisions = [parse(line) for line in rest]
-    except (ValueError, ValidationError):
-        raise InputError(f"{path} is damaged; give another --out") from None
-    for key, value in header.items():
-        if written.get(key) != value:
-            raise InputError(f"{path}: {key} was {written.get(key)}, now it is {value}; give another --out")
-    return decisions

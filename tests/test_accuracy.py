@@ -21,7 +21,8 @@ from pipeline.data import load_data
 from pipeline.dense import load_dense
 from pipeline.evaluate import top1
 from pipeline.recipe import Recipe, make_recipe
-from pipeline.run import SEARCH_FILE, compress
+from pipeline.run import compress
+from pipeline.search_log import SEARCH_FILE
 from pipeline.shaping import AS_PUBLISHED
 from pipeline.slim import SlimViT
 

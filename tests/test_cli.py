@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from command_line import answer, refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,28 +21,6 @@ from pipeline.slim import SlimViT
 QUICK = ["--model", "digits_deit", "--data", "digits", "--score-images", "128", "--measure-images", "128"]
 WEIGHTS = Path("pipeline/weights/digits_deit.safetensors")
 ROOT = Path(__file__).parent.parent
-
-
-def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    """Run with `--json`; what was printed must be one JSON object and nothing else."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--json"])
-    printed = capsys.readouterr()
-    assert stop.value.code == 0, printed.err
-    return json.loads(printed.out)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line of a refusal."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and printed.out == ""
-    lines = printed.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("lowpass: ")
-    return lines[0]
 
 
 def test_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

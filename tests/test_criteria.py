@@ -10,6 +10,8 @@ import torch
 from conftest import MakeViT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models import VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,9 +46,6 @@ SHAPES = [  # of the blocks of `dense`
 
 def a_block(seed: int, heads: int, grid: int, distilled: bool, criterion: TokenCriterion, score: TokenScore) -> SlimViT:
     """A random model of one block, heads of unequal sizes."""
-    from timm.models import VisionTransformer
-    from timm.models.deit import VisionTransformerDistilled
-
     torch.manual_seed(seed)
     kind = VisionTransformerDistilled if distilled else VisionTransformer
     sizes = {"img_size": 4 * grid, "patch_size": 4, "embed_dim": 8 * heads, "depth": 1, "num_heads": heads}

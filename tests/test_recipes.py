@@ -1,6 +1,5 @@
 """Recipe files, and `--dry-run`: what a recipe would cost is known before anything is run, and nothing is written."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import answer, refusal
 from conftest import MakeViT
 from PIL import Image
 
@@ -40,23 +40,6 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--json"])
-    printed = capsys.readouterr()
-    assert stop.value.code == 0, printed.err
-    return json.loads(printed.out)
-
-
-def _refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    printed = capsys.readouterr()
-    lines = printed.err.splitlines()
-    assert stop.value.code == 2 and printed.out == "" and len(lines) == 1, printed.err
-    return lines[0]
-
-
 @pytest.mark.parametrize("size", PAPER)
 def test_imagenet_recipes(
     size: str, imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -66,7 +49,7 @@ def test_imagenet_recipes(
     heading = path.read_text().partition("\n\n")[0]
     top1, macs = PAPER[size]
     assert f"--recipe recipes/{path.name}" in heading and top1 in heading and "not been run" in heading
-    told = _answer(capsys, "compress", "--recipe", str(path), "--data", str(imagenet), "--dry-run")
+    told = answer(capsys, "compress", "--recipe", str(path), "--data", str(imagenet), "--dry-run")
     assert told["slim_macs"] == pytest.approx(macs, rel=0.01) and told["weights"] is None
     assert told["train_images"] == told["test_images"] == told["scored_images"] == told["measured_images"] == 1000
     epochs = told["finetune_epochs"]
@@ -109,9 +92,9 @@ def test_a_recipe_is_run_and_remembers_how_to_be_fine_tuned(
     table = {"target_macs": None, "architecture": str(slim_table), "random_weights": True, "data": None}
     file = _write(tmp_path / "recipe.yaml", **table, finetune={"epochs": 1, "lr": 1e-3})
     run = tmp_path / "run"
-    told = _answer(capsys, "compress", "--recipe", str(file), "--out", str(run), "--dry-run")
+    told = answer(capsys, "compress", "--recipe", str(file), "--out", str(run), "--dry-run")
     assert not run.exists() and told["finetune_epochs"] == 1 and told["measured_images"] == 0
-    made = _answer(capsys, "compress", "--recipe", str(file), "--out", str(run))
+    made = answer(capsys, "compress", "--recipe", str(file), "--out", str(run))
     assert (made["slim"]["macs"], made["dense"]["macs"]) == (told["slim_macs"], told["dense_macs"])
     recipe = Recipe.load(run)
     assert recipe == read_recipe(file) and recipe.finetune == FinetuneSettings(epochs=1, lr=1e-3)
@@ -120,7 +103,7 @@ def test_a_recipe_is_run_and_remembers_how_to_be_fine_tuned(
     with pytest.raises(SystemExit):
         main(["compress", "--recipe", str(file), "--out", str(run), "--dry-run"])
     assert "already holds a run" in capsys.readouterr().err
-    again = _answer(capsys, "compress", "--recipe", str(file), "--out", str(run), "--resume", "--dry-run")
+    again = answer(capsys, "compress", "--recipe", str(file), "--out", str(run), "--resume", "--dry-run")
     assert again == told
 
 
@@ -151,7 +134,7 @@ def test_refused_before_anything_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = _write(tmp_path / "recipe.yaml", **changes)
-    line = _refusal(
+    line = refusal(
         capsys, "compress", "--recipe", str(file), "--out", str(tmp_path / "run"), *options, *["--dry-run"][: int(dry)]
     )
     assert all(word in line for word in words), line
@@ -159,9 +142,9 @@ def test_refused_before_anything_is_written(
 
 
 def test_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--model NAME, or --recipe" in _refusal(capsys, "compress")
+    assert "--model NAME, or --recipe" in refusal(capsys, "compress")
     file = tmp_path / "recipe.yaml"
-    assert "cannot read the recipe" in _refusal(capsys, "compress", "--recipe", str(file))
+    assert "cannot read the recipe" in refusal(capsys, "compress", "--recipe", str(file))
     for content in ("- a list", "model: [", ""):
         file.write_text(content)
-        assert "is not a recipe" in _refusal(capsys, "compress", "--recipe", str(file))
+        assert "is not a recipe" in refusal(capsys, "compress", "--recipe", str(file))

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from command_line import refusal
 from conftest import MakeViT
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -368,9 +369,4 @@ def test_other_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def _refusal(capsys: pytest.CaptureFixture[str], path: Path, run: Path, scale: str, *options: str) -> str:
     """The one line of a refusal."""
-    with pytest.raises(SystemExit) as stop:
-        main(["import-vtc", str(path), "--out", str(run), "--qk-scale", scale, *options])
-    printed = capsys.readouterr()
-    lines = printed.err.splitlines()
-    assert stop.value.code == 2 and printed.out == "" and len(lines) == 1, printed.err
-    return lines[0]
+    return refusal(capsys, "import-vtc", str(path), "--out", str(run), "--qk-scale", scale, *options)

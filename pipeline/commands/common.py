@@ -10,7 +10,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from benchmarks.latency import Benchmark
-    from pipeline.run import Metrics
+    from pipeline.metrics import Metrics
 
 PrecisionOption = Literal["fp32", "fp16", "bf16", "int8"]
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory, as made by `lowpass compress`.")]

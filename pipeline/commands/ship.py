@@ -96,7 +96,7 @@ def benchmark(
     """Time slim against dense in interleaved rounds, on every runtime of this machine."""
     from benchmarks.latency import benchmark as measure
     from benchmarks.latency import parse_batches, parse_runtimes, refuse_other_rivals
-    from pipeline.run import Metrics
+    from pipeline.metrics import Metrics
 
     refuse_other_rivals(against)
     metrics = Metrics.load(directory)

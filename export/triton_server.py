@@ -1,6 +1,7 @@
 """A Triton server as a child process: found, started, watched, started again when it dies, stopped cleanly."""
 
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -199,6 +200,12 @@ class Supervisor:
                 raise RunError(f"the Triton server ended with {self.process.returncode}: {self._tail()}")
             if is_ready(self.address):
                 return
+            if broken := broken_models(self.address):
+                named = "; ".join(f"{model}: {reason}" for model, reason in broken.items())
+                raise RunError(
+                    f"the Triton server cannot load {named}. `lowpass deploy DIR --repository {self.repository} "
+                    f"--name {next(iter(broken))} --rollback` serves the version before (log: {self.log})"
+                )
             time.sleep(0.1)
         raise RunError(f"not every model in {self.repository} is ready after {START_S:.0f} s: {self._tail()}")
 
@@ -229,3 +236,17 @@ def is_ready(address: Address) -> bool:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
+
+
+def broken_models(address: Address) -> dict[str, str]:
+    """The models that the server gave up loading, and why; empty while it still loads some or cannot be asked."""
+    request = urllib.request.Request(f"{address.url}/v2/repository/index", data=b"{}", method="POST")  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310
+            models = json.loads(answer.read())
+    except (OSError, ValueError):
+        return {}
+    if any(model.get("state") not in ("READY", "UNAVAILABLE") for model in models):
+        return {}
+    ready = {model["name"] for model in models if model["state"] == "READY"}
+    return {model["name"]: model.get("reason", "") for model in models if model["name"] not in ready}

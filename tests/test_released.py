@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.latency import benchmark
+from export.to_triton import DeployOptions, deploy
 from pipeline.cli import main
 from pipeline.errors import InputError
 from pipeline.imported import import_released
@@ -196,6 +197,9 @@ def test_reference_logits_exported(
     assert stop.value.code == 0 and json.loads(capsys.readouterr().out)["made_images"]
     session = onnxruntime.InferenceSession(run / "model.fp32.onnx")
     np.testing.assert_allclose(session.run(["logits"], {"images": images})[0], logits, rtol=0, atol=1e-4)
+    deployed = deploy(run, tmp_path / "models", "theirs", DeployOptions())
+    assert (deployed.path / "1" / "model.onnx").read_bytes() == (run / "model.fp32.onnx").read_bytes()
+    assert len((deployed.path / "labels.txt").read_text().splitlines()) == logits.shape[1]
 
 
 def test_the_command_remembers_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,17 +11,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
 from PIL import Image
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from export.batch import BatchProfile
@@ -225,6 +228,8 @@ def test_truncated_and_oversized_bodies(running: Running) -> None:
     assert b" 200 " not in raw(running.address, post(body[:-100], headers, len(body)), 1)  # never completed
     assert b" 400 " in raw(running.address, post(body[:-100], headers))
     assert b" 400 " in raw(running.address, post(body + bytes(100_000), headers))
+    assert b" 200 " not in raw(running.address, post(body + bytes(65 * 2**20), headers))  # over the server's 64 MiB
+    assert b" 200 " not in raw(running.address, post(body, headers, 2**40), 1)  # announced, not sent
     still_right(running)
 
 
@@ -255,6 +260,45 @@ def test_five_thousand_malformed_requests(running: Running) -> None:
     assert accepted < 500  # damage may leave a request sound: a changed id, say
     assert refused > 3000  # the rest is not HTTP, or ends too soon to be answered
     assert is_ready(running.address)
+    still_right(running)
+
+
+@pytest.mark.slow
+def test_a_thousand_malformed_messages_over_grpc(running: Running) -> None:
+    draw = random.Random(1)
+    message = service_pb2.ModelInferRequest(model_name="digits")
+    message.inputs.add(name="images", datatype="FP32", shape=[1, 3, 32, 32])
+    head = message.SerializeToString()
+    message.raw_input_contents.append(running.images[:1].tobytes())
+    good = message.SerializeToString()
+    codes: Counter[grpc.StatusCode] = Counter()
+    with grpc.insecure_channel(running.url("grpc")) as channel:
+        ask = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        assert ask(good)
+        for index in range(1000):
+            body = bytearray(good)
+            match index % 4:
+                case 0:
+                    for _ in range(draw.randint(1, 8)):
+                        body[draw.randrange(len(head))] = draw.randrange(256)
+                case 1:
+                    del body[draw.randrange(len(body)) :]
+                case 2:
+                    body = bytearray(draw.randbytes(draw.randint(0, 400)))
+                case _:  # more or fewer bytes than the shape asks for
+                    tensor = draw.randbytes(
+                        draw.choice([0, 1, running.images[0].nbytes - 4, draw.randint(20_000, 50_000)])
+                    )
+                    body = bytearray(
+                        head + service_pb2.ModelInferRequest(raw_input_contents=[tensor]).SerializeToString()
+                    )
+            try:
+                ask(bytes(body), timeout=5)
+                codes[grpc.StatusCode.OK] += 1
+            except grpc.RpcError as error:
+                codes[error.code()] += 1
+    assert codes[grpc.StatusCode.OK] < 100 and sum(codes.values()) == 1000
+    assert not codes[grpc.StatusCode.UNAVAILABLE] and not codes[grpc.StatusCode.DEADLINE_EXCEEDED], codes
     still_right(running)
 
 
@@ -317,7 +361,20 @@ def test_a_corrupt_version_leaves_the_old_one_serving(running: Running) -> None:
     with running.client("corrupt") as client:
         wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:1])
         np.testing.assert_allclose(client.logits(running.images[:1]), wanted, atol=1e-5, rtol=0)
-    shutil.rmtree(model)
+    # A server that starts now has no old one: it says which model and what to do, and that helps.
+    alone = running.repository.with_name("alone")
+    alone.mkdir()
+    model.rename(alone / "corrupt")
+    address, log = free_address(), alone.with_name("alone.log")
+    with (
+        pytest.raises(RunError, match=r"cannot load corrupt: .*--name corrupt --rollback"),
+        Supervisor(find_server(TRITON), alone, address, log),
+    ):
+        pass
+    assert not is_ready(address)
+    serve_version(alone, "corrupt")
+    with Supervisor(find_server(TRITON), alone, address, log):
+        assert is_ready(address)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.chains import chained, with_tokens
 from benchmarks.machine import describe
-from benchmarks.timing import interleaved, latency, speedup
+from benchmarks.timing import interleaved
 from export.batch import BatchProfile
 from export.deploy import AtPrecision, deployable
 from export.options import DTYPES, Precision
@@ -42,6 +42,7 @@ TOKEN_COUNTS, HEAD_COUNTS, WIDTHS = 4, 5, 5  # points of the grid, at most
 TOKEN_STEP, WIDTH_STEP = 8, 32  # what shapings align to
 LINKS = 4  # parts in one graph: a call costs time of its own
 ROUNDS = 10
+LOOKS, SLOWER = 4, 1.07  # at a whole model, while dense is slower than that times its best
 QUANTILE = 10  # percent: a busy machine slows single runs down tenfold, and speeds none up
 
 
@@ -67,11 +68,17 @@ def latency_goal(
         InputError: see `measure_table`.
     """
     table = latency_table(architecture, runtime, precision, batch, cache_dir)
-    quiet = math.inf  # the dense model's best median so far
+    quiet = math.inf  # the dense model's best pace so far
 
     def measure(slim: Architecture) -> float:
         nonlocal quiet
-        dense_ms, speed = against_dense(slim, architecture, runtime, precision, batch)
+        looks: list[tuple[float, float]] = []
+        while len(looks) < LOOKS:
+            looks.append(against_dense(slim, architecture, runtime, precision, batch))
+            # A neighbour that slows the machine does not slow both models alike: look again, unless it stays that way.
+            if looks[-1][0] <= SLOWER * quiet < math.inf:
+                break
+        dense_ms, speed = min(looks)
         quiet = min(quiet, dense_ms)
         return quiet / speed
 
@@ -176,8 +183,8 @@ def against_dense(
     batch: int,
     seconds: float = 3.0,
 ) -> tuple[float, float]:
-    """Milliseconds of a batch through the dense model (the median), and how many times faster the slim one is, both
-    with random weights. They take turns, so that a machine that is slow for a while slows both: the ratio holds.
+    """Milliseconds of a batch through the dense model, and how many times faster the slim one is, both with random
+    weights and at the 10th percentile. They take turns, so that a machine that is slow for a while slows both.
 
     Raises:
         InputError: the runtime is missing here, or lacks the precision.
@@ -192,7 +199,8 @@ def against_dense(
             module = deployable(SlimViT(architecture), place.dtype)
             sessions[name] = _whole_session(module, architecture.dense, place, quantised=True)
         rounds = interleaved(sessions, seconds)
-    return latency(rounds["dense"], batch).p50_ms, speedup(rounds["dense"], rounds["slim"])[0]
+    dense_ms, slim_ms = (float(np.percentile(np.concatenate(rounds[name]), QUANTILE)) for name in ("dense", "slim"))
+    return dense_ms, dense_ms / slim_ms
 
 
 class _Point(NamedTuple):

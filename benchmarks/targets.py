@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.latency import benchmark, parse_runtimes
 from benchmarks.machine import Machine, describe, in_a_line
-from benchmarks.profile import against_dense, latency_goal
+from benchmarks.profile import latency_goal
 from export.options import Precision
 from export.runtimes import RuntimeName
 from pipeline.architecture import Architecture
@@ -37,7 +38,7 @@ from pipeline.target import Goal
 
 PRECISION: Precision = "fp32"  # every CPU runtime has it
 TUNED_FOR: dict[RuntimeName, Target] = {"openvino": "openvino"}  # what else runs on CPUs is tuned as ONNX Runtime is
-LOOKS = 3  # at each model
+TIMES = 3  # that the slim model is measured anew; the median counts
 TIMED_S = 6.0
 # Few images and nothing refitted: how near a search comes to a target does not hang on them.
 QUICK = {"score_images": 128, "measure_images": 64, "recovery": False}
@@ -93,33 +94,31 @@ def latency_target(source: dict[str, Any], runtime: RuntimeName, batch: int, sha
     Raises:
         InputError: it cannot be reached.
     """
-    dense = _dense(source, runtime)
-    dense_ms = min(against_dense(dense, dense, runtime, PRECISION, batch)[0] for _ in range(LOOKS))
-    target_ms = float(f"{share * dense_ms:.3g}")
+    goal = latency_goal(_dense(source, runtime), 1.0, runtime, PRECISION, batch)
+    measure = goal.measure
+    assert measure is not None
+    goal = replace(goal, target=float(f"{share * measure(_dense(source, runtime)):.3g}"))
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        goal = _compress_to(source, runtime, batch, target_ms, run)
-        assert goal.measure is not None
+        _compress_to(source, runtime, batch, goal, run)
         slim = SlimViT.load(run).architecture
-        measured_ms = median(goal.measure(slim) for _ in range(LOOKS))
+        measured_ms = median(measure(slim) for _ in range(TIMES))
         timed = benchmark(run, [runtime], [batch], PRECISION, TIMED_S).runtimes[runtime].batches[batch]
     return LatencyTarget(
         runtime=runtime,
         batch=batch,
-        target_ms=target_ms,
+        target_ms=goal.target,
         measured_ms=measured_ms,
         slim_ms=timed.slim.p50_ms,
         dense_ms=timed.dense.p50_ms,
     )
 
 
-def _compress_to(source: dict[str, Any], runtime: RuntimeName, batch: int, target_ms: float, run: Path) -> Goal:
+def _compress_to(source: dict[str, Any], runtime: RuntimeName, batch: int, goal: Goal, run: Path) -> None:
     place = {"runtime": runtime, "latency_batch": batch, "latency_precision": PRECISION}
     shaping = SHAPINGS[TUNED_FOR.get(runtime, "onnxruntime")]
-    recipe = make_recipe(**source, **QUICK, **place, shaping=shaping, target_latency=target_ms)
-    goal = latency_goal(_dense(source, runtime), target_ms, runtime, PRECISION, batch)
+    recipe = make_recipe(**source, **QUICK, **place, shaping=shaping, target_latency=goal.target)
     compress(recipe, run, goal_of=lambda _: goal)
-    return goal
 
 
 def _dense(source: dict[str, Any], runtime: RuntimeName) -> Architecture:
@@ -132,10 +131,11 @@ def _dense(source: dict[str, Any], runtime: RuntimeName) -> Architecture:
 def refusals(source: dict[str, Any], runtime: RuntimeName, batch: int) -> dict[str, str]:
     """What is answered to a target of each kind that cannot be reached."""
     told = {}
+    impossible = latency_goal(_dense(source, runtime), 0.001, runtime, PRECISION, batch)
     with tempfile.TemporaryDirectory() as folder:
         for name, search in (
             ("macs", lambda run: compress(make_recipe(**source, **QUICK, target_macs=0.001), run)),
-            ("latency", lambda run: _compress_to(source, runtime, batch, 0.001, run)),
+            ("latency", lambda run: _compress_to(source, runtime, batch, impossible, run)),
         ):
             try:
                 search(Path(folder) / name)

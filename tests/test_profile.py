@@ -151,8 +151,12 @@ def test_a_goal_measures_once(architecture: Architecture, measured: list[Archite
 def test_a_goal_measures_whole_models(
     architecture: Architecture, measured: list[Architecture], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By what they are faster than the dense model beside them, from the dense model's best time."""
-    seen, answers = [], iter([(8.0, 1.0), (10.0, 2.0), (6.0, 2.0), (12.0, 3.0)])
+    """By what they are faster than the dense model beside them, at its best pace; a slow machine is looked at again."""
+    looks = [(9.0, 1.0), (8.0, 1.0), (12.0, 1.5), (9.0, 1.0)]  # the first time all four
+    looks += [(8.5, 2.0)]  # near enough to 8
+    looks += [(12.0, 3.0), (10.0, 2.5), (6.0, 2.0)]  # the third is better than all before
+    looks += [(9.0, 1.0), (7.0, 3.0), (8.0, 1.0), (9.0, 1.0)]  # it stays slow: the best of them
+    seen, answers = [], iter(looks)
 
     def against(*measured: object) -> tuple[float, float]:
         seen.append(measured)
@@ -163,7 +167,7 @@ def test_a_goal_measures_whole_models(
     assert (goal.target, goal.unit) == (2.5, "ms") and goal.measure is not None
     slim = architecture.with_keep(0, 9)
     assert [goal.measure(slim) for _ in range(4)] == [8.0, 4.0, 3.0, 2.0]
-    assert set(seen) == {(slim, architecture, "onnxruntime", "fp32", 2)}
+    assert set(seen) == {(slim, architecture, "onnxruntime", "fp32", 2)} and next(answers, None) is None
 
 
 def test_the_cache_has_a_default_place(

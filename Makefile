@@ -9,16 +9,22 @@ READY := $(VENV)/.lowpass-ready
 TRITON_VENV ?= .venv-triton
 TRITON_READY := $(TRITON_VENV)/.lowpass-ready
 
+# Tests that trace models or call native runtimes. They run apart, and after the others: late in a process that had done
+# both, tests of plain PyTorch have met damaged memory (a NaN loss, an impossible label).
+one_each = $(foreach name,$(1),tests/test_$(name).py)
+RUNTIMES := $(call one_each,cli criteria engines export latency peers profile quantize released selection)
+SERVERS := $(call one_each,serving suite)
+
 .PHONY: demo test lint triton
 
 demo: $(READY)
 	$(BIN)/lowpass demo --out $(OUT)
 
 test: lint $(TRITON_READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/test_suite.py --ignore tests/test_serving.py
-	# Apart, a file a process: at the end of all other tests in one process, native code of the runtimes has crashed in
-	# the first, and the second has one server for all its tests.
-	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_suite.py tests/test_serving.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(RUNTIMES) $(SERVERS))
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(RUNTIMES)
+	# A file a process: one server for all its tests.
+	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(BIN)/python -m pytest -n 2 --dist loadfile $(SERVERS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

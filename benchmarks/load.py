@@ -5,24 +5,34 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+from tritonclient.grpc import service_pb2
 
 from export.triton_client import Client
 from pipeline.errors import RunError
 
 MOST_REQUESTS = 20_000  # of one point
+TIMEOUT_S = 120.0  # of a request
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
+Send = Callable[[], object]
 
 
 class Point(BaseModel):
-    """One load on one model. `offered`: concurrent clients (closed) or requests a second (open). Milliseconds are of a
+    """One load on one model. `offered`: concurrent clients (closed) or requests a second (open), each request of
+    `request_images`. Milliseconds are of a
     request as a client sees it; queue and compute are the server's own means, `mean_batch` what its batcher formed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
     offered: float
+    request_images: int
     images_per_s: float
     p50_ms: float
     p95_ms: float
@@ -42,13 +52,13 @@ def closed_loop(url: str, model: str, images: NDArray[Any], clients: int, second
     """
     end = time.perf_counter() + seconds
 
-    def ask(client: Client, took: list[float]) -> None:
+    def ask(send: Send, took: list[float]) -> None:
         while time.perf_counter() < end and len(took) < MOST_REQUESTS // clients:
             began = time.perf_counter()
-            client.logits(images)
+            send()
             took.append(time.perf_counter() - began)
 
-    return _measured("closed", clients, url, model, len(images), clients, ask)
+    return _measured("closed", clients, url, model, images, clients, ask)
 
 
 def open_loop(url: str, model: str, images: NDArray[Any], rate: float, seconds: float, clients: int) -> Point:
@@ -62,17 +72,25 @@ def open_loop(url: str, model: str, images: NDArray[Any], rate: float, seconds: 
     due = np.cumsum(np.random.default_rng(0).exponential(1 / rate, count))
     turn, lock, began = iter(due.tolist()), threading.Lock(), time.perf_counter()
 
-    def ask(client: Client, took: list[float]) -> None:
+    def ask(send: Send, took: list[float]) -> None:
         while True:
             with lock:
                 moment = next(turn, None)
             if moment is None:
                 return
             time.sleep(max(0.0, began + moment - time.perf_counter()))
-            client.logits(images)
+            send()
             took.append(time.perf_counter() - began - moment)
 
-    return _measured("open", rate, url, model, len(images), clients, ask)
+    return _measured("open", rate, url, model, images, clients, ask)
+
+
+def request(model: str, images: NDArray[Any]) -> bytes:
+    """The message that asks for the logits of `images` [B, ...] FP32. Made once: who makes load on the server's own
+    cores should take little of them."""
+    message = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=[images.tobytes()])
+    message.inputs.add(name="images", datatype="FP32", shape=images.shape)
+    return bytes(message.SerializeToString())
 
 
 def _measured(
@@ -80,18 +98,19 @@ def _measured(
     offered: float,
     url: str,
     model: str,
-    batch: int,
+    images: NDArray[Any],
     clients: int,
-    ask: Callable[[Client, list[float]], None],
+    ask: Callable[[Send, list[float]], None],
 ) -> Point:
+    message = request(model, images)
     took: list[list[float]] = [[] for _ in range(clients)]
     failures: list[Exception] = []
 
     def work(index: int) -> None:
         try:
-            client = Client(url, model, "grpc")
-            ask(client, took[index])
-            client.close()
+            with grpc.insecure_channel(url, OWN_CONNECTION) as channel:
+                infer = channel.unary_unary(INFER)
+                ask(lambda: infer(message, timeout=TIMEOUT_S), took[index])
         except Exception as error:  # raised again below, in the thread that asked for it
             failures.append(error)
 
@@ -112,7 +131,8 @@ def _measured(
     return Point(
         kind=kind,
         offered=offered,
-        images_per_s=len(every) * batch / lasted,
+        request_images=len(images),
+        images_per_s=len(every) * len(images) / lasted,
         p50_ms=p50,
         p95_ms=p95,
         p99_ms=p99,

@@ -44,6 +44,7 @@ from pipeline.slim import SlimViT
 
 MODELS = ("digits", "deit_small")
 BARE_BATCH, BARE_CLIENTS = 8, 2
+BATCHING_CLIENTS = (2, 4, 8)  # with BARE_BATCH images in every request
 OPEN_CLIENTS = 32
 OVERHEAD_TURNS = 5
 LEAST_REQUESTS = 10  # of a turn: fewer, and starting and ending would show
@@ -113,14 +114,19 @@ def measure(run: Path, url: str, name: str, concurrencies: tuple[int, ...], seco
     batch: NDArray[Any] = images.numpy()
     served = {"dense": f"{name}-dense", "slim": name}
     points: dict[str, list[Point]] = {"dense": [], "slim": []}
-    for clients in concurrencies:
+    loads = [(1, clients) for clients in concurrencies] + [(BARE_BATCH, clients) for clients in BATCHING_CLIENTS]
+    for together, clients in loads:
         for kind, model in served.items():
-            points[kind].append(closed_loop(url, model, batch[:1], clients, seconds))
-            console.print(f"{model}, {clients} clients: {points[kind][-1].images_per_s:.1f} images/s", soft_wrap=True)
+            points[kind].append(closed_loop(url, model, batch[:together], clients, seconds))
+            console.print(
+                f"{model}, {clients} clients, {together} images a request: {points[kind][-1].images_per_s:.1f} images/s",
+                soft_wrap=True,
+            )
     best = {kind: max(point.images_per_s for point in all_) for kind, all_ in points.items()}
+    single = max(point.images_per_s for point in points["dense"] if point.request_images == 1)
     for share in (0.4, 0.8):  # of what dense can do, so that both meet the same requests
         for kind, model in served.items():
-            points[kind].append(open_loop(url, model, batch[:1], share * best["dense"], seconds, OPEN_CLIENTS))
+            points[kind].append(open_loop(url, model, batch[:1], share * single, seconds, OPEN_CLIENTS))
     overhead = {}
     for kind, model in served.items():
         session = open_session("onnxruntime", run, "fp32", kind == "dense")
@@ -166,6 +172,7 @@ def as_markdown(done: Serving) -> str:
         for kind, points in result.points.items():
             for point in points:
                 load = f"{point.offered:.0f} clients" if point.kind == "closed" else f"{point.offered:.1f} requests/s"
+                load += f" x {point.request_images}" if point.request_images > 1 else ""
                 figures = (point.images_per_s, point.p50_ms, point.p95_ms, point.p99_ms)
                 rest = (point.mean_batch, point.queue_ms, point.compute_ms)
                 lines.append("| " + " | ".join([kind, load, *(f"{figure:.1f}" for figure in (*figures, *rest))]) + " |")
@@ -184,11 +191,13 @@ def plot(done: Serving, path: Path) -> None:
     rows = figure.subplots(len(done.models), 2, squeeze=False)
     for (left, right), (name, result) in zip(rows, done.models.items(), strict=True):
         for kind, points in result.points.items():
-            closed = [point for point in points if point.kind == "closed"]
-            style = {"marker": "o", "markersize": 4, "label": kind, "color": {"dense": "black"}.get(kind, "#0b6e4f")}
-            clients = [point.offered for point in closed]
-            left.plot(clients, [point.images_per_s for point in closed], **style)
-            right.plot(clients, [point.p95_ms for point in closed], **style)
+            for images in (BARE_BATCH, 1):
+                closed = [point for point in points if point.kind == "closed" and point.request_images == images]
+                style = {"marker": "o", "markersize": 4, "color": {"dense": "black"}.get(kind, "#0b6e4f")}
+                style |= {"label": kind} if images == 1 else {"label": f"{kind}, {images} a request", "linestyle": ":"}
+                clients = [point.offered for point in closed]
+                left.plot(clients, [point.images_per_s for point in closed], **style)
+                right.plot(clients, [point.p95_ms for point in closed], **style)
         left.set_title(f"{name}: {result.gain:.2f}x", fontsize=10, loc="left")
         left.set_ylabel("images/s")
         right.set_ylabel("p95, ms")

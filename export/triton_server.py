@@ -249,4 +249,5 @@ def broken_models(address: Address) -> dict[str, str]:
     if any(model.get("state") not in ("READY", "UNAVAILABLE") for model in models):
         return {}
     ready = {model["name"] for model in models if model["state"] == "READY"}
-    return {model["name"]: model.get("reason", "") for model in models if model["name"] not in ready}
+    first_line = {model["name"]: (model.get("reason") or "no reason given").splitlines()[0] for model in models}
+    return {name: reason for name, reason in first_line.items() if name not in ready}

@@ -27,6 +27,7 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
+from benchmarks.load import closed_loop, open_loop
 from export.batch import BatchProfile
 from export.options import ExportOptions, Precision
 from export.pixels import Input
@@ -261,6 +262,20 @@ def test_five_thousand_malformed_requests(running: Running) -> None:
     assert refused > 3000  # the rest is not HTTP, or ends too soon to be answered
     assert is_ready(running.address)
     still_right(running)
+
+
+def test_load_is_counted_by_client_and_server_alike(running: Running) -> None:
+    url = running.url("grpc")
+    for point in (
+        closed_loop(url, "digits", running.images[:2], 2, 0.5),
+        open_loop(url, "digits", running.images[:2], 20, 1, 4),
+    ):
+        assert point.requests > 1 and point.request_images == 2
+        assert sum(size * runs for size, runs in point.batches.items()) == 2 * point.requests
+        assert 0 < point.p50_ms <= point.p95_ms <= point.p99_ms and point.compute_ms > 0
+        assert 2 <= point.mean_batch <= 8
+    with pytest.raises(RunError, match="closed load of 1"):
+        closed_loop(url, "digits", running.images[:1, :2], 1, 0.1)
 
 
 @pytest.mark.slow

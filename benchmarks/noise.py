@@ -28,6 +28,7 @@ from pipeline.architecture import BlockShape, read_blocks
 from pipeline.data import Batches, Data, load_data
 from pipeline.dense import load_dense
 from pipeline.energy import keep_tokens
+from pipeline.errors import InputError
 from pipeline.evaluate import top1
 from pipeline.files import write_json, write_text
 from pipeline.progress import track
@@ -196,4 +197,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except InputError as error:
+        sys.exit(f"benchmarks.noise: {error}")

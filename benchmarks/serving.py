@@ -119,7 +119,7 @@ def measure(run: Path, url: str, name: str, concurrencies: tuple[int, ...], seco
         for kind, model in served.items():
             points[kind].append(closed_loop(url, model, batch[:together], clients, seconds))
             console.print(
-                f"{model}, {clients} clients, {together} images a request: {points[kind][-1].images_per_s:.1f} images/s",
+                f"{model}, {clients} clients x {together} images: {points[kind][-1].images_per_s:.1f} images/s",
                 soft_wrap=True,
             )
     best = {kind: max(point.images_per_s for point in all_) for kind, all_ in points.items()}

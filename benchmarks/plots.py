@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pipeline.files import write_bytes
 
 if TYPE_CHECKING:
-    from benchmarks.accuracy_table import Accuracy
+    from benchmarks.accuracy_table import Accuracy, Spread
     from benchmarks.noise import Noise
     from benchmarks.suite import ModelResult
 
@@ -63,9 +63,13 @@ def plot_efficiency(result: "ModelResult", model: str, path: Path) -> None:
     write_figure(figure, path)
 
 
+FEWEST_SEEDS = 3  # for a bar
+
+
 def plot_accuracy(done: "Accuracy", path: Path) -> None:
     """Top-1 against MACs, a row of panels for each group of variants, before and after fine-tuning; or at a single
-    target one line a variant. Bars are the 95% interval of the mean over the seeds."""
+    target one line a variant. Bars are the 95% interval of the mean over the seeds, dots the seeds where they are too
+    few for one."""
     if len({summary.target for summary in done.summaries}) == 1:
         _plot_variants(done, path)
         return
@@ -77,14 +81,18 @@ def plot_accuracy(done: "Accuracy", path: Path) -> None:
         for panel, (stage, title) in zip(panels, STAGES.items(), strict=True):
             for place, variant in enumerate(dict.fromkeys(summary.variant for summary in members)):
                 points = sorted(
-                    (summary.target, spread.mean, spread.half_interval or 0.0)
+                    (summary.target, spread.mean, _bar(spread, count))
                     for summary in members
                     if summary.variant == variant and (spread := getattr(summary, stage)) is not None
+                    for count in [len(_seeds(done, variant, summary.target, stage))]
                 )
                 if points:
                     shares, means, errors = zip(*points, strict=True)
                     style = {"capsize": 3, "marker": "o", "markersize": 4, "color": COLOURS.get(variant, f"C{place}")}
                     panel.errorbar(shares, means, errors, label=variant, **style)
+                for share, _, bar in points:
+                    few = [] if bar else _seeds(done, variant, share, stage)
+                    panel.scatter([share] * len(few), few, s=8, color=style["color"], alpha=0.6)
             panel.axhline(done.seeds[0].dense_top1, color="black", linewidth=0.8, linestyle="--", label="dense")
             panel.set_title(f"{group}, {title}", fontsize=10, loc="left")
             panel.spines[["top", "right"]].set_visible(False)
@@ -94,6 +102,17 @@ def plot_accuracy(done: "Accuracy", path: Path) -> None:
         panel.set_xlabel("share of the dense MACs")
     rows[0, 0].invert_xaxis()  # all: the axis is shared
     write_figure(figure, path)
+
+
+def _seeds(done: "Accuracy", variant: str, target: float, stage: str) -> list[float]:
+    """Top-1 of every seed that has one."""
+    found = [getattr(one, stage) for one in done.seeds if (one.variant, one.target) == (variant, target)]
+    return [top1 for top1 in found if top1 is not None]
+
+
+def _bar(spread: "Spread", count: int) -> float:
+    """Two seeds have an interval, but one that says more of Student's t than of them."""
+    return spread.half_interval or 0.0 if count >= FEWEST_SEEDS else 0.0
 
 
 STAGES = {"pruned_top1": "no training", "finetuned_top1": "fine-tuned"}

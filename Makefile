@@ -36,7 +36,7 @@ $(READY): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tensorrt-rtx,openvino]'
 	touch $@
 
-triton: $(TRITON_READY)
+triton: $(READY) $(TRITON_READY)
 
 $(TRITON_READY): constraints-triton.txt
 	test -x $(TRITON_VENV)/bin/python || $(PYTHON) -m venv $(TRITON_VENV)

@@ -1,8 +1,10 @@
 """Real images to a served model, and labels with scores back. Also the example of a client to write one's own by."""
 
 import json
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,22 +53,23 @@ class Client:
         """Connect and ask what the model takes.
 
         Raises:
-            InputError: the model is not there, or was not deployed by lowpass.
-            RunError: nobody answers.
+            InputError: no such address can be, the model is not there, or it was not deployed by lowpass.
+            RunError: nobody answers, or not in this protocol.
         """
+        address = _address(url)
         self.library: Any = tritonclient.http if protocol == "http" else tritonclient.grpc
         timeouts = {"connection_timeout": TIMEOUT_S, "network_timeout": TIMEOUT_S} if protocol == "http" else {}
         self.url, self.model = url, model
-        host = url.split("://", 1)[-1]
+        remedy = "is `lowpass serve` running, and this its port? (HTTP 8000 and gRPC 8001 unless told otherwise)"
         try:
-            self.client = self.library.InferenceServerClient(host, **timeouts)
+            self.client = self.library.InferenceServerClient(address, **timeouts)
             answer = self.client.get_model_config(model)
         except InferenceServerException as error:
-            if "unknown model" in str(error) or "not ready" in str(error) or "not found" in str(error):
+            if "unknown model" in str(error) or "not ready" in str(error):
                 raise InputError(f"{url} does not serve {model}: {error.message()}; see --model") from None
-            raise RunError(f"{url} does not answer: {error.message()}; is `lowpass serve` running?") from None
-        except OSError as error:
-            raise RunError(f"{url} does not answer ({error}); is `lowpass serve` running?") from None
+            raise RunError(f"{url} does not answer: {error.message()}; {remedy}") from None
+        except (OSError, HTTPException) as error:  # no connection; an answer in another protocol
+            raise RunError(f"{url} does not answer ({error}); {remedy}") from None
         config = answer if protocol == "http" else json_format.MessageToDict(answer, preserving_proto_field_name=True)
         self.served = _served(model, config.get("config", config))
 
@@ -99,7 +102,7 @@ class Client:
             answer = self.client.infer(self.model, [given], outputs=[wanted])
         except InferenceServerException as error:
             raise RunError(f"{self.url} refused the request: {error.message()}") from None
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise RunError(f"{self.url} went away: {error}") from None
         result: NDArray[Any] = answer.as_numpy("logits")
         return result
@@ -107,6 +110,18 @@ class Client:
     def close(self) -> None:
         """Hang up."""
         self.client.close()
+
+
+def _address(url: str) -> str:
+    """HOST:PORT of a URL, with or without a scheme."""
+    try:
+        parts = urllib.parse.urlsplit("//" + url.split("://", 1)[-1])
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or port is None:
+        raise InputError(f"--url {url!r} is not HOST:PORT, such as 127.0.0.1:8000")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def predict(client: Client, files: Sequence[Path], top: int) -> dict[Path, list[Guess]]:

@@ -144,14 +144,14 @@ def test_labels_of_image_files(running: Running, tmp_path: Path, model: str, pro
         assert [guess.score for guess in found[file]] == pytest.approx(sorted(logits)[:-4:-1], abs=0.2)
 
 
-def test_predict_from_the_command_line(running: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (file,) = save_images(tmp_path, running.images[:1])
+def test_predict_from_the_command_line(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parents[1] / "deploy" / "digit.png"  # the README's example, a three
     asked = ["predict", str(file), "--model", "digits", "--url", running.url("grpc"), "--protocol", "grpc", "--json"]
     with pytest.raises(SystemExit) as stop:
         main(asked)
     assert stop.value.code == 0
     (best,) = json.loads(capsys.readouterr().out)["predictions"].values()
-    assert len(best) == 5 and best[0]["label"] == str(best[0]["index"])
+    assert len(best) == 5 and best[0]["label"] == "3" and best[0]["index"] == 3
 
 
 def test_predict_refuses(running: Running, tmp_path: Path) -> None:
@@ -161,11 +161,16 @@ def test_predict_refuses(running: Running, tmp_path: Path) -> None:
         for file in (text, tmp_path / "missing.png"):
             with pytest.raises(InputError, match=rf"{file.name} cannot be read as an image"):
                 predict(client, [file], 1)
-    with pytest.raises(InputError, match="does not serve nothing"):
-        Client(running.url("http"), "nothing")
-    for protocol in ("http", "grpc"):
-        with pytest.raises(RunError, match=r"does not answer.*lowpass serve"):
-            Client("127.0.0.1:9", "digits", protocol)  # type: ignore[arg-type]
+    protocols: tuple[Protocol, Protocol] = ("http", "grpc")
+    for protocol, other in zip(protocols, reversed(protocols), strict=True):
+        with pytest.raises(InputError, match="does not serve nothing"):
+            Client(running.url(protocol), "nothing", protocol)
+        for nobody in ("127.0.0.1:9", "nowhere.invalid:80", running.url(other)):  # the last speaks, but otherwise
+            with pytest.raises(RunError, match=r"does not answer.*lowpass serve"):
+                Client(nobody, "digits", protocol)
+        for nonsense in ("", "127.0.0.1", "127.0.0.1:port", "http://:8000", ":::"):
+            with pytest.raises(InputError, match="is not HOST:PORT"):
+                Client(nonsense, "digits", protocol)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def with_tokens(part: onnx.ModelProto, traced: int, wanted: int) -> onnx.ModelPr
     graph.CopyFrom(part)
     del graph.graph.value_info[:]
     for value in (*graph.graph.input, *graph.graph.output):
-        value.type.tensor_type.shape.dim[1].dim_value = wanted
+        if value.type.tensor_type.shape.dim[1].dim_value == traced:
+            value.type.tensor_type.shape.dim[1].dim_value = wanted
     targets = {node.input[1] for node in graph.graph.node if node.op_type == "Reshape"}
     for tensor in graph.graph.initializer:
         if tensor.name in targets:

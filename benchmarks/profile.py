@@ -204,9 +204,10 @@ def against_dense(
 
 
 class _Point(NamedTuple):
-    """One latency to measure. `alone` is one attention, which `selecting` has the selection behind."""
+    """One latency to measure. `alone` is one attention, behind which `selecting` has the selection, and `closing` the
+    last block."""
 
-    part: Literal["attention", "mlp", "alone", "selecting", "ends"]
+    part: Literal["attention", "mlp", "alone", "selecting", "closing", "ends"]
     tokens: int = 0
     size: int = 0
 
@@ -232,7 +233,8 @@ def measure_table(
     tokens = token_grid(architecture.dense)
     heads = spread(range(1, whole.heads + 1), HEAD_COUNTS)
     hidden = spread([*range(WIDTH_STEP, whole.hidden, WIDTH_STEP), whole.hidden], WIDTHS)
-    points = len(tokens) * (len(heads) + len(hidden) + 2) + 1
+    outermost = (heads[0], heads[-1])
+    points = len(tokens) * (len(heads) + len(hidden) + 2 + len(set(outermost))) + 1
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         place = _Place(runtime, precision, batch, Path(folder))
         opened = _sessions(architecture, place, tokens, heads, hidden)
@@ -253,6 +255,10 @@ def measure_table(
         attention_ms=tuple(tuple(ms[_Point("attention", n, size)] / LINKS for size in heads) for n in tokens),
         mlp_ms=tuple(tuple(ms[_Point("mlp", n, size)] / LINKS for size in hidden) for n in tokens),
         selection_ms=tuple(max(0.0, ms[_Point("selecting", n)] - ms[_Point("alone", n)]) for n in tokens),
+        last_ms=tuple(
+            tuple(max(0.0, ms[_Point("closing", n, size)] - ms[_Point("alone", n)]) for size in outermost)
+            for n in tokens
+        ),
     )
 
 
@@ -271,33 +277,39 @@ def _sessions(
     dense = architecture.dense
     whole, prefix = dense.blocks()[0], dense.num_prefix_tokens
 
-    def block(shape: BlockShape, image_tokens: int, keep: int) -> SlimBlock:
-        slim = _one_block(architecture, shape)
+    def deployed(shape: BlockShape, image_tokens: int = whole.keep, keep: int = whole.keep) -> SlimViT:
+        slim = _two_blocks(architecture, shape)
         slim.blocks[0].set_tokens(image_tokens, keep)
-        return _model(deployable(slim, place.dtype)).blocks[0]
+        return _model(deployable(slim, place.dtype))
 
     for size in heads:
-        part = _Attention(block(whole.model_copy(update={"heads": size}), whole.keep, whole.keep))
+        model = deployed(whole.model_copy(update={"heads": size}))
+        part = _Attention(model.blocks[0])
         for count, session in _part_sessions(part, tokens, LINKS, dense, place):
             yield _Point("attention", count, size), session
         if size == whole.heads:
             for count, session in _part_sessions(part, tokens, 1, dense, place):
                 yield _Point("alone", count), session
+        if size in (heads[0], heads[-1]):
+            closing = _Closing(deployed(whole).blocks[0], model.vit.blocks[-1])
+            for count, session in _part_sessions(closing, tokens, 1, dense, place):
+                yield _Point("closing", count, size), session
     for size in hidden:
-        mlp = _Mlp(block(whole.model_copy(update={"hidden": size}), whole.keep, whole.keep))
+        mlp = _Mlp(deployed(whole.model_copy(update={"hidden": size})).blocks[0])
         for count, session in _part_sessions(mlp, tokens, LINKS, dense, place):
             yield _Point("mlp", count, size), session
     for count in tokens:
-        selecting = _Selecting(block(whole, count - prefix, (count - prefix) // 2))
+        selecting = _Selecting(deployed(whole, count - prefix, (count - prefix) // 2).blocks[0])
         for _, session in _part_sessions(selecting, [count], 1, dense, place):
             yield _Point("selecting", count), session
-    ends = _Ends(_model(deployable(_one_block(architecture, whole), place.dtype)))
+    ends = _Ends(deployed(whole))
     yield _Point("ends"), _whole_session(AtPrecision(ends, place.dtype), dense, place, quantised=False)
 
 
-def _one_block(architecture: Architecture, shape: BlockShape) -> SlimViT:
-    dense = architecture.dense.model_copy(update={"depth": 1})
-    return SlimViT(architecture.model_copy(update={"dense": dense, "blocks": (shape,)}))
+def _two_blocks(architecture: Architecture, shape: BlockShape) -> SlimViT:
+    """Any block but the last, and the last."""
+    dense = architecture.dense.model_copy(update={"depth": 2})
+    return SlimViT(architecture.model_copy(update={"dense": dense, "blocks": (shape, shape)}))
 
 
 def _model(deployed: nn.Module) -> SlimViT:
@@ -326,6 +338,16 @@ class _Selecting(_Attention):
     def forward(self, tokens: Tensor) -> Tensor:
         mixed, weights = self.block.mix(tokens)
         return self.block.keep_tokens(mixed, self.block.scores(mixed, weights), self.block.keep)
+
+
+class _Closing(_Attention):
+    def __init__(self, block: SlimBlock, last: nn.Module) -> None:
+        super().__init__(block)
+        self.last = last
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        left: Tensor = self.last(self.block.mix(tokens)[0])
+        return left
 
 
 class _Ends(nn.Module):
@@ -421,6 +443,8 @@ def as_markdown(table: LatencyTable) -> str:
         "selection",
         *(f"attention, {size} rows" for size in table.rows),
         *(f"MLP, {size} wide" for size in table.hidden),
+        "last block, smallest",
+        "largest",
     ]
     lines = [
         f"{table.dense.name}, {machine['runtime']}, {table.precision}, batch {table.batch}, on {where}: milliseconds "
@@ -431,6 +455,6 @@ def as_markdown(table: LatencyTable) -> str:
         f"|{'--:|' * len(columns)}",
     ]
     for row, count in enumerate(table.tokens):
-        figures = [table.selection_ms[row], *table.attention_ms[row], *table.mlp_ms[row]]
+        figures = [table.selection_ms[row], *table.attention_ms[row], *table.mlp_ms[row], *table.last_ms[row]]
         lines.append(f"| {count} | {' | '.join(f'{ms:.3g}' for ms in figures)} |")
     return "\n".join(lines) + "\n"

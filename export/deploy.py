@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from export.selection import LOWERINGS, Selection
 from pipeline.energy import TokenScore
-from pipeline.slim import AttentionWeights, SlimAttention, SlimViT, attend
+from pipeline.slim import AttentionWeights, SlimAttention, SlimBlock, SlimViT, attend
 
 FUSED_HEAD_STEP = 4  # TensorRT's fused attention takes FP16/BF16 heads of 12, 16, 20, ... channels, query like value
 FUSED_HEAD_LEAST = 12
@@ -26,33 +26,73 @@ class FusedAttention(nn.Module):
         self.num_heads = attention.num_heads
         self.qk_dim, self.v_dim = head_dim or attention.qk_dim, head_dim or attention.v_dim
         self.weights = AttentionWeights(attention.weights.scale)
-        source = attention.query.weight
-        rows = self.num_heads * (2 * self.qk_dim + self.v_dim)
-        self.qkv = nn.Linear(source.shape[1], rows, bias=attention.query.bias is not None, device=source.device)
-        self.proj = nn.Linear(self.num_heads * self.v_dim, source.shape[1], device=source.device)
-        parts = [(attention.query, self.qk_dim), (attention.key, self.qk_dim), (attention.value, self.v_dim)]
+        qk, v = [(layer, self.qk_dim) for layer in (attention.query, attention.key)], (attention.value, self.v_dim)
+        self.qkv = _stacked(self.num_heads, *qk, v)
+        source = attention.proj
+        self.proj = nn.Linear(self.num_heads * self.v_dim, source.out_features, device=source.weight.device)
         with torch.no_grad():
-            self.qkv.weight.copy_(torch.cat([self._pad(layer.weight, size) for layer, size in parts]))
-            if attention.query.bias is not None:
-                self.qkv.bias.copy_(torch.cat([self._pad(layer.bias, size) for layer, size in parts]))
-            self.proj.weight.copy_(self._pad(attention.proj.weight.T, self.v_dim).T)
-            self.proj.bias.copy_(attention.proj.bias)
-
-    def _pad(self, rows: Tensor, size: int) -> Tensor:
-        """Rows [H * d, ...] -> [H * size, ...], zeros behind each head's own."""
-        heads = rows.unflatten(0, (self.num_heads, -1))
-        padded = heads.new_zeros(self.num_heads, size, *heads.shape[2:])
-        padded[:, : heads.shape[1]] = heads
-        return padded.flatten(0, 1)
+            self.proj.weight.copy_(_padded(source.weight.T, self.num_heads, self.v_dim).T)
+            self.proj.bias.copy_(source.bias)
 
     def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
         """As `SlimAttention.forward`."""
         sizes = [self.num_heads * d for d in (self.qk_dim, self.qk_dim, self.v_dim)]
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).split(sizes, -1)
-        )
+        query, key, value = (_by_head(part, self.num_heads) for part in self.qkv(x).split(sizes, -1))
         mixed, weights = attend(query, key, value, self.weights, score)
         return self.proj(mixed.transpose(1, 2).flatten(2)), weights
+
+
+class LastBlock(nn.Module):
+    """The last block for the tokens alone that the classifier reads, the first `rows`: [B, T, C] -> [B, rows, C].
+
+    Exact: what other tokens would become there is never read, and so none need be dropped there either. A row or two of
+    attention are written out: TensorRT has no fused kernel for so few.
+    """
+
+    def __init__(self, block: SlimBlock, rows: int) -> None:
+        super().__init__()
+        attention = block.attn
+        self.rows, self.num_heads = rows, attention.num_heads
+        self.norm1, self.ls1, self.norm2, self.mlp, self.ls2 = block.norm1, block.ls1, block.norm2, block.mlp, block.ls2
+        self.query, self.weights, self.proj = attention.query, attention.weights, attention.proj
+        self.key_value = _stacked(self.num_heads, (attention.key, attention.qk_dim), (attention.value, attention.v_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All tokens that enter -> those that are read."""
+        normed, kept = self.norm1(x), x[:, : self.rows]
+        sizes = [self.query.out_features, self.proj.in_features]
+        query, key, value = (
+            _by_head(part, self.num_heads)
+            for part in (self.query(normed[:, : self.rows]), *self.key_value(normed).split(sizes, -1))
+        )
+        mixed = self.weights(query, key) @ value
+        kept = kept + self.ls1(self.proj(mixed.transpose(1, 2).flatten(2)))
+        return cast(Tensor, kept + self.ls2(self.mlp(self.norm2(kept))))
+
+
+def _stacked(num_heads: int, *parts: tuple[nn.Linear, int]) -> nn.Linear:
+    """Layers as one, the heads of each zero-padded to its size."""
+    first = parts[0][0]
+    rows = num_heads * sum(size for _, size in parts)
+    stacked = nn.Linear(first.in_features, rows, bias=first.bias is not None, device=first.weight.device)
+    with torch.no_grad():
+        stacked.weight.copy_(torch.cat([_padded(layer.weight, num_heads, size) for layer, size in parts]))
+        if first.bias is not None:
+            stacked.bias.copy_(torch.cat([_padded(layer.bias, num_heads, size) for layer, size in parts]))
+    return stacked
+
+
+def _padded(rows: Tensor, num_heads: int, size: int) -> Tensor:
+    """Rows [H * d, ...] -> [H * size, ...], zeros behind each head's own."""
+    heads = rows.unflatten(0, (num_heads, -1))
+    padded = heads.new_zeros(num_heads, size, *heads.shape[2:])
+    padded[:, : heads.shape[1]] = heads
+    return padded.flatten(0, 1)
+
+
+def _by_head(part: Tensor, num_heads: int) -> Tensor:
+    """[B, T, H * d] -> [B, H, T, d]."""
+    return part.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class AtPrecision(nn.Module):
@@ -72,13 +112,17 @@ def deployable(slim: SlimViT, dtype: torch.dtype = torch.float32, selection: Sel
 
     At FP16 and BF16 the heads of blocks whose attention can run fused are padded to a size that TensorRT fuses. FP32
     never fuses there, and the `full` token score needs the whole attention matrix, so neither is padded.
+
+    MACs are those of the table, in which the last block counts whole.
     """
     model = copy.deepcopy(slim).eval().requires_grad_(False)
-    for block in model.blocks:
+    *inner, last = model.blocks
+    for block in inner:
         fuses = block.reads_attention != "full"
         padded = dtype != torch.float32 and fuses
         block.attn = FusedAttention(block.attn, fused_head_dim(block.attn) if padded else None)  # type: ignore[assignment]
         block.keep_tokens = LOWERINGS[selection]
+    model.vit.blocks[-1] = LastBlock(last, rows=2 if slim.architecture.dense.distilled else 1)
     return model if dtype == torch.float32 else AtPrecision(model, dtype)
 
 

@@ -119,11 +119,14 @@ class _Knapsack:
             shapes = [
                 BlockShape(heads=o.heads, qk_dim=o.qk_dim, v_dim=o.v_dim, hidden=1, keep=1) for o in curve.attention
             ]
-            costs = [[self.costs.attention(n + self.prefix, shape) for shape in shapes] for n in self.levels]
+            last = block == len(self.curves) - 1
+            costs = [[self.costs.attention(n + self.prefix, shape, last) for shape in shapes] for n in self.levels]
             state = self._sized(state, "attention", block, [option.loss for option in curve.attention], costs)
             if curve.tokens:
-                state = self._tokens(state, block)
-            costs = [[self.costs.mlp(n + self.prefix, option.size) for option in curve.hidden] for n in self.levels]
+                state = self._tokens(state, block, last)
+            costs = [
+                [self.costs.mlp(n + self.prefix, option.size, last) for option in curve.hidden] for n in self.levels
+            ]
             state = self._sized(state, "hidden", block, [option.loss for option in curve.hidden], costs)
         return state
 
@@ -141,12 +144,12 @@ class _Knapsack:
                 _move(state[level], after[level], part.chosen[level], part.bins[level, option], loss, option)
         return after
 
-    def _tokens(self, state: NDArray[np.float64], block: int) -> NDArray[np.float64]:
+    def _tokens(self, state: NDArray[np.float64], block: int, last: bool) -> NDArray[np.float64]:
         """A drop from n to m tokens loses what keeping m here loses beyond what keeping n here would have lost."""
         losses = {option.size: option.loss for option in self.curves[block].tokens}
         sizes = sorted(losses)
         at = np.interp(self.levels, sizes, [losses[size] for size in sizes])
-        after, part = self._pass(state, "tokens", block, [[self.costs.selection(n)] for n in self.levels])
+        after, part = self._pass(state, "tokens", block, [[self.costs.selection(n, last)] for n in self.levels])
         for level, n in enumerate(self.levels):
             _move(state[level], after[level], part.chosen[level], 0, 0.0, level)
             for left, m in enumerate(self.levels):

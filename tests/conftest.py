@@ -68,7 +68,7 @@ SLIM_BLOCKS = [
     {"heads": 3, "qk_dim": 17, "v_dim": 30, "hidden": 301, "keep": 48},
     {"heads": 2, "qk_dim": 32, "v_dim": 21, "hidden": 200, "keep": 48},
     {"heads": 3, "qk_dim": 24, "v_dim": 32, "hidden": 311, "keep": 29},
-    {"heads": 3, "qk_dim": 9, "v_dim": 10, "hidden": 150, "keep": 29},
+    {"heads": 3, "qk_dim": 9, "v_dim": 10, "hidden": 150, "keep": 24},
     {"heads": 1, "qk_dim": 30, "v_dim": 31, "hidden": 384, "keep": 20},
 ]
 

@@ -8,8 +8,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from conftest import MakeViT
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.models import VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 import export.deploy
@@ -84,7 +87,7 @@ def test_graph(slim_run: Path, precision: Precision, score: TokenScore) -> None:
     assert [d.dim_value for d in source.type.tensor_type.shape.dim][1:] == [3, 32, 32]
     kinds = [node.op_type for node in model.graph.node]
     assert not FORBIDDEN & set(kinds)
-    scoring = sum(block.scores_tokens for block in slim.blocks)
+    scoring = sum(block.scores_tokens for block in slim.blocks[:-1])  # nobody reads what the last would keep
     assert 0 < scoring < len(slim.blocks)
     # Only the full score needs a whole attention matrix, and so the products and the softmax that make it.
     assert kinds.count("Attention") == len(slim.blocks) - (scoring if score == "full" else 0)
@@ -116,7 +119,7 @@ def test_every_lowering_and_input_agrees(tuned_run: Path, images: Batches, selec
 def test_the_same_tokens_are_kept(tuned_run: Path, images: Batches) -> None:
     """Whichever lowering runs, in PyTorch or in a file: the score of every token and the rows that are passed on."""
     slim = SlimViT.load(tuned_run)
-    scoring = [index for index, block in enumerate(slim.blocks) if block.scores_tokens]
+    scoring = [index for index, block in enumerate(slim.blocks[:-1]) if block.scores_tokens]
     assert len(scoring) >= 3
 
     class UpTo(nn.Module):
@@ -213,6 +216,22 @@ def test_padding_heads_is_exact(heads: int, qk_dim: int, v_dim: int, extra: int,
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             if weights is not None:
                 torch.testing.assert_close(got_weights, weights, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [VisionTransformer, VisionTransformerDistilled])
+@pytest.mark.parametrize("score", ["full", "cls"])
+@pytest.mark.parametrize("keep", [1, 9, 16])
+def test_the_last_block_is_computed_for_what_is_read(
+    make_vit: MakeViT, kind: type[VisionTransformer], score: TokenScore, keep: int
+) -> None:
+    slim = SlimViT.from_timm(make_vit(kind), token_score=score)
+    slim.set_keep(1, keep)
+    deployed, images = cast(SlimViT, deployable(slim)), torch.randn(3, 3, 16, 16)
+    with torch.inference_mode():
+        read = deployed.blocks[-1](deployed.blocks[0](deployed.embed(images)))
+        assert read.shape[1] == (2 if kind is VisionTransformerDistilled else 1)
+        torch.testing.assert_close(deployed(images), slim(images), atol=1e-5, rtol=1e-5)
+        assert slim(images).std() > 0.01  # there is something to compare
 
 
 def test_heads_are_padded_to_a_size_that_fuses(slim_run: Path) -> None:

@@ -133,17 +133,34 @@ def table(dense: DenseViT) -> LatencyTable:
         attention_ms=((1.0, 2.0), (2.0, 4.0)),
         mlp_ms=((1.0, 2.0), (3.0, 5.0)),
         selection_ms=(0.5, 0.9),
+        last_ms=((0.2, 0.6), (0.4, 0.8)),
     )
 
 
 def test_a_latency_table_interpolates(architecture: Architecture) -> None:
     costs = table(architecture.dense)
-    assert costs.mlp(10, 96) == 1 and costs.mlp(20, 192) == 5
-    assert costs.mlp(15, 144) == pytest.approx(2.75)
-    assert costs.mlp(40, 96) == pytest.approx(7)  # beyond the grid it goes on
+    assert costs.mlp(10, 96, last=False) == 1 and costs.mlp(20, 192, last=False) == 5
+    assert costs.mlp(15, 144, last=False) == pytest.approx(2.75)
+    assert costs.mlp(40, 96, last=False) == pytest.approx(7)  # beyond the grid it goes on
     half = BlockShape(heads=3, qk_dim=8, v_dim=8, hidden=1, keep=1)
-    assert costs.attention(10, half) == pytest.approx(1.5)
-    assert costs.selection(14) == pytest.approx(0.7)  # image tokens; CLS comes on top
+    assert costs.attention(10, half, last=False) == pytest.approx(1.5)
+    assert costs.selection(14, last=False) == pytest.approx(0.7)  # image tokens; CLS comes on top
+    # Of the last block CLS's row is computed, and so neither its width nor what it selects matters.
+    assert costs.attention(15, half, last=True) == pytest.approx(0.5)
+    assert costs.mlp(20, 192, last=True) == costs.selection(14, last=True) == 0
+
+
+def test_the_last_block_counts_as_the_last(architecture: Architecture) -> None:
+    """It is cut where it costs, which a table of milliseconds sees otherwise than MACs."""
+    costs, whole = table(architecture.dense), architecture.blocks
+    narrow, few = (
+        (b.model_copy(update={"hidden": 96}) for b in whole),
+        (b.model_copy(update={"keep": 5}) for b in whole),
+    )
+    for smaller in (tuple(narrow)[-1], tuple(few)[-1]):
+        changed = architecture.model_copy(update={"blocks": (*whole[:-1], smaller)})
+        assert total(costs, changed) == total(costs, architecture)
+        assert total(Macs(architecture), changed) < total(Macs(architecture), architecture)
 
 
 @pytest.mark.parametrize("off", [0.7, 1.0, 1.4])

@@ -77,6 +77,8 @@ def test_a_table_is_complete(table: LatencyTable, architecture: Architecture) ->
         assert all(math.isfinite(ms) and ms > 0 for row in grid for ms in row)
     assert len(table.selection_ms) == len(table.tokens)
     assert all(math.isfinite(ms) and ms >= 0 for ms in table.selection_ms)
+    assert [len(row) for row in table.last_ms] == [2] * len(table.tokens)
+    assert all(math.isfinite(ms) and ms >= 0 for row in table.last_ms for ms in row)
     assert math.isfinite(table.ends_ms) and table.ends_ms > 0
     assert math.isfinite(total(table, architecture)) and total(table, architecture) > table.ends_ms
     assert LatencyTable.model_validate_json(table.model_dump_json()) == table

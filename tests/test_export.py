@@ -89,9 +89,10 @@ def test_graph(slim_run: Path, precision: Precision, score: TokenScore) -> None:
     assert not FORBIDDEN & set(kinds)
     scoring = sum(block.scores_tokens for block in slim.blocks[:-1])  # nobody reads what the last would keep
     assert 0 < scoring < len(slim.blocks)
-    # Only the full score needs a whole attention matrix, and so the products and the softmax that make it.
-    assert kinds.count("Attention") == len(slim.blocks) - (scoring if score == "full" else 0)
-    assert kinds.count("Softmax") == scoring and kinds.count("TopK") == 2 * scoring
+    # Only the full score needs a whole attention matrix, and so the products and the softmax that make it; the last
+    # block has those of CLS's row.
+    assert kinds.count("Attention") == len(slim.blocks) - 1 - (scoring if score == "full" else 0)
+    assert kinds.count("Softmax") == scoring + 1 and kinds.count("TopK") == 2 * scoring
     # CLS's row and the kept rows where tokens are scored, and CLS for the head.
     assert kinds.count("Gather") + kinds.count("GatherElements") <= 2 * scoring + 1
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
@@ -237,7 +238,8 @@ def test_the_last_block_is_computed_for_what_is_read(
 def test_heads_are_padded_to_a_size_that_fuses(slim_run: Path) -> None:
     slim = SlimViT.load(slim_run)
     assert any(block.attn.qk_dim != block.attn.v_dim for block in slim.blocks)
-    for block, source in zip(deployable(slim, torch.float16).model.blocks, slim.blocks, strict=True):  # type: ignore[union-attr, arg-type]
+    deployed = deployable(slim, torch.float16).model.blocks[:-1]  # type: ignore[union-attr, index]
+    for block, source in zip(deployed, slim.blocks[:-1], strict=True):
         if not (source.scores_tokens and source.token_score == "full"):
             assert block.attn.qk_dim == block.attn.v_dim and block.attn.qk_dim % 4 == 0 and block.attn.qk_dim >= 12
 

@@ -1,206 +1,37 @@
 """Latency tables: what the parts of a model's blocks take on one runtime of this machine, for `--target-latency`.
 
-Each part is exported as it is deployed, with random weights. Tables are cached: measuring one takes minutes.
+Each part is exported as it is deployed, with random weights.
 """
 
 import copy
-import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
 
 from benchmarks.chains import chained, with_tokens
-from benchmarks.machine import describe
-from benchmarks.timing import interleaved
-from export.batch import BatchProfile
+from benchmarks.place import QUANTILE, Place, machine_of, noise, open_graph, refuse, warm, whole_session
 from export.deploy import AtPrecision, deployable
-from export.options import DTYPES, Precision
+from export.options import Precision
 from export.quantize import Quantization, quantize
-from export.runtimes import RuntimeName, check_precision, describe_runtime, missing, onnx_session
-from export.sessions import Images, PyTorch, Session
-from export.tensorrt_session import TensorRT
+from export.runtimes import RuntimeName
+from export.sessions import PyTorch, Session
 from export.to_onnx import trace
-from export.to_tensorrt import FLAVOURS, compile_engine
 from pipeline.architecture import Architecture, BlockShape, DenseViT
-from pipeline.costs import LatencyTable, read_table
-from pipeline.errors import InputError
-from pipeline.files import write_json
-from pipeline.progress import console, track
+from pipeline.costs import LatencyTable
+from pipeline.progress import track
 from pipeline.slim import SlimBlock, SlimViT
-from pipeline.target import Goal, spread
+from pipeline.target import spread
 
 TOKEN_COUNTS, HEAD_COUNTS, WIDTHS = 4, 5, 5  # points of the grid, at most
 TOKEN_STEP, WIDTH_STEP = 8, 32  # what shapings align to
 LINKS = 4  # parts in one graph: a call costs time of its own
 ROUNDS = 10
-LOOKS, SLOWER = 4, 1.07  # at a whole model, while dense is slower than that times its best
-QUANTILE = 10  # percent: a busy machine slows single runs down tenfold, and speeds none up
-
-
-def latency_goal(
-    architecture: Architecture,
-    target_ms: float,
-    runtime: RuntimeName,
-    precision: Precision,
-    batch: int,
-    cache_dir: Path | None = None,
-) -> Goal:
-    """A target in milliseconds, planned by the cached table if one fits, else by one that is measured now.
-
-    Args:
-        architecture: of the dense model, with the token score it will be searched with.
-        target_ms: of one batch.
-        runtime: see `measure_table`, and so are the next two.
-        precision: see there.
-        batch: see there.
-        cache_dir: None for `$XDG_CACHE_HOME/lowpass`.
-
-    Raises:
-        InputError: see `measure_table`.
-    """
-    table = latency_table(architecture, runtime, precision, batch, cache_dir)
-    quiet = math.inf  # the dense model's best pace so far
-
-    def measure(slim: Architecture) -> float:
-        nonlocal quiet
-        looks: list[tuple[float, float]] = []
-        while len(looks) < LOOKS:
-            looks.append(against_dense(slim, architecture, runtime, precision, batch))
-            # A neighbour that slows the machine does not slow both models alike: look again, unless it stays that way.
-            if looks[-1][0] <= SLOWER * quiet < math.inf:
-                break
-        dense_ms, speed = min(looks)
-        quiet = min(quiet, dense_ms)
-        return quiet / speed
-
-    return Goal(target=target_ms, costs=table, unit="ms", measure=measure)
-
-
-def latency_table(
-    architecture: Architecture,
-    runtime: RuntimeName,
-    precision: Precision,
-    batch: int,
-    cache_dir: Path | None = None,
-) -> LatencyTable:
-    """The cached table if one fits, else one that is measured now, and cached. Arguments as of `latency_goal`.
-
-    Raises:
-        InputError: see `measure_table`.
-    """
-    _refuse(runtime, precision)
-    scored = f"{architecture.token_criterion}.{architecture.token_score}"
-    name = f"{architecture.dense.name}.{scored}.{runtime}.{precision}.batch{batch}.json"
-    path = (default_cache_dir() if cache_dir is None else cache_dir) / name
-    table = _cached(path, architecture, runtime)
-    if table is None:
-        table = measure_table(architecture, runtime, precision, batch)
-        try:
-            write_json(path, table.model_dump(mode="json"))
-        except OSError as error:
-            console.print(f"the latency table is not kept: cannot write {path}: {error.strerror}", soft_wrap=True)
-    return table
-
-
-def default_cache_dir() -> Path:
-    """Where tables are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowpass"
-
-
-def _cached(path: Path, architecture: Architecture, runtime: RuntimeName) -> LatencyTable | None:
-    """The table of a cache file, if it still fits; runtime, precision and batch are in the file's name."""
-    if not path.exists():
-        return None
-    try:
-        table = read_table(path)
-    except InputError:
-        console.print(f"{path} is damaged: measuring it anew", soft_wrap=True)
-        return None
-    scored = (architecture.dense, architecture.token_score, architecture.token_criterion)
-    if (table.dense, table.token_score, table.token_criterion) != scored:
-        console.print(f"{path} is of another {architecture.dense.name}: measuring it anew", soft_wrap=True)
-        return None
-    was, now = table.machine, _machine(runtime)
-    differences = [
-        f"{key} was {was.get(key)}, is {now.get(key)}" for key in {**now, **was} if was.get(key) != now.get(key)
-    ]
-    if differences:
-        console.print(f"{path} is of another machine ({'; '.join(differences)}): measuring it anew", soft_wrap=True)
-        return None
-    return table
-
-
-def _machine(runtime: RuntimeName) -> dict[str, str]:
-    """What latencies hang on. A virtual CPU's name may say little, its matrix units more."""
-    machine = describe()
-    return {
-        "runtime": describe_runtime(runtime),
-        "cpu": machine.cpu,
-        "matrix units": ", ".join(machine.matrix_units) or "none",
-        "cores": str(machine.cores),
-        "gpu": machine.gpu or "none",
-    }
-
-
-def _refuse(runtime: RuntimeName, precision: Precision) -> None:
-    reason = missing(runtime)
-    if runtime == "pytorch-compile":
-        reason = "it would compile every size of every part; take pytorch, or the runtime you deploy"
-    if reason is not None:
-        raise InputError(f"cannot measure latencies on {runtime}: {reason}")
-    check_precision(runtime, precision)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where and how parts are run; what a runtime caches goes to `folder`."""
-
-    runtime: RuntimeName
-    precision: Precision
-    batch: int
-    folder: Path
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in."""
-        return DTYPES[self.precision]
-
-
-def against_dense(
-    slim: Architecture,
-    dense: Architecture,
-    runtime: RuntimeName,
-    precision: Precision,
-    batch: int,
-    seconds: float = 3.0,
-) -> tuple[float, float]:
-    """Milliseconds of a batch through the dense model, and how many times faster the slim one is, both with random
-    weights and at the 10th percentile. They take turns, so that a machine that is slow for a while slows both.
-
-    Raises:
-        InputError: the runtime is missing here, or lacks the precision.
-        RunError: it cannot run a model.
-    """
-    _refuse(runtime, precision)
-    sessions = {}
-    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-        for name, architecture in (("dense", dense), ("slim", slim)):
-            (Path(folder) / name).mkdir()
-            place = _Place(runtime, precision, batch, Path(folder) / name)
-            module = deployable(SlimViT(architecture), place.dtype)
-            sessions[name] = _whole_session(module, architecture.dense, place, quantised=True)
-        rounds = interleaved(sessions, seconds)
-    dense_ms, slim_ms = (float(np.percentile(np.concatenate(rounds[name]), QUANTILE)) for name in ("dense", "slim"))
-    return dense_ms, dense_ms / slim_ms
 
 
 class _Point(NamedTuple):
@@ -228,7 +59,7 @@ def measure_table(
         InputError: the runtime is missing here, or lacks the precision.
         RunError: it cannot run a part.
     """
-    _refuse(runtime, precision)
+    refuse(runtime, precision)
     whole = architecture.dense.blocks()[0]
     tokens = token_grid(architecture.dense)
     heads = spread(range(1, whole.heads + 1), HEAD_COUNTS)
@@ -236,7 +67,7 @@ def measure_table(
     outermost = (heads[0], heads[-1])
     points = len(tokens) * (len(heads) + len(hidden) + 2 + len(set(outermost))) + 1
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-        place = _Place(runtime, precision, batch, Path(folder))
+        place = Place(runtime, precision, batch, Path(folder))
         opened = _sessions(architecture, place, tokens, heads, hidden)
         sessions = dict(track(opened, f"building parts for {runtime}", total=points))
         ms = _timed(sessions, seconds)
@@ -247,7 +78,7 @@ def measure_table(
         batch=batch,
         token_score=architecture.token_score,
         token_criterion=architecture.token_criterion,
-        machine=_machine(runtime),
+        machine=machine_of(runtime),
         ends_ms=ms[_Point("ends")],
         tokens=tuple(tokens),
         rows=tuple(count * (whole.qk_dim + whole.v_dim) for count in heads),
@@ -271,7 +102,7 @@ def token_grid(dense: DenseViT) -> list[int]:
 
 
 def _sessions(
-    architecture: Architecture, place: _Place, tokens: Sequence[int], heads: Sequence[int], hidden: Sequence[int]
+    architecture: Architecture, place: Place, tokens: Sequence[int], heads: Sequence[int], hidden: Sequence[int]
 ) -> Iterator[tuple[_Point, Session]]:
     """A warm session for every point."""
     dense = architecture.dense
@@ -303,7 +134,7 @@ def _sessions(
         for _, session in _part_sessions(selecting, [count], 1, dense, place):
             yield _Point("selecting", count), session
     ends = _Ends(deployed(whole))
-    yield _Point("ends"), _whole_session(AtPrecision(ends, place.dtype), dense, place, quantised=False)
+    yield _Point("ends"), whole_session(AtPrecision(ends, place.dtype), dense, place, quantised=False)
 
 
 def _two_blocks(architecture: Architecture, shape: BlockShape) -> SlimViT:
@@ -360,58 +191,21 @@ class _Ends(nn.Module):
 
 
 def _part_sessions(
-    part: nn.Module, counts: Sequence[int], links: int, dense: DenseViT, place: _Place
+    part: nn.Module, counts: Sequence[int], links: int, dense: DenseViT, place: Place
 ) -> Iterator[tuple[int, Session]]:
     """Warm sessions on a chain of parts, by token count. The part is exported once, at the last count."""
     width = dense.embed_dim
     if place.runtime == "pytorch":
         chain = AtPrecision(nn.Sequential(*(copy.deepcopy(part) for _ in range(links))), place.dtype)
         for count in counts:
-            yield count, _warm(PyTorch(chain), _noise(place.batch, count, width))
+            yield count, warm(PyTorch(chain), noise(place.batch, count, width))
         return
     traced = trace(part, torch.zeros(2, counts[-1], width, dtype=place.dtype))
     if place.precision == "int8":
-        traced, _ = quantize(traced, Quantization([_noise(2, counts[-1], width)]))
+        traced, _ = quantize(traced, Quantization([noise(2, counts[-1], width)]))
     for count in counts:
         graph = chained(with_tokens(traced, counts[-1], count), links, place.dtype)
-        yield count, _warm(_open(graph, place), _noise(place.batch, count, width))
-
-
-def _whole_session(module: nn.Module, dense: DenseViT, place: _Place, quantised: bool) -> Session:
-    """A warm session on a module from images to logits."""
-    images = _noise(place.batch, dense.in_chans, *dense.img_size)
-    if place.runtime == "pytorch":
-        return _warm(PyTorch(module.eval()), images)
-    graph = trace(module.eval(), torch.zeros(2, dense.in_chans, *dense.img_size))
-    if quantised and place.precision == "int8":
-        graph, _ = quantize(graph, Quantization([images]))
-    return _warm(_open(graph, place), images)
-
-
-def _open(graph: onnx.ModelProto, place: _Place) -> Session:
-    content: bytes = graph.SerializeToString()
-    if place.runtime in FLAVOURS:
-        profile = BatchProfile(least=place.batch, best=place.batch, most=place.batch)
-        timing = place.folder / "timing.cache"  # parts share kernels
-        plan, cache, _ = compile_engine(
-            place.runtime, content, profile, timing.read_bytes() if timing.exists() else b""
-        )
-        timing.write_bytes(cache)
-        return TensorRT(plan, place.runtime, {})
-    return onnx_session(place.runtime, content, place.precision, place.folder)
-
-
-def _noise(*shape: int) -> Images:
-    """What is seen does not matter to the time."""
-    return np.random.default_rng(0).standard_normal(shape, np.float32)
-
-
-def _warm(session: Session, images: Images) -> Session:
-    """Loaded, and run as often as it takes a runtime to allocate what it needs."""
-    session.load(images)
-    for _ in range(2):
-        session.run()
-    return session
+        yield count, warm(open_graph(graph, place), noise(place.batch, count, width))
 
 
 def _timed(sessions: Mapping[_Point, Session], seconds: float) -> dict[_Point, float]:

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.goal import latency_goal
 from benchmarks.latency import benchmark, parse_runtimes
 from benchmarks.machine import Machine, describe, in_a_line
-from benchmarks.profile import latency_goal
 from export.options import Precision
 from export.runtimes import RuntimeName
 from pipeline.architecture import Architecture

@@ -10,16 +10,12 @@ import pytest
 import torch
 from conftest import MakeViT
 
+import benchmarks.goal
+import benchmarks.place
 import benchmarks.profile
 from benchmarks.chains import chained, with_tokens
-from benchmarks.profile import (
-    against_dense,
-    as_markdown,
-    default_cache_dir,
-    latency_goal,
-    measure_table,
-    token_grid,
-)
+from benchmarks.goal import against_dense, default_cache_dir, latency_goal
+from benchmarks.profile import as_markdown, measure_table, token_grid
 from export.deploy import deployable
 from export.options import Precision
 from export.runtimes import RuntimeName, missing
@@ -58,7 +54,7 @@ def measured(table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
         calls.append(architecture)
         return table.model_copy(update={"dense": architecture.dense, "token_score": architecture.token_score})
 
-    monkeypatch.setattr(benchmarks.profile, "measure_table", measure)
+    monkeypatch.setattr(benchmarks.goal, "measure_table", measure)
     return calls
 
 
@@ -164,7 +160,7 @@ def test_a_goal_measures_whole_models(
         seen.append(measured)
         return next(answers)
 
-    monkeypatch.setattr(benchmarks.profile, "against_dense", against)
+    monkeypatch.setattr(benchmarks.goal, "against_dense", against)
     goal = latency_goal(architecture, 2.5, "onnxruntime", "fp32", 2, tmp_path)
     assert (goal.target, goal.unit) == (2.5, "ms") and goal.measure is not None
     slim = architecture.with_keep(0, 9)
@@ -238,7 +234,7 @@ def test_what_cannot_be_measured_is_refused(
         measure_table(architecture, "pytorch-compile", "fp32", 1)
     with pytest.raises(InputError, match="does not run bf16"):
         against_dense(architecture, architecture, "onnxruntime", "bf16", 1)
-    monkeypatch.setattr(benchmarks.profile, "missing", lambda runtime: f"{runtime} is not installed")
+    monkeypatch.setattr(benchmarks.place, "missing", lambda runtime: f"{runtime} is not installed")
     with pytest.raises(InputError, match="openvino is not installed"):
         latency_goal(architecture, 1.0, "openvino", "fp32", 1, tmp_path)
     assert not list(tmp_path.iterdir())

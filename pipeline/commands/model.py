@@ -258,7 +258,7 @@ def _compress(
 
     goal_of = None
     if recipe.target_latency is not None:
-        from benchmarks.profile import latency_goal
+        from benchmarks.goal import latency_goal
 
         runtime, precision = place(recipe.runtime, recipe.latency_precision)
         goal_of = partial(

@@ -117,7 +117,8 @@ def profile(
     """Measure what the parts of a model's blocks take on this machine: what `compress --target-latency` plans by.
 
     The table is kept, and measured anew when the model, the runtime's version or the machine changes."""
-    from benchmarks.profile import as_markdown, latency_table
+    from benchmarks.goal import latency_table
+    from benchmarks.profile import as_markdown
     from pipeline.dense import load_dense
     from pipeline.slim import SlimViT
 

@@ -1,12 +1,6 @@
 """The `lowpass` command as its users meet it: what it answers, what it refuses, and what a kill leaves behind."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -57,10 +51,14 @@ def test_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert answer(capsys, "doctor")["cores"] >= 1
 
 
-def test_same_seed_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_same_seed_same_bytes(
+    tiny_source: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = tiny_source | {"data": "digits", "score-images": 64, "measure-images": 128}
+    quick = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     for name in ("a", "b"):
         run = str(tmp_path / name)
-        answer(capsys, "compress", *QUICK, "--target-macs", "0.9", "--out", run, "--seed", "3")
+        answer(capsys, "compress", *quick, "--target-macs", "0.8", "--out", run, "--seed", "3")
         answer(capsys, "finetune", run, "--epochs", "1")
         answer(capsys, "export", run)
     for file in ("architecture.json", "search.jsonl", "slim.safetensors", "dense.safetensors", "model.fp32.onnx"):
@@ -214,34 +212,6 @@ def test_an_image_folder_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "--batch-size", "16", "--out", str(tmp_path / "run"),
     )  # fmt: skip
     assert made["dense"]["top1"] is not None and made["slim"]["macs"] <= 0.9 * made["dense"]["macs"]
-
-
-def test_a_killed_run_leaves_whole_files_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [*QUICK, "--target-macs", "0.85"]
-    answer(capsys, "compress", *options, "--out", str(tmp_path / "whole"))
-    run = tmp_path / "killed"
-    command = [sys.executable, "-m", "pipeline.cli", "compress", *options, "--out", str(run), "--resume"]
-    rng = random.Random(0)
-    for kill in range(3):
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 120
-        while not (run / "search.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 2) * (kill > 0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for file in run.iterdir():
-            if file.suffix == ".json":
-                json.loads(file.read_text())
-            elif file.suffix == ".jsonl":
-                assert all(json.loads(line) for line in file.read_text().splitlines())
-            elif file.suffix == ".safetensors" and not file.name.startswith("."):
-                assert load_file(file)
-    answer(capsys, "compress", *options, "--out", str(run), "--resume")
-    for file in ("architecture.json", "search.jsonl", "slim.safetensors", "metrics.json"):
-        assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
 def test_a_failure_is_not_a_refusal(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from pipeline.errors import InputError
 from pipeline.recipe import Recipe, make_recipe
@@ -32,13 +33,24 @@ def run_alone(recipe: Recipe, directory: Path) -> None:
     compress(recipe, directory, resume=True)
 
 
+def check_files_are_whole(directory: Path) -> None:
+    for file in directory.glob("[!.]*"):
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".jsonl":
+            assert all(json.loads(line) for line in file.read_text().splitlines())
+        elif file.suffix == ".safetensors":
+            assert load_file(file)
+
+
 def results(directory: Path) -> dict[str, bytes]:
     return {name: (directory / name).read_bytes() for name in RESULTS}
 
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing(tiny_source: dict[str, object], tmp_path: Path) -> None:
-    """Killed at ten random moments, in the making of files too: each resumed run ends with the very same bytes."""
+    """Killed at ten random moments, in the making of files too: what is there is whole, and each resumed run ends with
+    the very same bytes."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["pipeline.run", "tiny"])  # imports once, so that the moments fall into the search
     rng = random.Random(0)
@@ -58,6 +70,7 @@ def test_ten_kills_change_nothing(tiny_source: dict[str, object], tmp_path: Path
             process.kill()
             process.join()
             interrupted += not (directory / "metrics.json").exists()
+            check_files_are_whole(directory)
             run_alone(recipe, directory)
             assert results(directory) == results(whole)
             assert not list(directory.glob(".*"))  # nothing half-written is left

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import benchmarks.agreement
-from benchmarks.agreement import agreement, crops, slim_model
+from benchmarks.agreement import classes_of, compared_with, crops, slim_model
+from export.selection import SELECTIONS
 
 
 def test_crops_are_of_photographs_and_the_same_again() -> None:
@@ -14,10 +14,10 @@ def test_crops_are_of_photographs_and_the_same_again() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_compared_is_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks.agreement, "SETTINGS", (("fp32", "gather"), ("fp32", "onehot")))
-    assert sum(block.scores_tokens for block in slim_model("deit_tiny").blocks) >= 2
-    classes, compared = agreement("deit_tiny", 12)
-    assert classes > 1 and list(compared) == ["fp32, gather", "fp32, onehot"]
-    for one in compared.values():
+def test_what_is_compared_is_the_recipe() -> None:
+    slim = slim_model("deit_tiny")
+    assert sum(block.scores_tokens for block in slim.blocks) >= 2 and classes_of(slim, 12) > 1
+    for selection in SELECTIONS:
+        one = compared_with(slim, 12, "fp32", selection)
+        assert one.file == f"fp32, {selection}"
         assert one.images == 12 and one.same_top1 == 100 and 0 < one.largest_difference < 1e-3 < one.largest_logit

@@ -1,0 +1,90 @@
+"""What tests of a real Triton server share: where it is, what it serves, and bytes sent to it by hand."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tritonclient.http
+
+from export.batch import BatchProfile
+from export.options import ExportOptions, Precision
+from export.pixels import Input
+from export.quantize import quantization_of
+from export.triton_client import Client, Protocol
+from export.triton_server import Address
+from export.verify import export
+from pipeline.run import verification_batches
+
+PROFILE = BatchProfile.parse("1:4:8")
+ROOT = Path(__file__).parent.parent
+TRITON = Path(os.environ.get("LOWPASS_TRITON", ROOT / ".venv-triton"))
+
+
+def free_address() -> Address:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return Address("127.0.0.1", *ports)
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Running:
+    run: Path
+    repository: Path
+    address: Address
+    log: Path
+    images: np.ndarray  # [16, 3, 32, 32]
+
+    def url(self, protocol: Protocol) -> str:
+        return f"127.0.0.1:{self.address.http if protocol == 'http' else self.address.grpc}"
+
+    @contextmanager
+    def client(self, model: str, protocol: Protocol = "http") -> Iterator[Client]:
+        client = Client(self.url(protocol), model, protocol)
+        yield client
+        client.close()
+
+
+def exported(run: Path, precision: Precision, dense: bool = False, input: Input = "float32") -> None:
+    batches, made = verification_batches(run, None)
+    options = ExportOptions(precision=precision, profile=PROFILE, input=input)
+    export(run, options, batches, made, dense, quantization_of(run, precision))
+
+
+def raw(address: Address, content: bytes, patience: float = 5) -> bytes:
+    """What the server says to bytes on its HTTP port, if anything."""
+    with socket.create_connection(("127.0.0.1", address.http), timeout=patience) as connection:
+        try:
+            connection.sendall(content)
+            connection.shutdown(socket.SHUT_WR)
+            return connection.recv(4096)
+        except (ConnectionError, TimeoutError):
+            return b""
+
+
+def post(body: bytes, headers: str = "", length: int | None = None) -> bytes:
+    head = (
+        "POST /v2/models/digits/infer HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Length: {len(body) if length is None else length}\r\n{headers}\r\n"
+    )
+    return head.encode() + body
+
+
+def request_body(images: np.ndarray) -> tuple[bytes, str]:
+    given = tritonclient.http.InferInput("images", list(images.shape), "FP32")
+    given.set_data_from_numpy(images)
+    body, length = tritonclient.http.InferenceServerClient.generate_request_body([given])
+    return body, f"Inference-Header-Content-Length: {length}\r\n"

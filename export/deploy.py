@@ -37,9 +37,20 @@ class FusedAttention(nn.Module):
     def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
         """As `SlimAttention.forward`."""
         sizes = [self.num_heads * d for d in (self.qk_dim, self.qk_dim, self.v_dim)]
-        query, key, value = (_by_head(part, self.num_heads) for part in self.qkv(x).split(sizes, -1))
+        parts = self.qkv(x).split(sizes, -1)
+        query, key, value = (_by_head(part, self.num_heads) for part in parts)
+        if x.dtype == torch.float32 and score != "full" and torch.onnx.is_in_onnx_export():
+            return self.proj(self._by_row(*parts)), self.weights(query[:, :, :1], key) if score == "cls" else None
         mixed, weights = attend(query, key, value, self.weights, score)
         return self.proj(mixed.transpose(1, 2).flatten(2)), weights
+
+    def _by_row(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """ONNX's `Attention` of [B, T, H * d] tensors, which saves CPU runtimes the transposes around each head.
+
+        FP16 and BF16 graphs keep the heads apart, the form that the exporter gives and that every TensorRT parses."""
+        heads, scale = self.num_heads, self.weights.scale
+        mixed, *_ = torch.onnx.ops.attention(query, key, value, q_num_heads=heads, kv_num_heads=heads, scale=scale)
+        return mixed
 
 
 class LastBlock(nn.Module):

@@ -77,6 +77,8 @@ class OnnxRuntime:
     def __init__(self, content: bytes, provider: str = "CPU", options: Mapping[str, str] | None = None) -> None:
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
+        # Threads that go on spinning after a run take the cores from whichever session runs next.
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
         self.device = "cpu" if provider == "CPU" else "cuda"
         wanted = f"{provider}ExecutionProvider"
         fallback = ["CPUExecutionProvider"] if provider in ("CPU", "CUDA") else ["CUDAExecutionProvider"]

@@ -10,6 +10,7 @@ import pytest
 import timm
 import tiny  # noqa: F401  registers its model
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
@@ -28,6 +29,7 @@ settings.register_profile("lowpass", deadline=None, derandomize=True, max_exampl
 settings.load_profile("lowpass")
 
 MakeViT = Callable[..., VisionTransformer]
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
 
 
 @pytest.fixture(scope="session")
@@ -62,14 +64,15 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {"model": "tiny_deit", "weights": path}
 
 
-# Every kind of block: heads dropped, query/key and value of unequal sizes, tokens dropped, and one left alone.
+# Every kind of block: heads dropped, query/key and value of unequal sizes, tokens dropped, and one left alone. Mild
+# enough for an epoch to leave margins that say what a precision costs.
 SLIM_BLOCKS = [
     {"heads": 3, "qk_dim": 32, "v_dim": 32, "hidden": 384, "keep": 64},
-    {"heads": 3, "qk_dim": 17, "v_dim": 30, "hidden": 301, "keep": 48},
-    {"heads": 2, "qk_dim": 32, "v_dim": 21, "hidden": 200, "keep": 48},
-    {"heads": 3, "qk_dim": 24, "v_dim": 32, "hidden": 311, "keep": 29},
-    {"heads": 3, "qk_dim": 9, "v_dim": 10, "hidden": 150, "keep": 24},
-    {"heads": 1, "qk_dim": 30, "v_dim": 31, "hidden": 384, "keep": 20},
+    {"heads": 3, "qk_dim": 17, "v_dim": 30, "hidden": 301, "keep": 56},
+    {"heads": 2, "qk_dim": 32, "v_dim": 21, "hidden": 300, "keep": 56},
+    {"heads": 3, "qk_dim": 24, "v_dim": 32, "hidden": 311, "keep": 44},
+    {"heads": 3, "qk_dim": 9, "v_dim": 14, "hidden": 300, "keep": 40},
+    {"heads": 1, "qk_dim": 30, "v_dim": 31, "hidden": 384, "keep": 36},
 ]
 
 
@@ -81,20 +84,48 @@ def slim_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def slim_run(slim_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory of the digits model, cut to `SLIM_BLOCKS`; every test file gets one of its own."""
-    directory = tmp_path_factory.mktemp("run") / "digits"
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MadeOnce:
+    """A directory by name, made by whichever test process asks first and shared by all. Copy it before changing it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+
+    def directory(name: str, make: Callable[[Path], None]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / name).exists():
+                unfinished = tmp_path_factory.mktemp(name) / name
+                make(unfinished)
+                unfinished.rename(shared / name)
+        return shared / name
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def first_slim_run(slim_table: Path, made_once: MadeOnce) -> Path:
+    """The digits model, cut to `SLIM_BLOCKS`."""
     recipe = make_recipe(model="digits_deit", data="digits", architecture=slim_table, score_images=128)
-    compress(recipe, directory)
-    return directory
+    return made_once("slim-run", lambda directory: compress(recipe, directory))
+
+
+@pytest.fixture(scope="session")
+def first_tuned_run(first_slim_run: Path, made_once: MadeOnce) -> Path:
+    """The same, fine-tuned for an epoch: before that margins are too narrow to say what a precision costs."""
+
+    def make(directory: Path) -> None:
+        shutil.copytree(first_slim_run, directory)
+        finetune_run(directory, None, {"epochs": 1}, None)
+
+    return made_once("tuned-run", make)
 
 
 @pytest.fixture(scope="module")
-def tuned_run(slim_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of `slim_run`, fine-tuned for one epoch: before that its margins are too narrow to say what a precision
-    costs."""
-    directory = tmp_path_factory.mktemp("tuned") / "digits"
-    shutil.copytree(slim_run, directory)
-    finetune_run(directory, None, {"epochs": 1}, None)
-    return directory
+def slim_run(first_slim_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory of `first_slim_run`; every test file gets one of its own."""
+    return Path(shutil.copytree(first_slim_run, tmp_path_factory.mktemp("run") / "digits"))
+
+
+@pytest.fixture(scope="module")
+def tuned_run(first_tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory of `first_tuned_run`; every test file gets one of its own."""
+    return Path(shutil.copytree(first_tuned_run, tmp_path_factory.mktemp("tuned") / "digits"))

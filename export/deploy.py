@@ -1,11 +1,12 @@
 """The deployment graph: the same arithmetic with fewer, larger operations."""
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from export.options import OPSET
 from export.selection import LOWERINGS, Selection
 from pipeline.energy import TokenScore
 from pipeline.slim import AttentionWeights, SlimAttention, SlimBlock, SlimViT, attend
@@ -48,9 +49,12 @@ class FusedAttention(nn.Module):
         """ONNX's `Attention` of [B, T, H * d] tensors, which saves CPU runtimes the transposes around each head.
 
         FP16 and BF16 graphs keep the heads apart, the form that the exporter gives and that every TensorRT parses."""
-        heads, scale = self.num_heads, self.weights.scale
-        mixed, *_ = torch.onnx.ops.attention(query, key, value, q_num_heads=heads, kv_num_heads=heads, scale=scale)
-        return mixed
+        heads = self.num_heads
+        attributes: dict[str, Any] = {"q_num_heads": heads, "kv_num_heads": heads, "scale": self.weights.scale}
+        # Symbolic, with a shape of its own: `torch.onnx.ops.attention` takes value heads to be as long as query's.
+        return torch.onnx.ops.symbolic(
+            "Attention", (query, key, value), attributes, dtype=value.dtype, shape=value.shape, version=OPSET
+        )
 
 
 class LastBlock(nn.Module):

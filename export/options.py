@@ -9,6 +9,7 @@ from export.batch import DEFAULT_PROFILE, BatchProfile
 from export.pixels import Input
 from export.selection import Selection
 
+OPSET = 23  # of ONNX: the first with `Attention`
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # What the graph computes in; INT8 is quantised from FP32.

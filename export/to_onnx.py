@@ -14,7 +14,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
 from export.deploy import deployable
-from export.options import DTYPES, ExportOptions, Precision
+from export.options import DTYPES, OPSET, ExportOptions, Precision
 from export.pixels import FromPixels
 from export.quantize import Quantization, quantize
 from pipeline.errors import InputError, RunError
@@ -22,7 +22,6 @@ from pipeline.files import sha256
 from pipeline.progress import quiet
 from pipeline.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 
-OPSET = 23
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which module a node comes from
 PRODUCER = "lowpass"
 PACKAGES = ("lowpass-vit", "torch", "timm", "onnx", "onnxscript")

@@ -1,6 +1,7 @@
 """ONNX files and TensorRT engines of a real slim model: they agree with PyTorch, and attention fuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import cast
 
@@ -93,11 +94,10 @@ def test_graph(slim_run: Path, precision: Precision, score: TokenScore) -> None:
     # block has those of CLS's row.
     assert kinds.count("Attention") == len(slim.blocks) - 1 - (scoring if score == "full" else 0)
     assert kinds.count("Softmax") == scoring + 1 and kinds.count("TopK") == 2 * scoring
-    # In FP32 attention reads rows as they are: heads are set apart for the patches, where tokens are scored (query and
-    # key, or the whole attention) and in the last block alone.
-    if precision == "fp32":
-        apart = scoring * (4 if score == "full" else 2)
-        assert kinds.count("Transpose") <= 1 + apart + 4
+    # In FP32 attention reads rows as they are: heads are set apart where tokens are scored and in the last block alone.
+    transposing = {int(n.name.split(".")[1]) for n in model.graph.node if re.match(r"blocks\..*Transpose", n.name)}
+    choosing = [index for index, block in enumerate(slim.blocks) if block.scores_tokens]
+    assert transposing == ({*choosing, 5} if precision == "fp32" else set(range(6)))
     # CLS's row and the kept rows where tokens are scored, and CLS for the head.
     assert kinds.count("Gather") + kinds.count("GatherElements") <= 2 * scoring + 1
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)

@@ -120,6 +120,7 @@ class OpenVino:
         except ImportError as error:
             raise InputError(f"openvino is not usable here ({error}); pip install 'lowpass-vit[openvino]'") from None
         self.openvino: Any = openvino
+        self.core = openvino.Core()
         self.content = content
         model = onnx.load_model_from_string(content)
         self.metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -135,11 +136,10 @@ class OpenVino:
         if value.shape != self.shape:
             # What was compiled for another batch size goes first: beside it, BF16 was seen to run 12 to 20 % slower.
             self.shape = self.request = None
-            core = self.openvino.Core()
             try:
-                model = core.read_model(self.content)
+                model = self.core.read_model(self.content)
                 model.reshape(list(value.shape))
-                compiled = core.compile_model(model, "CPU", self.settings)
+                compiled = self.core.compile_model(model, "CPU", self.settings)
             except RuntimeError as error:
                 raise RunError(f"OpenVINO cannot compile the model: {error}") from None
             self.shape, self.request = value.shape, compiled.create_infer_request()

@@ -12,7 +12,6 @@ import export.quantize
 from benchmarks.peers.tome import tome
 from export.batch import BatchProfile
 from export.options import ExportOptions
-from export.pixels import to_images, to_pixels
 from export.quantize import Quantization, linear_layers, quantize, without_attention_nodes
 from export.runtimes import open_session
 from export.sessions import OnnxRuntime, logits_of
@@ -86,15 +85,9 @@ def test_same_images_same_bytes(tuned_run: Path, quantization: Quantization) -> 
     assert serialise(tuned_run, INT8, False, few) == serialise(tuned_run, INT8, False, few)
 
 
-def test_pixels(tuned_run: Path, images: Batches, unjudged: Quantization) -> None:
-    """A file that takes pixels is calibrated on the same images as one that takes them normalised."""
-    preprocessing = SlimViT.load(tuned_run).architecture.preprocessing
-    files = [serialise(tuned_run, INT8.model_copy(update={"input": i}), False, unjudged) for i in ("float32", "uint8")]
-    for batch, _ in images[:4]:
-        seen = to_images(to_pixels(batch.numpy(), preprocessing), preprocessing)  # whole pixel values
-        normalised, pixels = (logits_of(OnnxRuntime(file), seen) for file in files)
-        assert (normalised.argmax(-1) == pixels.argmax(-1)).mean() >= 0.97
-        assert np.median(np.abs(normalised - pixels)) <= 0.05
+def test_pixels(tuned_run: Path, images: Batches, quantization: Quantization) -> None:
+    asked = INT8.model_copy(update={"input": "uint8"})
+    assert export_verified(tuned_run, asked, images, calibration=quantization).same_top1 >= 99
 
 
 def test_layers_left_out_are_as_they_were(

@@ -45,6 +45,12 @@ def test_digits(digits_slim: SlimViT, precision: Precision, stages: int) -> None
     assert build(slim, precision) == 6 - 1  # the last asks for CLS alone, and has that row written out
 
 
+def test_the_smallest_heads(digits_slim: SlimViT) -> None:
+    """Thinner than any that TensorRT fuses, and unequal: padded, they fuse."""
+    thin = [block.model_copy(update={"qk_dim": 9, "v_dim": 10}) for block in digits_slim.architecture.blocks]
+    assert build(SlimViT(digits_slim.architecture.model_copy(update={"blocks": tuple(thin)})).eval(), "fp16") == 6 - 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "stages", "precision"),

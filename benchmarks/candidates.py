@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks.peers.evit import evit, evit_macs, matched_keep_rate
 from benchmarks.peers.tome import matched_r, tome, tome_macs
 from export.deploy import AtPrecision, deployable
+from export.options import DTYPES, Precision
 from pipeline.architecture import Architecture, BlockShape, read_blocks
 from pipeline.errors import InputError
 from pipeline.slim import SlimViT
@@ -28,11 +29,12 @@ CANDIDATES = ("dense", "dense-exported", "lowpass", "as-published", "uniform-wid
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to time: `at(dtype)` is a module from FP32 images to FP32 logits, computed in `dtype`."""
+    """A model to time: `at(precision)` is a module from FP32 images to FP32 logits, computed in it
+    (INT8: in FP32, to be quantised)."""
 
     name: str
     macs: int
-    at: Callable[[torch.dtype], nn.Module]
+    at: Callable[[Precision], nn.Module]
 
 
 def candidates(model: str, names: tuple[str, ...] = CANDIDATES) -> list[Candidate]:
@@ -91,8 +93,8 @@ def _with_blocks(slim: SlimViT, blocks: tuple[BlockShape, ...]) -> SlimViT:
 
 
 def _slim(name: str, slim: SlimViT) -> Candidate:
-    return Candidate(name, slim.architecture.macs(), lambda dtype: deployable(slim, dtype))
+    return Candidate(name, slim.architecture.macs(), partial(deployable, slim))
 
 
-def _at(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return AtPrecision(copy.deepcopy(module), dtype)
+def _at(module: nn.Module, precision: Precision) -> nn.Module:
+    return AtPrecision(copy.deepcopy(module), DTYPES[precision])

@@ -139,7 +139,7 @@ def against_dense(
         for name, architecture in (("dense", dense), ("slim", slim)):
             (Path(folder) / name).mkdir()
             place = Place(runtime, precision, batch, Path(folder) / name)
-            module = deployable(SlimViT(architecture), place.dtype)
+            module = deployable(SlimViT(architecture), place.precision)
             sessions[name] = whole_session(module, architecture.dense, place, quantised=True)
         rounds = interleaved(sessions, seconds)
     dense_ms, slim_ms = (float(np.percentile(np.concatenate(rounds[name]), QUANTILE)) for name in ("dense", "slim"))

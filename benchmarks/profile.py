@@ -111,7 +111,7 @@ def _sessions(
     def deployed(shape: BlockShape, image_tokens: int = whole.keep, keep: int = whole.keep) -> SlimViT:
         slim = _two_blocks(architecture, shape)
         slim.blocks[0].set_tokens(image_tokens, keep)
-        return _model(deployable(slim, place.dtype))
+        return _model(deployable(slim, place.precision))
 
     for size in heads:
         model = deployed(whole.model_copy(update={"heads": size}))

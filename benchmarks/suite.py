@@ -25,7 +25,7 @@ from benchmarks.plots import plot_efficiency
 from benchmarks.suite_table import as_markdown
 from benchmarks.timing import Latency, check_logits, interleaved, latency, speedup
 from export.batch import BatchProfile
-from export.options import DTYPES, Precision
+from export.options import Precision
 from export.quantize import Quantization, quantize
 from export.runtimes import PROVIDERS, SUPPORTED, RuntimeName, describe_runtime, missing, onnx_session
 from export.sessions import Images, PyTorch, Session
@@ -177,7 +177,7 @@ def _measure(
     for rival in rivals:
         try:
             sessions[rival.name], content = _open(rival, runtime, precision, out, files)
-            check_logits(sessions[rival.name], rival.at(torch.float32), noise(2), TOLERANCE[precision])
+            check_logits(sessions[rival.name], rival.at("fp32"), noise(2), TOLERANCE[precision])
         except RunError as error:
             sessions.pop(rival.name, None)
             problems.append(f"{rival.name}: {error}")
@@ -237,7 +237,7 @@ def _open(
 ) -> tuple[Session, bytes | None]:
     """A session, and the ONNX file it runs where there is one."""
     if runtime in ("pytorch", "pytorch-compile"):
-        return PyTorch(rival.at(DTYPES[precision]), compiled=runtime == "pytorch-compile"), None
+        return PyTorch(rival.at(precision), compiled=runtime == "pytorch-compile"), None
     if (rival.name, precision) not in files:
         files[rival.name, precision] = _exported(rival, precision)
     content = files[rival.name, precision]
@@ -251,7 +251,7 @@ def _open(
 
 
 def _exported(rival: Candidate, precision: Precision) -> bytes:
-    model = trace(rival.at(DTYPES[precision]), torch.zeros(2, *IMAGE))
+    model = trace(rival.at(precision), torch.zeros(2, *IMAGE))
     if precision == "int8":
         model, _ = quantize(model, Quantization([noise(8)]))
     content: bytes = model.SerializeToString()

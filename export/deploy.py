@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from export.options import OPSET
+from export.options import DTYPES, OPSET, Precision
 from export.selection import LOWERINGS, Selection
 from pipeline.energy import TokenScore
 from pipeline.slim import AttentionWeights, SlimAttention, SlimBlock, SlimViT, attend
@@ -38,17 +38,36 @@ class FusedAttention(nn.Module):
     def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
         """As `SlimAttention.forward`."""
         sizes = [self.num_heads * d for d in (self.qk_dim, self.qk_dim, self.v_dim)]
-        parts = self.qkv(x).split(sizes, -1)
+        query, key, value = (_by_head(part, self.num_heads) for part in self.qkv(x).split(sizes, -1))
+        mixed, weights = attend(query, key, value, self.weights, score)
+        return self.proj(mixed.transpose(1, 2).flatten(2)), weights
+
+
+class RowAttention(nn.Module):
+    """`SlimAttention` for CPU runtimes in FP32, without a copy or a sum that can be spared.
+
+    ONNX's `Attention` reads the rows [B, T, H * d] of three GEMMs as they are; what one GEMM gives would have to be
+    split, and heads set apart be transposed. Only the query keeps its bias: a key's adds the same to all logits of a
+    query, which softmax does not see, and as weights sum to one, a value's reaches the projection as it is and goes
+    into its bias.
+    """
+
+    def __init__(self, attention: SlimAttention) -> None:
+        super().__init__()
+        self.num_heads, self.weights = attention.num_heads, attention.weights
+        self.query, self.key, self.value = attention.query, _unbiased(attention.key), _unbiased(attention.value)
+        self.proj = _taking_bias(attention.proj, attention.value)
+
+    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
+        """As `SlimAttention.forward`, for blocks that do not read the `full` score."""
+        parts = self.query(x), self.key(x), self.value(x)
         query, key, value = (_by_head(part, self.num_heads) for part in parts)
-        if x.dtype == torch.float32 and score != "full" and torch.onnx.is_in_onnx_export():
+        if torch.onnx.is_in_onnx_export():
             return self.proj(self._by_row(*parts)), self.weights(query[:, :, :1], key) if score == "cls" else None
         mixed, weights = attend(query, key, value, self.weights, score)
         return self.proj(mixed.transpose(1, 2).flatten(2)), weights
 
     def _by_row(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """ONNX's `Attention` of [B, T, H * d] tensors, which saves CPU runtimes the transposes around each head.
-
-        FP16 and BF16 graphs keep the heads apart, the form that the exporter gives and that every TensorRT parses."""
         heads = self.num_heads
         attributes: dict[str, Any] = {"q_num_heads": heads, "kv_num_heads": heads, "scale": self.weights.scale}
         # Symbolic, with a shape of its own: `torch.onnx.ops.attention` takes value heads to be as long as query's.
@@ -69,8 +88,10 @@ class LastBlock(nn.Module):
         attention = block.attn
         self.rows, self.num_heads = rows, attention.num_heads
         self.norm1, self.ls1, self.norm2, self.mlp, self.ls2 = block.norm1, block.ls1, block.norm2, block.mlp, block.ls2
-        self.query, self.weights, self.proj = attention.query, attention.weights, attention.proj
-        self.key_value = _stacked(self.num_heads, (attention.key, attention.qk_dim), (attention.value, attention.v_dim))
+        self.query, self.weights = attention.query, attention.weights
+        self.proj = _taking_bias(attention.proj, attention.value)  # see `RowAttention`
+        parts = [(attention.key, attention.qk_dim), (attention.value, attention.v_dim)]
+        self.key_value = _stacked(self.num_heads, *((_unbiased(layer), size) for layer, size in parts))
 
     def forward(self, x: Tensor) -> Tensor:
         """All tokens that enter -> those that are read."""
@@ -83,6 +104,23 @@ class LastBlock(nn.Module):
         mixed = self.weights(query, key) @ value
         kept = kept + self.ls1(self.proj(mixed.transpose(1, 2).flatten(2)))
         return cast(Tensor, kept + self.ls2(self.mlp(self.norm2(kept))))
+
+
+def _unbiased(layer: nn.Linear) -> nn.Linear:
+    """The layer, sharing its weights, without a bias."""
+    bare = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    bare.weight = layer.weight
+    return bare
+
+
+def _taking_bias(proj: nn.Linear, value: nn.Linear) -> nn.Linear:
+    """The projection with what the bias of `value` adds to its output in its own bias."""
+    if value.bias is None:
+        return proj
+    taking = nn.Linear(proj.in_features, proj.out_features, device="meta")
+    with torch.no_grad():
+        taking.weight, taking.bias = proj.weight, nn.Parameter(proj.bias + proj.weight @ value.bias, False)
+    return taking
 
 
 def _stacked(num_heads: int, *parts: tuple[nn.Linear, int]) -> nn.Linear:
@@ -122,8 +160,9 @@ class AtPrecision(nn.Module):
         return cast(Tensor, self.model(images.to(self.dtype))).float()
 
 
-def deployable(slim: SlimViT, dtype: torch.dtype = torch.float32, selection: Selection = "gather") -> nn.Module:
-    """A copy of `slim` for inference: images [B, C, H, W] FP32 -> logits [B, classes] FP32, computed in `dtype`.
+def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selection = "gather") -> nn.Module:
+    """A copy of `slim` for inference: images [B, C, H, W] FP32 -> logits [B, classes] FP32, computed in `precision`
+    (INT8: in FP32, to be quantised).
 
     At FP16 and BF16 the heads of blocks whose attention can run fused are padded to a size that TensorRT fuses. FP32
     never fuses there, and the `full` token score needs the whole attention matrix, so neither is padded.
@@ -133,11 +172,16 @@ def deployable(slim: SlimViT, dtype: torch.dtype = torch.float32, selection: Sel
     model = copy.deepcopy(slim).eval().requires_grad_(False)
     *inner, last = model.blocks
     for block in inner:
-        fuses = block.reads_attention != "full"
-        padded = dtype != torch.float32 and fuses
-        block.attn = FusedAttention(block.attn, fused_head_dim(block.attn) if padded else None)  # type: ignore[assignment]
+        whole_matrix = block.reads_attention == "full"
+        if precision == "fp32" and not whole_matrix:
+            attention: nn.Module = RowAttention(block.attn)
+        else:
+            padded = precision in ("fp16", "bf16") and not whole_matrix
+            attention = FusedAttention(block.attn, fused_head_dim(block.attn) if padded else None)
+        block.attn = attention  # type: ignore[assignment]
         block.keep_tokens = LOWERINGS[selection]
     model.vit.blocks[-1] = LastBlock(last, rows=2 if slim.architecture.dense.distilled else 1)
+    dtype = DTYPES[precision]
     return model if dtype == torch.float32 else AtPrecision(model, dtype)
 
 

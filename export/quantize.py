@@ -44,8 +44,8 @@ def quantization_of(directory: Path, precision: Precision, data: str | None = No
 
 
 def quantize(model: onnx.ModelProto, images: Quantization) -> tuple[onnx.ModelProto, list[str]]:
-    """An FP32 graph with INT8 linear layers: symmetric, weights per output channel in [-64, 64], so that every CPU
-    computes them alike, activations per tensor.
+    """The graph that `deployable` makes for INT8, with INT8 linear layers: symmetric, weights per output channel in
+    [-64, 64], so that every CPU computes them alike, activations per tensor.
 
     Returns:
         The model, and the names of the layers left in FP32 because top-1 did not hold with them.
@@ -89,7 +89,7 @@ def linear_layers(model: onnx.ModelProto) -> list[str]:
 
 
 def without_attention_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with each `Attention` ([B, H, L, d] or [B, L, H * d]) as the products and the softmax it stands for:
+    """A copy with each `Attention` [B, H, L, d] as the products and the softmax it stands for:
     TensorRT fuses `Attention` at FP16 and BF16 alone, and what is around INT8 layers here is FP32."""
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
@@ -102,44 +102,23 @@ def without_attention_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _written_out(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     name, (query, key, value, *mask) = node.name, node.input
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
     given = {attribute.name: attribute for attribute in node.attribute}
-    by_row = len(shapes[query]) == 3  # [B, L, H * d]
-    heads = given["q_num_heads"].i if by_row else shapes[query][1].dim_value
 
     def make(kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> onnx.NodeProto:
         return onnx.helper.make_node(kind, inputs, [output], name=f"{output}.{kind}", **attributes)
 
-    def constant(array: NDArray[Any], output: str) -> str:
-        graph.initializer.append(onnx.numpy_helper.from_array(array, output))
-        return output
-
-    def by_head(rows: str, output: str, perm: Sequence[int]) -> Iterator[onnx.NodeProto]:
-        shape = constant(np.array([0, 0, heads, -1]), f"{output}.shape")  # 0: as it is
-        yield make("Reshape", [rows, shape], f"{output}.apart")
-        yield make("Transpose", [f"{output}.apart"], output, perm=perm)
-
-    head_dim = shapes[query][-1].dim_value // (heads if by_row else 1)
-    scale = constant(np.array(given["scale"].f if "scale" in given else head_dim**-0.5, np.float32), f"{name}.scale")
-    if by_row:
-        yield from by_head(query, f"{name}.query", (0, 2, 1, 3))
-        yield from by_head(key, f"{name}.key", (0, 2, 3, 1))
-        yield from by_head(value, f"{name}.value", (0, 2, 1, 3))
-        query, value = f"{name}.query", f"{name}.value"
-    else:
-        yield make("Transpose", [key], f"{name}.key", perm=(0, 1, 3, 2))
+    head_dim = next(known.type.tensor_type.shape.dim[-1].dim_value for known in graph.value_info if known.name == query)
+    scale = np.array(given["scale"].f if "scale" in given else head_dim**-0.5, np.float32)
+    graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{name}.scale"))
+    yield make("Transpose", [key], f"{name}.key", perm=(0, 1, 3, 2))
     yield make("MatMul", [query, f"{name}.key"], f"{name}.products")
-    yield make("Mul", [f"{name}.products", scale], f"{name}.scaled")
+    yield make("Mul", [f"{name}.products", f"{name}.scale"], f"{name}.scaled")
     logits = f"{name}.scaled"
     if mask:
         yield make("Add", [logits, mask[0]], f"{name}.masked")
         logits = f"{name}.masked"
     yield make("Softmax", [logits], f"{name}.weights", axis=-1)
-    yield make("MatMul", [f"{name}.weights", value], f"{name}.mixed" if by_row else node.output[0])
-    if by_row:
-        yield make("Transpose", [f"{name}.mixed"], f"{name}.rows", perm=(0, 2, 1, 3))
-        shape = constant(np.array([0, 0, -1]), f"{name}.rows.shape")
-        yield make("Reshape", [f"{name}.rows", shape], node.output[0])
+    yield make("MatMul", [f"{name}.weights", value], node.output[0])
 
 
 class _Batches(CalibrationDataReader):

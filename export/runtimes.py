@@ -11,7 +11,7 @@ import torch
 
 from export.cpu import matrix_units
 from export.deploy import deployable
-from export.options import DTYPES, Precision
+from export.options import Precision
 from export.sessions import OnnxRuntime, OpenVino, PyTorch, Session
 from export.tensorrt_session import TensorRT
 from export.to_onnx import current_onnx, read_metadata, weights_path
@@ -97,7 +97,7 @@ def open_session(runtime: RuntimeName, directory: Path, precision: Precision, de
     check_precision(runtime, precision)
     if runtime in ("pytorch", "pytorch-compile"):
         model = SlimViT.load(directory, weights_path(directory, dense).name)
-        return PyTorch(deployable(model, DTYPES[precision]), compiled=runtime == "pytorch-compile")
+        return PyTorch(deployable(model, precision), compiled=runtime == "pytorch-compile")
     onnx_file = current_onnx(directory, precision, dense)
     if runtime in FLAVOURS:
         plan, _ = current_plan(directory, precision, runtime, dense)

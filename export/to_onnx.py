@@ -14,7 +14,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
 from export.deploy import deployable
-from export.options import DTYPES, OPSET, ExportOptions, Precision
+from export.options import OPSET, ExportOptions, Precision
 from export.pixels import FromPixels
 from export.quantize import Quantization, quantize
 from pipeline.errors import InputError, RunError
@@ -75,7 +75,7 @@ def to_onnx(slim: SlimViT, options: ExportOptions) -> onnx.ModelProto:
         RunError: it holds a `DFT`, complex or data-dependent-shape node.
     """
     dense = slim.architecture.dense
-    module = deployable(slim.cpu(), DTYPES[options.precision], options.selection)
+    module = deployable(slim.cpu(), options.precision, options.selection)
     example = torch.zeros(2, dense.in_chans, *dense.img_size)
     if options.input == "uint8":
         module = FromPixels(module, slim.architecture.preprocessing)

@@ -8,7 +8,7 @@ import torch
 
 from export.batch import BatchProfile
 from export.deploy import deployable
-from export.options import DTYPES, Precision
+from export.options import Precision
 from export.to_onnx import trace
 from export.to_tensorrt import compile_engine
 from pipeline.energy import TokenScore
@@ -22,7 +22,7 @@ PROFILES = ("1:8:32", "8")  # dynamic and static batch
 def build(slim: SlimViT, precision: Precision) -> int:
     """How many fused attentions the built graph has."""
     size = slim.architecture.dense.img_size
-    model = trace(deployable(slim, DTYPES[precision]), torch.zeros(2, 3, *size))
+    model = trace(deployable(slim, precision), torch.zeros(2, 3, *size))
     for profile in PROFILES:
         assert compile_engine("tensorrt-rtx", model.SerializeToString(), BatchProfile.parse(profile))[0]
     return sum(node.op_type == "Attention" for node in model.graph.node)

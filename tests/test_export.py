@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import export.deploy
 import export.verify
 from export.batch import BatchProfile
-from export.deploy import FusedAttention, deployable
+from export.deploy import FusedAttention, RowAttention, deployable
 from export.options import ExportOptions, Precision
 from export.pixels import Input
 from export.runtimes import missing, open_session
@@ -95,6 +95,9 @@ def test_graph(slim_run: Path, precision: Precision, score: TokenScore) -> None:
     assert kinds.count("Attention") == len(slim.blocks) - 1 - (scoring if score == "full" else 0)
     assert kinds.count("Softmax") == scoring + 1 and kinds.count("TopK") == 2 * scoring
     # In FP32 attention reads rows as they are: heads are set apart where tokens are scored and in the last block alone.
+    # and query, key and value are GEMMs of their own, with no Split behind them. Otherwise they are one.
+    one_gemm = len(slim.blocks) - 1 if precision != "fp32" else scoring if score == "full" else 0
+    assert kinds.count("Split") == one_gemm + 1  # the last block's is of key and value
     transposing = {int(n.name.split(".")[1]) for n in model.graph.node if re.match(r"blocks\..*Transpose", n.name)}
     choosing = [index for index, block in enumerate(slim.blocks) if block.scores_tokens]
     assert transposing == ({*choosing, 5} if precision == "fp32" else set(range(6)))
@@ -203,16 +206,21 @@ def test_a_stale_file_is_refused(slim_run: Path, images: Batches) -> None:
     qk_dim=st.integers(1, 20),
     v_dim=st.integers(1, 20),
     extra=st.integers(0, 9),
+    bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_padding_heads_is_exact(heads: int, qk_dim: int, v_dim: int, extra: int, seed: int) -> None:
+def test_deployed_attention_is_exact(heads: int, qk_dim: int, v_dim: int, extra: int, bias: bool, seed: int) -> None:
+    """One GEMM, heads padded or not, and rows, where the biases of key and value are gone."""
     torch.manual_seed(seed)
-    attention = SlimAttention(24, BlockShape(heads=heads, qk_dim=qk_dim, v_dim=v_dim, hidden=1, keep=1), 0.3, bias=True)
+    attention = SlimAttention(24, BlockShape(heads=heads, qk_dim=qk_dim, v_dim=v_dim, hidden=1, keep=1), 0.3, bias=bias)
+    padded = FusedAttention(attention, max(qk_dim, v_dim) + extra)
     x = torch.randn(2, 5, 24)
-    for head_dim in (None, max(qk_dim, v_dim) + extra):
+    for deployed in (FusedAttention(attention, None), padded, RowAttention(attention)):
         for score in (None, "full", "cls"):
+            if score == "full" and isinstance(deployed, RowAttention):
+                continue
             expected, weights = attention(x, score)
-            got, got_weights = FusedAttention(attention, head_dim)(x, score)
+            got, got_weights = deployed(x, score)
             assert (weights is None) == (score is None)
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             if weights is not None:
@@ -238,7 +246,7 @@ def test_the_last_block_is_computed_for_what_is_read(
 def test_heads_are_padded_to_a_size_that_fuses(slim_run: Path) -> None:
     slim = SlimViT.load(slim_run)
     assert any(block.attn.qk_dim != block.attn.v_dim for block in slim.blocks)
-    deployed = deployable(slim, torch.float16).model.blocks[:-1]  # type: ignore[union-attr, index]
+    deployed = deployable(slim, "fp16").model.blocks[:-1]  # type: ignore[union-attr, index]
     for block, source in zip(deployed, slim.blocks[:-1], strict=True):
         if not (source.scores_tokens and source.token_score == "full"):
             assert block.attn.qk_dim == block.attn.v_dim and block.attn.qk_dim % 4 == 0 and block.attn.qk_dim >= 12

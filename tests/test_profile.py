@@ -17,7 +17,7 @@ from benchmarks.chains import chained, with_tokens
 from benchmarks.goal import against_dense, default_cache_dir, latency_goal
 from benchmarks.profile import as_markdown, measure_table, token_grid
 from export.deploy import deployable
-from export.options import Precision
+from export.options import DTYPES, Precision
 from export.runtimes import RuntimeName, missing
 from export.sessions import OnnxRuntime, logits_of
 from export.to_onnx import trace
@@ -118,9 +118,10 @@ def test_parts_change_their_token_count_as_an_export_would(architecture: Archite
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_chain_computes_its_parts_in_turn(architecture: Architecture, dtype: torch.dtype) -> None:
-    block = benchmarks.profile._model(deployable(SlimViT(architecture), dtype)).blocks[0]
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_chain_computes_its_parts_in_turn(architecture: Architecture, precision: Precision) -> None:
+    dtype = DTYPES[precision]
+    block = benchmarks.profile._model(deployable(SlimViT(architecture), precision)).blocks[0]
     part = benchmarks.profile._Mlp(block)
     chain = chained(trace(part, torch.zeros(2, 17, 24, dtype=dtype)), 3, dtype)
     onnx.checker.check_model(chain, full_check=True)

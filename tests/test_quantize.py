@@ -53,7 +53,7 @@ def test_agrees_on_real_images(tuned_run: Path, images: Batches, quantization: Q
     file = onnx_path(tuned_run, "int8", dense)
     left_out = json.loads(read_metadata(file)["left_out"])
     model = onnx.load(file)
-    plain = without_attention_nodes(to_onnx(SlimViT.load(tuned_run), ExportOptions()))
+    plain = without_attention_nodes(to_onnx(SlimViT.load(tuned_run), INT8))
     layers = linear_layers(plain)
     assert len(layers) == 4 * 6 + 1 and len(left_out) < len(layers) / 2
     made_by = producers(model)
@@ -95,7 +95,7 @@ def test_layers_left_out_are_as_they_were(
 ) -> None:
     """A bar that cannot be met leaves out every layer, one by one; what remains is the FP32 model."""
     monkeypatch.setattr(export.quantize, "JUDGED_TOP1", 101.0)
-    plain = to_onnx(SlimViT.load(tuned_run), ExportOptions())
+    plain = to_onnx(SlimViT.load(tuned_run), INT8)
     few = Quantization(quantization.calibration[:1], quantization.judging[:1])
     model, left_out = quantize(plain, few)
     assert sorted(left_out) == sorted(linear_layers(without_attention_nodes(plain)))
@@ -115,7 +115,7 @@ def test_the_dearest_layer_goes_first(
     weight[:, 0] = 0.0
     slim.blocks[3].mlp.fc1.bias.data[0] = 1e5  # one activation so large that all others round to nothing
     slim.blocks[3].mlp.fc2.weight.data[:] = weight * 1e3
-    plain = to_onnx(slim, ExportOptions())
+    plain = to_onnx(slim, INT8)
     _, nothing = quantize(plain, Quantization(quantization.calibration))
     _, left_out = quantize(plain, Quantization(quantization.calibration, quantization.judging[:4]))
     assert nothing == [] and left_out[0] == "blocks.3.mlp.fc2.MatMul"

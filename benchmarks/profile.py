@@ -25,6 +25,7 @@ from export.to_onnx import trace
 from pipeline.architecture import Architecture, BlockShape, DenseViT
 from pipeline.costs import LatencyTable
 from pipeline.progress import track
+from pipeline.shaping import CACHE_WIDTH
 from pipeline.slim import SlimBlock, SlimViT
 from pipeline.target import spread
 
@@ -63,7 +64,9 @@ def measure_table(
     whole = architecture.dense.blocks()[0]
     tokens = token_grid(architecture.dense)
     heads = spread(range(1, whole.heads + 1), HEAD_COUNTS)
-    hidden = spread([*range(WIDTH_STEP, whole.hidden, WIDTH_STEP), whole.hidden], WIDTHS)
+    hidden = spread(
+        [*(w for w in range(WIDTH_STEP, whole.hidden, WIDTH_STEP) if w % CACHE_WIDTH), whole.hidden], WIDTHS
+    )
     outermost = (heads[0], heads[-1])
     points = len(tokens) * (len(heads) + len(hidden) + 2 + len(set(outermost))) + 1
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:

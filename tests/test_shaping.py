@@ -25,6 +25,7 @@ from pipeline.slim import SlimViT
 shapings = st.builds(
     Shaping,
     align=st.sampled_from([1, 8, 16, 24, 32, 64]),
+    avoid=st.sampled_from([0, 32, 64]),
     whole_heads=st.booleans(),
     token_stages=st.integers(0, 6),
     token_score=st.sampled_from(["full", "cls"]),
@@ -54,7 +55,11 @@ def test_amounts_round_upwards(shaping: Shaping, have: int, data: st.DataObject)
     step = max(1, shaping.align // 8)
     assert wanted <= keep <= have and (keep == have or ((keep + prefix) % step == 0 and keep - wanted < step))
     assert wanted <= width <= have
-    assert width == have or (width % shaping.align == 0 and width - wanted < shaping.align)
+    assert width == have or width % shaping.align == 0
+    avoidable = shaping.avoid and shaping.align % shaping.avoid
+    assert width == have or not avoidable or width % shaping.avoid
+    passed = [w for w in range(wanted, width) if w % shaping.align == 0]
+    assert len(passed) <= 1 and all(avoidable and w % shaping.avoid == 0 for w in passed)
 
 
 @given(seed=st.integers(0, 999), align=st.sampled_from([1, 4, 8]), data=st.data())

@@ -213,7 +213,7 @@ def _one_batch(
     images = noise(batch)
     for session in sessions.values():
         session.load(images)
-    timed = interleaved(sessions, seconds, rounds=max(MIN_ROUNDS, min(20, round(seconds / 0.1))))
+    timed = interleaved(sessions, seconds, MIN_ROUNDS)
     macs = {rival.name: rival.macs for rival in rivals}
     figures = {}
     for name, rounds in timed.items():

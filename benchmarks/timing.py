@@ -42,10 +42,11 @@ def check_logits(session: Session, model: nn.Module, images: Images, tolerance: 
         raise RunError(f"its logits differ from PyTorch's by {100 * difference:.1f}% of the largest")
 
 
-def interleaved(sessions: Mapping[str, Session], seconds: float, rounds: int = ROUNDS) -> dict[str, Rounds]:
+def interleaved(sessions: Mapping[str, Session], seconds: float, least: int = ROUNDS) -> dict[str, Rounds]:
     """Milliseconds of every run, by session and round, at about `seconds` a session. Sessions take turns, and the order
-    turns each round; each has its images loaded."""
+    turns each round; each has its images loaded. There are `ROUNDS`, or as few as `least` where runs are long."""
     needed = {name: _warm_up(session) for name, session in sessions.items()}
+    rounds = max(least, min(ROUNDS, round(seconds / max(needed.values()))))
     runs = {name: max(1, round(seconds / rounds / cost)) for name, cost in needed.items()}
     timed: dict[str, Rounds] = {name: [] for name in sessions}
     order = list(sessions)

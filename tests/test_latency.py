@@ -37,6 +37,9 @@ def test_rounds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: len(rounds) for name, rounds in timed.items()} == {"dense": ROUNDS, "slim": ROUNDS}
     measured = turns[4:]  # after two runs each to warm up
     assert measured[:4] == ["dense", "slim", "slim", "dense"] and len(measured) == 2 * ROUNDS
+    few = interleaved({"dense": _Named("dense", [])}, seconds=1e-9, least=3)  # a run takes longer than that
+    many = interleaved({"dense": _Named("dense", [])}, seconds=0.01, least=3)
+    assert (len(few["dense"]), len(many["dense"])) == (3, ROUNDS)
 
 
 def test_figures() -> None:

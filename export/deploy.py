@@ -165,7 +165,8 @@ def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selectio
     (INT8: in FP32, to be quantised).
 
     At FP16 and BF16 the heads of blocks whose attention can run fused are padded to a size that TensorRT fuses. FP32
-    never fuses there, and the `full` token score needs the whole attention matrix, so neither is padded.
+    never fuses there, and the `full` token score needs the whole attention matrix, so neither is padded. FP32 reads
+    rows (`RowAttention`); INT8 does not: three GEMMs behind one quantised input ran slower in ONNX Runtime.
 
     MACs are those of the table, in which the last block counts whole.
     """

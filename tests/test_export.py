@@ -94,7 +94,7 @@ def test_graph(slim_run: Path, precision: Precision, score: TokenScore) -> None:
     # block has those of CLS's row.
     assert kinds.count("Attention") == len(slim.blocks) - 1 - (scoring if score == "full" else 0)
     assert kinds.count("Softmax") == scoring + 1 and kinds.count("TopK") == 2 * scoring
-    # In FP32 attention reads rows as they are: heads are set apart where tokens are scored and in the last block alone.
+    # In FP32 attention reads rows as they are: heads are set apart where tokens are scored and in the last block alone,
     # and query, key and value are GEMMs of their own, with no Split behind them. Otherwise they are one.
     one_gemm = len(slim.blocks) - 1 if precision != "fp32" else scoring if score == "full" else 0
     assert kinds.count("Split") == one_gemm + 1  # the last block's is of key and value

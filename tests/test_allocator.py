@@ -1,4 +1,4 @@
-"""What is freed is used again: operations on activations of the same size touch no fresh pages."""
+"""What is freed is used again: an allocation touches few fresh pages once one like it was freed."""
 
 import platform
 import subprocess
@@ -6,27 +6,20 @@ import sys
 
 import pytest
 
+# Every tensor is larger than all before it, so that glibc, left alone, maps each anew. Tensors of one size it maps or
+# keeps by where the heap's other blocks happen to lie: that differs from process to process, and says nothing.
 CODE = """
 import resource, sys
 import torch
-from torch.nn import functional as F
 from pipeline.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
 torch.set_num_threads(1)
-tokens, one, bias, two = (torch.randn(*size) for size in ((64, 65, 96), (384, 96), (384,), (96, 384)))
-
-def step():
-    hidden = F.gelu(F.linear(tokens, one, bias))
-    return F.layer_norm(tokens + F.linear(hidden, two), (96,))
-
-with torch.no_grad():
-    for _ in range(3):
-        step()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        step()
+torch.ones(5 * 2**20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for step in range(20):
+    torch.ones(6 * 2**20 + step * 2**14)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -37,4 +30,4 @@ def test_freed_memory_is_kept() -> None:
         done = subprocess.run([sys.executable, "-c", CODE, how], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    assert faults("keep") < faults("leave") / 4
+    assert faults("keep") < faults("leave") / 2

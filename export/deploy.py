@@ -148,12 +148,30 @@ def _by_head(part: Tensor, num_heads: int) -> Tensor:
     return part.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+class WideLinear(nn.Module):
+    """A linear layer in FP32 from inputs of any precision: [..., C] -> [..., K] FP32.
+
+    For classifiers, which cost next to nothing: a BF16 logit of 10 has neighbours 1/16 away, where classes tie.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(x.float()))
+
+
 class AtPrecision(nn.Module):
-    """FP32 images in, FP32 logits out, `dtype` between: a client need not know the precision."""
+    """FP32 images in, FP32 logits out, `dtype` between, but for each `WideLinear`: a client need not know the
+    precision."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
+        wide = {part: copy.deepcopy(part.linear) for part in model.modules() if isinstance(part, WideLinear)}
         self.model = model.to(dtype)
+        for part, linear in wide.items():
+            part.linear = linear
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> Tensor:
@@ -166,7 +184,8 @@ def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selectio
 
     At FP16 and BF16 the heads of blocks whose attention can run fused are padded to a size that TensorRT fuses. FP32
     never fuses there, and the `full` token score needs the whole attention matrix, so neither is padded. FP32 reads
-    rows (`RowAttention`); INT8 does not: three GEMMs behind one quantised input ran slower in ONNX Runtime.
+    rows (`RowAttention`); INT8 does not: three GEMMs behind one quantised input ran slower in ONNX Runtime. The
+    classifier is FP32 (`WideLinear`).
 
     MACs are those of the table, in which the last block counts whole.
     """
@@ -183,7 +202,11 @@ def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selectio
         block.keep_tokens = LOWERINGS[selection]
     model.vit.blocks[-1] = LastBlock(last, rows=2 if slim.architecture.dense.distilled else 1)
     dtype = DTYPES[precision]
-    return model if dtype == torch.float32 else AtPrecision(model, dtype)
+    if dtype == torch.float32:
+        return model
+    for name in ("head", "head_dist") if slim.architecture.dense.distilled else ("head",):
+        setattr(model.vit, name, WideLinear(getattr(model.vit, name)))
+    return AtPrecision(model, dtype)
 
 
 def fused_head_dim(attention: SlimAttention) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.agreement import classes_of, compared_with, crops, slim_model
+from benchmarks.agreement import compared_with, crops, read_out, slim_model
 from export.selection import SELECTIONS
 
 
@@ -16,8 +16,18 @@ def test_crops_are_of_photographs_and_the_same_again() -> None:
 @pytest.mark.slow
 def test_what_is_compared_is_the_recipe() -> None:
     slim = slim_model("deit_tiny")
-    assert sum(block.scores_tokens for block in slim.blocks) >= 2 and classes_of(slim, 12) > 1
+    assert sum(block.scores_tokens for block in slim.blocks) >= 2 and read_out(slim, 12, "random").classes > 1
     for selection in SELECTIONS:
-        one = compared_with(slim, 12, "fp32", selection)
-        assert one.file == f"fp32, {selection}"
+        one, left_out = compared_with(slim, 12, "fp32", selection)
+        assert one.file == f"fp32, {selection}" and not left_out
         assert one.images == 12 and one.same_top1 == 100 and 0 < one.largest_difference < 1e-3 < one.largest_logit
+
+
+@pytest.mark.slow
+def test_fitted_classifier_knows_where_crops_are_from() -> None:
+    slim = slim_model("deit_tiny", "fitted")
+    assert slim.architecture.dense.num_classes == 8
+    seen = read_out(slim, 64, "fitted")
+    assert seen.right is not None and seen.right > 50  # an eighth by chance
+    one, _ = compared_with(slim, 64, "int8", "gather", judged=True)
+    assert one.same_top1 > 90 and one.largest_difference > 1e-3

@@ -29,5 +29,3 @@ def test_fitted_classifier_knows_where_crops_are_from() -> None:
     assert slim.architecture.dense.num_classes == 8
     seen = read_out(slim, 64, "fitted")
     assert seen.right is not None and seen.right > 50  # an eighth by chance
-    one, _ = compared_with(slim, 64, "int8", "gather", judged=True)
-    assert one.same_top1 > 90 and one.largest_difference > 1e-3

@@ -239,7 +239,7 @@ def _open(
     if runtime in ("pytorch", "pytorch-compile"):
         return PyTorch(rival.at(precision), compiled=runtime == "pytorch-compile"), None
     if (rival.name, precision) not in files:
-        files[rival.name, precision] = _exported(rival, precision)
+        files[rival.name, precision] = exported(rival, precision)
     content = files[rival.name, precision]
     if runtime in FLAVOURS:
         plan, _, _ = compile_engine(runtime, content, BatchProfile(least=1, best=32, most=128))
@@ -250,7 +250,8 @@ def _open(
     return onnx_session(runtime, content, precision, cache), content
 
 
-def _exported(rival: Candidate, precision: Precision) -> bytes:
+def exported(rival: Candidate, precision: Precision) -> bytes:
+    """The ONNX file of one candidate. INT8 is calibrated on noise."""
     model = trace(rival.at(precision), torch.zeros(2, *IMAGE))
     if precision == "int8":
         model, _ = quantize(model, Quantization([noise(8)]))

@@ -12,6 +12,7 @@ from PIL import Image
 import benchmarks.timing
 from benchmarks.candidates import CANDIDATES, candidates, uniform_width
 from benchmarks.memory import peak_memory
+from benchmarks.precisions import measure
 from benchmarks.suite import Engine, engines_here, run_suite
 from pipeline.errors import InputError
 from pipeline.slim import SlimViT
@@ -97,3 +98,11 @@ def test_memory_is_what_the_model_adds() -> None:
     assert few is not None and many is not None and few > weights.nbytes / 2**20
     assert many > few + 8192 * 1024 * 4 / 2**20  # its logits at least
     assert peak_memory(b"no model", "onnxruntime", "fp32", 1, (3, 32, 32)) is None
+
+
+def test_precisions_are_timed_against_fp32() -> None:
+    gains = measure("deit_tiny", "onnxruntime", 2, 0.05)
+    assert set(gains) == {"dense", "lowpass"}
+    for precisions in gains.values():
+        assert set(precisions) == {"fp32", "int8"} and precisions["fp32"].gain == 1
+        assert precisions["int8"].gain > 0 and precisions["int8"].latency.runs >= 7

@@ -1,0 +1,142 @@
+"""What a precision gains over FP32: dense and slim, every precision of a runtime in turns in one process.
+
+    python -m benchmarks.precisions --out benchmarks/results/precisions
+
+The suite times runtime after runtime, minutes apart, on a machine that may change between; ratios across its precisions
+carry that. Here they do not. Weights are random and checked as in the suite. Results are written after every batch
+size.
+"""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.candidates import MODELS, candidates
+from benchmarks.latency import parse_batches
+from benchmarks.machine import Machine, describe, in_a_line
+from benchmarks.suite import MIN_ROUNDS, TOLERANCE, exported, noise
+from benchmarks.timing import Latency, check_logits, interleaved, latency, speedup
+from export.options import PRECISIONS, Precision
+from export.runtimes import SUPPORTED, RuntimeName, missing
+from export.sessions import OnnxRuntime, OpenVino, Session
+from pipeline.errors import InputError, RunError
+from pipeline.files import write_json, write_text
+from pipeline.progress import console
+
+ON_CPU: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
+BASE: Precision = "fp32"
+WHO = ("dense", "lowpass")
+
+
+class Gain(BaseModel):
+    """One model in one precision: its latency, and how many times faster than itself in FP32, round by round."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    latency: Latency
+    gain: float
+    gain_quartiles: tuple[float, float]
+
+
+class Precisions(BaseModel):
+    """Everything that was measured: runtime -> batch -> model -> precision."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    command: str
+    seconds: float
+    machine: Machine
+    model: str
+    runtimes: dict[RuntimeName, dict[int, dict[str, dict[str, Gain]]]] = {}
+
+
+def measure(model: str, runtime: RuntimeName, batch: int, seconds: float) -> dict[str, dict[str, Gain]]:
+    """Dense and slim in every precision of one runtime that gains by it on a CPU, in turns.
+
+    Args:
+        model: of `benchmarks.candidates.MODELS`.
+        runtime: of `ON_CPU`.
+        batch: size.
+        seconds: about how long each is timed for.
+
+    Raises:
+        RunError: a session cannot be made, or its logits are not the model's.
+    """
+    sessions: dict[tuple[str, Precision], Session] = {}
+    for rival in candidates(model, WHO):
+        for precision in PRECISIONS:
+            # FP16 has no kernels of its own on CPUs: it is computed in FP32, with casts.
+            if precision in SUPPORTED[runtime] and precision != "fp16":
+                content = exported(rival, precision)
+                session = OpenVino(content, precision) if runtime == "openvino" else OnnxRuntime(content)
+                check_logits(session, rival.at(BASE), noise(2), TOLERANCE[precision])
+                session.load(noise(batch))
+                sessions[rival.name, precision] = session
+    timed = interleaved({" ".join(key): session for key, session in sessions.items()}, seconds, MIN_ROUNDS)
+    gains: dict[str, dict[str, Gain]] = {name: {} for name in WHO}
+    for name, precision in sessions:
+        rounds = timed[f"{name} {precision}"]
+        factor, quartiles = speedup(timed[f"{name} {BASE}"], rounds)
+        gains[name][precision] = Gain(latency=latency(rounds, batch), gain=factor, gain_quartiles=quartiles)
+    return gains
+
+
+def as_markdown(done: Precisions) -> str:
+    """For people."""
+    lines = [
+        "# What precisions gain over FP32",
+        "",
+        f"`{done.command}`, {done.seconds / 60:.0f} minutes on {in_a_line(done.machine)} "
+        f"({', '.join(done.machine.matrix_units) or 'no matrix units'})",
+        "",
+        f"{done.model}, random weights; medians of interleaved rounds, every precision of a runtime in turns.",
+        "",
+        "| runtime | batch | model | precision | p50 ms | over its own FP32 (quartiles) |",
+        "|---|--:|---|---|--:|--:|",
+    ]
+    for runtime, batches in done.runtimes.items():
+        for batch, models in batches.items():
+            for name, precisions in models.items():
+                for precision, one in precisions.items():
+                    low, high = one.gain_quartiles
+                    cells = [runtime, str(batch), name, precision, f"{one.latency.p50_ms:.2f}"]
+                    lines.append(f"| {' | '.join(cells)} | {one.gain:.2f}x ({low:.2f} to {high:.2f}) |")
+    return "\n".join(lines) + "\n"
+
+
+def _main(
+    out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "deit_small",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
+    seconds: Annotated[float, typer.Option(min=0.05, help="To time each session for.")] = 6.0,
+) -> None:
+    """What a precision gains over FP32."""
+    if model not in MODELS:
+        raise InputError(f"there is no model {model!r}; choose from {', '.join(MODELS)}")
+    began, command = time.monotonic(), shlex.join(["python", "-m", "benchmarks.precisions", *sys.argv[1:]])
+    done = Precisions(command=command, seconds=0, machine=describe(), model=model)
+    for runtime in ON_CPU:
+        reason = missing(runtime)
+        if reason is not None:
+            console.print(f"{runtime}: not measured: {reason}", soft_wrap=True)
+            continue
+        for batch in parse_batches(batches):
+            console.print(f"{model}: {runtime}, batch {batch}: measuring", soft_wrap=True)
+            so_far = done.runtimes.get(runtime, {}) | {batch: measure(model, runtime, batch, seconds)}
+            update = {"runtimes": done.runtimes | {runtime: so_far}, "seconds": time.monotonic() - began}
+            done = done.model_copy(update=update)
+            write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
+            write_text(out.with_suffix(".md"), as_markdown(done))
+    console.print(as_markdown(done), soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(_main)
+    except (InputError, RunError) as error:
+        raise SystemExit(f"lowpass: {error}") from None

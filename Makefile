@@ -12,7 +12,7 @@ TRITON_READY := $(TRITON_VENV)/.lowpass-ready
 # Tests that trace models or call native runtimes. They run apart, and after the others: late in a process that had done
 # both, tests of plain PyTorch have met damaged memory (a NaN loss, an impossible label).
 one_each = $(foreach name,$(1),tests/test_$(name).py)
-RUNTIMES := $(call one_each,agreement cli criteria engines export latency peers profile quantize released selection)
+RUNTIMES := $(call one_each,agreement cli criteria engines export latency peers profile quantize released rounding selection)
 SERVERS := $(call one_each,serving suite)
 
 .PHONY: demo test lint triton

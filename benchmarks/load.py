@@ -25,8 +25,9 @@ Send = Callable[[], object]
 
 class Point(BaseModel):
     """One load on one model. `offered`: concurrent clients (closed) or requests a second (open), each request of
-    `request_images`. Milliseconds are of a
-    request as a client sees it; queue and compute are the server's own means, `mean_batch` what its batcher formed."""
+    `request_images`. Milliseconds are of a request as a client sees it; queue and compute are the server's own means,
+    `mean_batch` what its batcher formed. Compute is None where the server's own sum fell: Triton has been seen to count
+    an execution as ending before it began."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +41,7 @@ class Point(BaseModel):
     requests: int
     mean_batch: float
     queue_ms: float
-    compute_ms: float
+    compute_ms: float | None
     batches: dict[int, int]  # size -> how often
 
 
@@ -139,7 +140,7 @@ def _measured(
         requests=len(every),
         mean_batch=(inferences - i0) / max(1, runs - r0),
         queue_ms=(queue - q0) / 1e6 / len(every),
-        compute_ms=(compute - c0) / 1e6 / len(every),
+        compute_ms=(compute - c0) / 1e6 / len(every) if compute > c0 else None,
         batches={size: n for size in sorted(sizes) if (n := sizes[size] - s0.get(size, 0))},
     )
 

@@ -175,7 +175,8 @@ def as_markdown(done: Serving) -> str:
                 load += f" x {point.request_images}" if point.request_images > 1 else ""
                 figures = (point.images_per_s, point.p50_ms, point.p95_ms, point.p99_ms)
                 rest = (point.mean_batch, point.queue_ms, point.compute_ms)
-                lines.append("| " + " | ".join([kind, load, *(f"{figure:.1f}" for figure in (*figures, *rest))]) + " |")
+                cells = ("-" if figure is None else f"{figure:.1f}" for figure in (*figures, *rest))
+                lines.append("| " + " | ".join([kind, load, *cells]) + " |")
         lines.append("")
         for kind, one in result.overhead.items():
             lines.append(

@@ -194,14 +194,16 @@ def test_five_thousand_malformed_requests(running: Running) -> None:
 
 def test_load_is_counted_by_client_and_server_alike(running: Running) -> None:
     url = running.url("grpc")
-    for point in (
+    points = (
         closed_loop(url, "digits", running.images[:2], 2, 0.5),
         open_loop(url, "digits", running.images[:2], 20, 1, 4),
-    ):
+    )
+    for point in points:
         assert point.requests > 1 and point.request_images == 2
         assert sum(size * runs for size, runs in point.batches.items()) == 2 * point.requests
-        assert 0 < point.p50_ms <= point.p95_ms <= point.p99_ms and point.compute_ms > 0
+        assert 0 < point.p50_ms <= point.p95_ms <= point.p99_ms
         assert 2 <= point.mean_batch <= 8
+    assert any(point.compute_ms for point in points)  # one may be None, see `Point`
     with pytest.raises(RunError, match="closed load of 1"):
         closed_loop(url, "digits", running.images[:1, :2], 1, 0.1)
 

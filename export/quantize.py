@@ -4,7 +4,7 @@ Only the linear layers of the blocks become INT8: 85 to 95 % of the MACs. Their 
 fuses each into one integer GEMM that writes floats, and LayerNorm, GELU, softmax and the residual sum stay as they
 were; quantising those outputs too is what made INT8 slow on a slim model, whose small tensors gain least from it.
 Products of two activations (attention) stay FP32 for the same reason, and so do the low-pass filter and the scores,
-which decide which tokens are kept. How weights are rounded: `export.rounding`.
+which decide which tokens are kept. Ranges and roundings are fitted to real inputs: `export.rounding`.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from export.options import Precision
-from export.rounding import round_weights
+from export.rounding import fit_to_inputs
 from export.sessions import Images, OnnxRuntime, as_input, logits_of
 from pipeline.progress import console, quiet, track
 from pipeline.run import quantization_batches
@@ -56,7 +56,7 @@ def quantize(model: onnx.ModelProto, images: Quantization) -> tuple[onnx.ModelPr
     layers = linear_layers(plain)
     calibration = [as_input(batch, metadata) for batch in images.calibration]
     everything = _with_qdq(plain, layers, calibration)
-    round_weights(everything, plain, layers, calibration)
+    fit_to_inputs(everything, plain, layers, calibration)
     if not images.judging:
         return everything, []
     wanted = _logits(model, images.judging)

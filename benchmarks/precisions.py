@@ -10,20 +10,21 @@ size.
 import shlex
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.candidates import MODELS, candidates
+from benchmarks.candidates import MODELS, Candidate, candidates
 from benchmarks.latency import parse_batches
 from benchmarks.machine import Machine, describe, in_a_line
-from benchmarks.suite import MIN_ROUNDS, TOLERANCE, exported, noise
+from benchmarks.suite import MIN_ROUNDS, TOLERANCE, Files, noise, open_rival
 from benchmarks.timing import Latency, check_logits, interleaved, latency, speedup
-from export.options import PRECISIONS, Precision
+from export.options import Precision
 from export.runtimes import SUPPORTED, RuntimeName, missing
-from export.sessions import OnnxRuntime, OpenVino, Session
+from export.sessions import Session
 from pipeline.errors import InputError, RunError
 from pipeline.files import write_json, write_text
 from pipeline.progress import console
@@ -55,35 +56,39 @@ class Precisions(BaseModel):
     runtimes: dict[RuntimeName, dict[int, dict[str, dict[str, Gain]]]] = {}
 
 
-def measure(model: str, runtime: RuntimeName, batch: int, seconds: float) -> dict[str, dict[str, Gain]]:
-    """Dense and slim in every precision of one runtime that gains by it on a CPU, in turns.
+def measure(
+    rivals: Sequence[Candidate], runtime: RuntimeName, batches: Sequence[int], seconds: float, out: Path, files: Files
+) -> Iterator[tuple[int, dict[str, dict[str, Gain]]]]:
+    """All models in every precision of one runtime that gains by it on a CPU, in turns, batch size by batch size.
 
     Args:
-        model: of `benchmarks.candidates.MODELS`.
+        rivals: the models.
         runtime: of `ON_CPU`.
-        batch: size.
+        batches: sizes.
         seconds: about how long each is timed for.
+        out, files: see `benchmarks.suite.open_rival`.
 
     Raises:
         RunError: a session cannot be made, or its logits are not the model's.
     """
     sessions: dict[tuple[str, Precision], Session] = {}
-    for rival in candidates(model, WHO):
-        for precision in PRECISIONS:
-            # FP16 has no kernels of its own on CPUs: it is computed in FP32, with casts.
-            if precision in SUPPORTED[runtime] and precision != "fp16":
-                content = exported(rival, precision)
-                session = OpenVino(content, precision) if runtime == "openvino" else OnnxRuntime(content)
-                check_logits(session, rival.at(BASE), noise(2), TOLERANCE[precision])
-                session.load(noise(batch))
-                sessions[rival.name, precision] = session
-    timed = interleaved({" ".join(key): session for key, session in sessions.items()}, seconds, MIN_ROUNDS)
-    gains: dict[str, dict[str, Gain]] = {name: {} for name in WHO}
-    for name, precision in sessions:
-        rounds = timed[f"{name} {precision}"]
-        factor, quartiles = speedup(timed[f"{name} {BASE}"], rounds)
-        gains[name][precision] = Gain(latency=latency(rounds, batch), gain=factor, gain_quartiles=quartiles)
-    return gains
+    for rival in rivals:
+        for precision in SUPPORTED[runtime]:
+            if precision == "fp16":  # it has no kernels of its own on CPUs: it is computed in FP32, with casts
+                continue
+            session, _ = open_rival(rival, runtime, precision, out, files)
+            check_logits(session, rival.at(BASE), noise(2), TOLERANCE[precision])
+            sessions[rival.name, precision] = session
+    for batch in batches:
+        for session in sessions.values():
+            session.load(noise(batch))
+        timed = interleaved({" ".join(key): session for key, session in sessions.items()}, seconds, MIN_ROUNDS)
+        gains: dict[str, dict[str, Gain]] = {rival.name: {} for rival in rivals}
+        for name, precision in sessions:
+            rounds = timed[f"{name} {precision}"]
+            factor, quartiles = speedup(timed[f"{name} {BASE}"], rounds)
+            gains[name][precision] = Gain(latency=latency(rounds, batch), gain=factor, gain_quartiles=quartiles)
+        yield batch, gains
 
 
 def as_markdown(done: Precisions) -> str:
@@ -120,14 +125,14 @@ def _main(
         raise InputError(f"there is no model {model!r}; choose from {', '.join(MODELS)}")
     began, command = time.monotonic(), shlex.join(["python", "-m", "benchmarks.precisions", *sys.argv[1:]])
     done = Precisions(command=command, seconds=0, machine=describe(), model=model)
+    rivals, files = candidates(model, WHO), Files()
     for runtime in ON_CPU:
         reason = missing(runtime)
+        console.print(f"{model}: {runtime}: {reason or 'measuring'}", soft_wrap=True)
         if reason is not None:
-            console.print(f"{runtime}: not measured: {reason}", soft_wrap=True)
             continue
-        for batch in parse_batches(batches):
-            console.print(f"{model}: {runtime}, batch {batch}: measuring", soft_wrap=True)
-            so_far = done.runtimes.get(runtime, {}) | {batch: measure(model, runtime, batch, seconds)}
+        for batch, gains in measure(rivals, runtime, parse_batches(batches), seconds, out.parent, files):
+            so_far = done.runtimes.get(runtime, {}) | {batch: gains}
             update = {"runtimes": done.runtimes | {runtime: so_far}, "seconds": time.monotonic() - began}
             done = done.model_copy(update=update)
             write_json(out.with_suffix(".json"), done.model_dump(mode="json"))

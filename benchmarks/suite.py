@@ -176,7 +176,7 @@ def _measure(
     problems = []
     for rival in rivals:
         try:
-            sessions[rival.name], content = _open(rival, runtime, precision, out, files)
+            sessions[rival.name], content = open_rival(rival, runtime, precision, out, files)
             check_logits(sessions[rival.name], rival.at("fp32"), noise(2), TOLERANCE[precision])
         except RunError as error:
             sessions.pop(rival.name, None)
@@ -232,14 +232,14 @@ def noise(batch: int) -> Images:
     return np.random.default_rng(batch).standard_normal((batch, *IMAGE), np.float32)
 
 
-def _open(
+def open_rival(
     rival: Candidate, runtime: RuntimeName, precision: Precision, out: Path, files: Files
 ) -> tuple[Session, bytes | None]:
-    """A session, and the ONNX file it runs where there is one."""
+    """A session, and the ONNX file it runs where there is one; what is made is kept in `files`, or cached in `out`."""
     if runtime in ("pytorch", "pytorch-compile"):
         return PyTorch(rival.at(precision), compiled=runtime == "pytorch-compile"), None
     if (rival.name, precision) not in files:
-        files[rival.name, precision] = exported(rival, precision)
+        files[rival.name, precision] = _exported(rival, precision)
     content = files[rival.name, precision]
     if runtime in FLAVOURS:
         plan, _, _ = compile_engine(runtime, content, BatchProfile(least=1, best=32, most=128))
@@ -250,8 +250,7 @@ def _open(
     return onnx_session(runtime, content, precision, cache), content
 
 
-def exported(rival: Candidate, precision: Precision) -> bytes:
-    """The ONNX file of one candidate. INT8 is calibrated on noise."""
+def _exported(rival: Candidate, precision: Precision) -> bytes:
     model = trace(rival.at(precision), torch.zeros(2, *IMAGE))
     if precision == "int8":
         model, _ = quantize(model, Quantization([noise(8)]))

@@ -100,8 +100,10 @@ def test_memory_is_what_the_model_adds() -> None:
     assert peak_memory(b"no model", "onnxruntime", "fp32", 1, (3, 32, 32)) is None
 
 
-def test_precisions_are_timed_against_fp32() -> None:
-    gains = measure("deit_tiny", "onnxruntime", 2, 0.05)
+def test_precisions_are_timed_against_fp32(tmp_path: Path) -> None:
+    rivals = candidates("deit_tiny", ("dense", "lowpass"))
+    [(batch, gains)] = measure(rivals, "onnxruntime", (2,), 0.05, tmp_path, {})
+    assert batch == 2
     assert set(gains) == {"dense", "lowpass"}
     for precisions in gains.values():
         assert set(precisions) == {"fp32", "int8"} and precisions["fp32"].gain == 1

@@ -40,7 +40,8 @@ from export.selection import Selection
 from export.to_onnx import to_onnx
 from export.verify import Verification, compare
 from pipeline.architecture import read_blocks
-from pipeline.errors import InputError, RunError
+from pipeline.errors import InputError
+from pipeline.exits import exit_codes
 from pipeline.files import write_json, write_text
 from pipeline.progress import console, track
 from pipeline.slim import SlimViT
@@ -225,7 +226,5 @@ def _main(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         typer.run(_main)
-    except (InputError, RunError) as error:
-        raise SystemExit(f"lowpass: {error}") from None

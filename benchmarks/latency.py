@@ -35,6 +35,7 @@ from export.to_tensorrt import FLAVOURS, build, current_plan
 from export.verify import export
 from pipeline.data import made_batches
 from pipeline.errors import InputError, RunError
+from pipeline.exits import exit_codes
 from pipeline.files import write_json, write_text
 from pipeline.imported import dense_run
 from pipeline.progress import console, track
@@ -324,7 +325,5 @@ def _suite(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         typer.run(_suite)
-    except InputError as error:
-        raise SystemExit(f"lowpass: {error}") from None

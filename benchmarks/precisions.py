@@ -25,7 +25,8 @@ from benchmarks.timing import Latency, check_logits, interleaved, latency, speed
 from export.options import Precision
 from export.runtimes import SUPPORTED, RuntimeName, missing
 from export.sessions import Session
-from pipeline.errors import InputError, RunError
+from pipeline.errors import InputError
+from pipeline.exits import exit_codes
 from pipeline.files import write_json, write_text
 from pipeline.progress import console
 
@@ -141,7 +142,5 @@ def _main(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         typer.run(_main)
-    except (InputError, RunError) as error:
-        raise SystemExit(f"lowpass: {error}") from None

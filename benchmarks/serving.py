@@ -34,7 +34,8 @@ from export.to_triton import DeployOptions, deploy
 from export.triton_server import Address, Supervisor, find_server
 from export.verify import export
 from pipeline.data import made_batches
-from pipeline.errors import InputError, RunError
+from pipeline.errors import InputError
+from pipeline.exits import exit_codes
 from pipeline.files import write_json, write_text
 from pipeline.metrics import Metrics
 from pipeline.progress import console
@@ -255,7 +256,5 @@ def _main(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         typer.run(_main)
-    except (InputError, RunError) as error:
-        raise SystemExit(f"lowpass: {error}") from None

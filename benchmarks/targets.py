@@ -28,6 +28,7 @@ from export.runtimes import RuntimeName
 from pipeline.architecture import Architecture
 from pipeline.dense import load_dense
 from pipeline.errors import InputError, RunError
+from pipeline.exits import exit_codes
 from pipeline.files import write_json, write_text
 from pipeline.progress import console
 from pipeline.recipe import make_recipe
@@ -219,7 +220,5 @@ def _numbers(option: str, text: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         typer.run(_main)
-    except (InputError, RunError) as error:
-        raise SystemExit(f"lowpass: {error}") from None

@@ -1,7 +1,5 @@
 """The `lowpass` command: parse, call, print. What the commands do is in `pipeline/commands/`."""
 
-import errno
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -10,7 +8,7 @@ import typer
 from pipeline import __version__
 from pipeline.allocator import keep_freed_memory
 from pipeline.commands import import_vtc, model, serve, ship
-from pipeline.errors import InputError, RunError
+from pipeline.exits import exit_codes
 
 app = typer.Typer(
     help="""Make a trained DeiT small, and fast where it is deployed (VTC-LFC, NeurIPS 2022).
@@ -61,31 +59,10 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 bad input, 1 failure, 130 interrupted."""
+    """Entry point; exit codes as in `pipeline.exits`."""
     keep_freed_memory()
-    try:
+    with exit_codes():
         app(arguments)
-    except InputError as error:
-        _fail(str(error), 2)
-    except RunError as error:
-        _fail(str(error), 1)
-    except OSError as error:
-        _fail(_why(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; --resume goes on with a search", 130)
-
-
-def _why(error: OSError) -> str:
-    """An operating system's refusal with the file and the remedy."""
-    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"cannot write {what}; what was written before is whole: make room, then go on (a search: with --resume)"
-    return what
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"lowpass: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import matplotlib
 from matplotlib.figure import Figure
 
-from pipeline.files import write_bytes
+from lowpass.pipeline.base.files import write_bytes
 
 if TYPE_CHECKING:
-    from benchmarks.accuracy_table import Accuracy, Spread
-    from benchmarks.noise import Noise
-    from benchmarks.suite import ModelResult
+    from lowpass.benchmarks.accuracy.noise import Noise
+    from lowpass.benchmarks.accuracy.table import Accuracy, Spread
+    from lowpass.benchmarks.speed.suite import ModelResult
 
 matplotlib.use("Agg")
 COLOURS = {

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.errors import InputError
+from lowpass.pipeline.base.errors import InputError
 
 DEFAULT_PROFILE = "1:8:32"
 

@@ -5,9 +5,9 @@ from typing import Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from export.batch import DEFAULT_PROFILE, BatchProfile
-from export.pixels import Input
-from export.selection import Selection
+from lowpass.export.batch import DEFAULT_PROFILE, BatchProfile
+from lowpass.export.graph.pixels import Input
+from lowpass.export.graph.selection import Selection
 
 OPSET = 23  # of ONNX: the first with `Attention`
 Precision = Literal["fp32", "fp16", "bf16", "int8"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli import main
+from lowpass.cli import main
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import tritonclient.http
 
-from export.batch import BatchProfile
-from export.options import ExportOptions, Precision
-from export.pixels import Input
-from export.quantize import quantization_of
-from export.triton_client import Client, Protocol
-from export.triton_server import Address
-from export.verify import export
-from pipeline.run import verification_batches
+from lowpass.export.batch import BatchProfile
+from lowpass.export.graph.pixels import Input
+from lowpass.export.onnx.quantize import quantization_of
+from lowpass.export.onnx.verify import export
+from lowpass.export.options import ExportOptions, Precision
+from lowpass.export.triton.client import Client, Protocol
+from lowpass.export.triton.server import Address
+from lowpass.pipeline.run.run import verification_batches
 
 PROFILE = BatchProfile.parse("1:4:8")
 ROOT = Path(__file__).parent.parent

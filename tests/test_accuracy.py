@@ -9,22 +9,22 @@ from PIL import Image
 from tiny import TINY
 from torch.utils.data import Subset
 
-from benchmarks.accuracy import directory_of, one_seed, run_study, waves
-from benchmarks.accuracy_table import Accuracy, SeedResult, as_markdown, spread, summarise
-from benchmarks.curves import share_curves
-from benchmarks.machine import describe
-from benchmarks.noise import Noise, NoisePoint, channels_by_noisy_images, noisy, tokens_by_noisy_images
-from benchmarks.noise import as_markdown as noise_markdown
-from benchmarks.plots import plot_accuracy, plot_noise
-from benchmarks.studies import STUDIES, Study, Variant
-from pipeline.data import load_data
-from pipeline.dense import load_dense
-from pipeline.evaluate import top1
-from pipeline.recipe import Recipe, make_recipe
-from pipeline.run import compress
-from pipeline.search_log import SEARCH_FILE
-from pipeline.shaping import AS_PUBLISHED
-from pipeline.slim import SlimViT
+from lowpass.benchmarks.accuracy.noise import Noise, NoisePoint, channels_by_noisy_images, noisy, tokens_by_noisy_images
+from lowpass.benchmarks.accuracy.noise import as_markdown as noise_markdown
+from lowpass.benchmarks.accuracy.shared_curves import share_curves
+from lowpass.benchmarks.accuracy.studies import STUDIES, Study, Variant
+from lowpass.benchmarks.accuracy.study import directory_of, one_seed, run_study, waves
+from lowpass.benchmarks.accuracy.table import Accuracy, SeedResult, as_markdown, spread, summarise
+from lowpass.benchmarks.latency.machine import describe
+from lowpass.benchmarks.plots import plot_accuracy, plot_noise
+from lowpass.pipeline.checkpoints.dense import load_dense
+from lowpass.pipeline.data.datasets import load_data
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.run.recipe import Recipe, make_recipe
+from lowpass.pipeline.run.run import compress
+from lowpass.pipeline.search.log import SEARCH_FILE
+from lowpass.pipeline.search.shaping import AS_PUBLISHED
+from lowpass.pipeline.train.evaluate import top1
 
 DIGITS = {"model": "digits_deit", "weights": None, "data": "digits"}
 FEW = {"score_images": 32, "measure_images": 64, "recovery": False}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.agreement import compared_with, crops, read_out, slim_model
-from export.selection import SELECTIONS
+from lowpass.benchmarks.precision.agreement import compared_with, crops, read_out, slim_model
+from lowpass.export.graph.selection import SELECTIONS
 
 
 def test_crops_are_of_photographs_and_the_same_again() -> None:

@@ -11,7 +11,7 @@ import pytest
 CODE = """
 import resource, sys
 import torch
-from pipeline.allocator import keep_freed_memory
+from lowpass.pipeline.base.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

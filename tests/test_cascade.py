@@ -12,17 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from pipeline.architecture import Architecture, BlockShape
-from pipeline.cascade import FIRST_BLOCK_KEEP, Log, check_target, largest
-from pipeline.data import Batches, made_batches
-from pipeline.decisions import ChannelDecision, Curve, Decision, Plan, TokenDecision
-from pipeline.errors import InputError
-from pipeline.evaluate import top1
-from pipeline.recipe import Recipe
-from pipeline.search import search
-from pipeline.sensitivity import CHANNEL_CRITERIA, ChannelScores, Stream, low_frequency_sensitivity, sensitivity_from
-from pipeline.shaping import AS_PUBLISHED
-from pipeline.slim import SlimViT
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.data.datasets import Batches, made_batches
+from lowpass.pipeline.method.sensitivity import (
+    CHANNEL_CRITERIA,
+    ChannelScores,
+    Stream,
+    low_frequency_sensitivity,
+    sensitivity_from,
+)
+from lowpass.pipeline.model.architecture import Architecture, BlockShape
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.cascade import FIRST_BLOCK_KEEP, Log, check_target, largest
+from lowpass.pipeline.search.decisions import ChannelDecision, Curve, Decision, Plan, TokenDecision
+from lowpass.pipeline.search.search import search
+from lowpass.pipeline.search.shaping import AS_PUBLISHED
+from lowpass.pipeline.train.evaluate import top1
 
 TOKENS, BLOCKS = 36, 3  # enough for block 0 to drop a token, and for that to be worth it
 NEARLY_ALL = round(FIRST_BLOCK_KEEP * TOKENS)

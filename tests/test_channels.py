@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.architecture import BlockShape
-from pipeline.channels import ChannelChoice, choose_channels, choose_for_shape
-from pipeline.sensitivity import ChannelScores
+from lowpass.pipeline.method.channels import ChannelChoice, choose_channels, choose_for_shape
+from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.model.architecture import BlockShape
 
 
 @st.composite

@@ -9,11 +9,11 @@ from command_line import answer, refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipeline.cli import main
-from pipeline.slim import SlimViT
+from lowpass.cli import main
+from lowpass.pipeline.model.slim import SlimViT
 
 QUICK = ["--model", "digits_deit", "--data", "digits", "--score-images", "128", "--measure-images", "128"]
-WEIGHTS = Path("pipeline/weights/digits_deit.safetensors")
+WEIGHTS = Path("pipeline/checkpoints/weights/digits_deit.safetensors")
 ROOT = Path(__file__).parent.parent
 
 
@@ -220,7 +220,7 @@ def test_a_failure_is_not_a_refusal(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("export.verify.write_bytes", full)
+    monkeypatch.setattr("lowpass.export.onnx.verify.write_bytes", full)
     with pytest.raises(SystemExit) as stop:
         main(["export", str(slim_run)])
     assert stop.value.code == 1 and "No space left" in capsys.readouterr().err

@@ -15,25 +15,25 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.deploy import deployable
-from export.sessions import OnnxRuntime, logits_of
-from export.to_onnx import trace
-from pipeline.architecture import Architecture, BlockShape
-from pipeline.cascade import Log
-from pipeline.channels import choose_for_shape
-from pipeline.data import Batches, made_batches
-from pipeline.decisions import Decision
-from pipeline.energy import TOKEN_CRITERIA, TokenCriterion, TokenScore, keep_tokens
-from pipeline.errors import InputError
-from pipeline.order import chooser
-from pipeline.recipe import Recipe, make_recipe
-from pipeline.removal import remove_channels
-from pipeline.run import apply_table
-from pipeline.search import search
-from pipeline.sensitivity import CHANNEL_CRITERIA, ChannelScores, Stream, low_frequency_sensitivity
-from pipeline.shaping import AS_PUBLISHED
-from pipeline.slim import SlimViT
-from pipeline.standing import Standing
+from lowpass.export.graph.deploy import deployable
+from lowpass.export.onnx.file import trace
+from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.data.datasets import Batches, made_batches
+from lowpass.pipeline.method.channels import choose_for_shape
+from lowpass.pipeline.method.energy import TOKEN_CRITERIA, TokenCriterion, TokenScore, keep_tokens
+from lowpass.pipeline.method.sensitivity import CHANNEL_CRITERIA, ChannelScores, Stream, low_frequency_sensitivity
+from lowpass.pipeline.model.architecture import Architecture, BlockShape
+from lowpass.pipeline.model.removal import remove_channels
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.run.recipe import Recipe, make_recipe
+from lowpass.pipeline.run.run import apply_table
+from lowpass.pipeline.search.cascade import Log
+from lowpass.pipeline.search.decisions import Decision
+from lowpass.pipeline.search.order import chooser
+from lowpass.pipeline.search.search import search
+from lowpass.pipeline.search.shaping import AS_PUBLISHED
+from lowpass.pipeline.search.state import Standing
 
 SCORES: tuple[TokenScore, ...] = get_args(TokenScore)
 CRITERIA = [(criterion, score) for criterion in TOKEN_CRITERIA for score in SCORES]

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import pipeline.data
-from pipeline.architecture import Architecture, Preprocessing
-from pipeline.data import Data, load_data, made_batches
-from pipeline.digits import CANVAS, NUM_CLASSES, DigitScenes, Split, _photographs, _scans
-from pipeline.errors import InputError
-from pipeline.slim import SlimViT
+import lowpass.pipeline.data.datasets
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.data.datasets import Data, load_data, made_batches
+from lowpass.pipeline.data.digits import CANVAS, NUM_CLASSES, DigitScenes, Split, _photographs, _scans
+from lowpass.pipeline.model.architecture import Architecture, Preprocessing
+from lowpass.pipeline.model.slim import SlimViT
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,7 @@ def test_a_reader_that_does_not_count_classes_is_believed(
         asked.append((name, root, split))
         return [(name, split, "RandAugment" in str(transform))]
 
-    monkeypatch.setattr(pipeline.data, "create_dataset", create)
+    monkeypatch.setattr(lowpass.pipeline.data.datasets, "create_dataset", create)
     data = load_data("hfds/someone/images", two_classes)
     assert data.num_classes is None
     assert (data.train[0], data.calibration[0], data.test[0]) == (

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.dense import DIGITS_WEIGHTS, load_dense, read_weights
-from pipeline.digits import DigitScenes
-from pipeline.errors import InputError
-from pipeline.evaluate import top1
-from pipeline.slim import SlimViT
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.checkpoints.dense import DIGITS_WEIGHTS, load_dense, read_weights
+from lowpass.pipeline.data.digits import DigitScenes
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.train.evaluate import top1
 
 State = dict[str, Tensor]
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.energy import (
+from lowpass.pipeline.method.energy import (
     EnergyNorm,
     attention_importance,
     cls_importance,
@@ -15,7 +15,7 @@ from pipeline.energy import (
     low_frequency_energy,
     token_scores,
 )
-from pipeline.frequency import token_lowpass_matrix
+from lowpass.pipeline.method.frequency import token_lowpass_matrix
 
 NORMS: tuple[EnergyNorm, ...] = ("l2", "l1")
 seeds = st.integers(0, 2**16)

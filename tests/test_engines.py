@@ -6,14 +6,14 @@ import pytest
 import timm
 import torch
 
-from export.batch import BatchProfile
-from export.deploy import deployable
-from export.options import Precision
-from export.to_onnx import trace
-from export.to_tensorrt import compile_engine
-from pipeline.energy import TokenScore
-from pipeline.shaping import SHAPINGS
-from pipeline.slim import SlimViT
+from lowpass.export.batch import BatchProfile
+from lowpass.export.graph.deploy import deployable
+from lowpass.export.onnx.file import trace
+from lowpass.export.options import Precision
+from lowpass.export.tensorrt.build import compile_engine
+from lowpass.pipeline.method.energy import TokenScore
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.search.shaping import SHAPINGS
 
 MODELS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 PROFILES = ("1:8:32", "8")  # dynamic and static batch

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from pipeline.errors import InputError, RunError
-from pipeline.exits import exit_codes
+from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.base.exits import exit_codes
 
 
 @pytest.mark.parametrize(

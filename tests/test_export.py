@@ -16,25 +16,25 @@ from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-import export.deploy
-import export.verify
-from export.batch import BatchProfile
-from export.deploy import FusedAttention, RowAttention, deployable
-from export.options import ExportOptions, Precision
-from export.pixels import Input
-from export.runtimes import missing, open_session
-from export.selection import SELECTIONS, Selection
-from export.sessions import logits_of
-from export.to_onnx import FORBIDDEN, current_onnx, onnx_path, read_metadata, serialise, to_onnx, trace
-from export.to_tensorrt import NO_GPU, build, current_plan, manifest_path
-from export.verify import VERIFICATION_FILE
-from export.verify import export as export_verified
-from pipeline.architecture import BlockShape
-from pipeline.data import Batches
-from pipeline.energy import TokenScore
-from pipeline.errors import InputError, RunError
-from pipeline.run import verification_batches
-from pipeline.slim import SlimAttention, SlimViT
+import lowpass.export.graph.deploy
+import lowpass.export.onnx.verify
+from lowpass.export.batch import BatchProfile
+from lowpass.export.graph.deploy import FusedAttention, RowAttention, deployable
+from lowpass.export.graph.pixels import Input
+from lowpass.export.graph.selection import SELECTIONS, Selection
+from lowpass.export.onnx.file import FORBIDDEN, current_onnx, onnx_path, read_metadata, serialise, to_onnx, trace
+from lowpass.export.onnx.verify import VERIFICATION_FILE
+from lowpass.export.onnx.verify import export as export_verified
+from lowpass.export.options import ExportOptions, Precision
+from lowpass.export.runtimes.registry import missing, open_session
+from lowpass.export.runtimes.sessions import logits_of
+from lowpass.export.tensorrt.build import NO_GPU, build, current_plan, manifest_path
+from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.data.datasets import Batches
+from lowpass.pipeline.method.energy import TokenScore
+from lowpass.pipeline.model.architecture import BlockShape
+from lowpass.pipeline.model.slim import SlimAttention, SlimViT
+from lowpass.pipeline.run.run import verification_batches
 
 PROFILE = BatchProfile.parse("1:2:4")
 
@@ -179,7 +179,7 @@ def test_a_file_that_disagrees_is_not_written(
     wrong = serialise(slim_run, options(precision), dense=True)  # a good model, but not this one
     path = onnx_path(slim_run, precision)
     path.unlink(missing_ok=True)
-    monkeypatch.setattr(export.verify, "serialise", lambda *_: wrong)
+    monkeypatch.setattr(lowpass.export.onnx.verify, "serialise", lambda *_: wrong)
     with pytest.raises(RunError, match="not written"):
         export_verified(slim_run, options(precision), images)
     assert not path.exists()
@@ -275,7 +275,7 @@ def test_engine_and_its_manifest(slim_run: Path, images: Batches) -> None:
 
 def test_engine_is_refused_without_padding(slim_run: Path, images: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     """What makes the build a proof: TensorRT has no fused kernel for unequal heads, and does not fall back."""
-    monkeypatch.setattr(export.deploy, "fused_head_dim", lambda attention: None)
+    monkeypatch.setattr(lowpass.export.graph.deploy, "fused_head_dim", lambda attention: None)
     export_verified(slim_run, options("fp16"), images)
     with pytest.raises(RunError, match="TensorRT"):
         build(slim_run, "fp16", "tensorrt-rtx")

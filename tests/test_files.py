@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import sha256, write_bytes, write_json, write_text
+from lowpass.pipeline.base.files import sha256, write_bytes, write_json, write_text
 
 SIZE = 1 << 21  # of the files that are killed in the making: large enough that writing one takes a while
 
@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
 REWRITE = """
 import sys
 from pathlib import Path
-from pipeline.files import write_bytes
+from lowpass.pipeline.base.files import write_bytes
 path, size = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
 while True:
@@ -144,11 +144,11 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
 KILL_ITSELF = """
 import os, signal, sys
 from pathlib import Path
-import pipeline.files
+import lowpass.pipeline.base.files
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(os, sys.argv[2], die)
-pipeline.files.write_bytes(Path(sys.argv[1]), b"new")
+lowpass.pipeline.base.files.write_bytes(Path(sys.argv[1]), b"new")
 """
 
 

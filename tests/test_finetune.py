@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-import pipeline.finetune
-from pipeline.channels import ChannelChoice
-from pipeline.data import Data, load_data
-from pipeline.errors import InputError, RunError
-from pipeline.finetune import finetune
-from pipeline.recipe import FinetuneSettings
-from pipeline.removal import remove_channels
-from pipeline.slim import SlimViT
+import lowpass.pipeline.train.finetune
+from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.data.datasets import Data, load_data
+from lowpass.pipeline.method.channels import ChannelChoice
+from lowpass.pipeline.model.removal import remove_channels
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.run.recipe import FinetuneSettings
+from lowpass.pipeline.train.finetune import finetune
 
 COUNT, CLASSES = 24, 5
 
@@ -165,7 +165,7 @@ def test_the_rate_is_for_512_images(slim: SlimViT, dense: SlimViT) -> None:
 
 def test_large_gradients_are_clipped(slim: SlimViT, dense: SlimViT, monkeypatch: pytest.MonkeyPatch) -> None:
     clipped = tuned(slim, dense)
-    monkeypatch.setattr(pipeline.finetune, "CLIP", 1e9)
+    monkeypatch.setattr(lowpass.pipeline.train.finetune, "CLIP", 1e9)
     assert not same_weights(tuned(slim, dense), clipped)
 
 

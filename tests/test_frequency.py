@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.frequency import lowpass_images, token_lowpass_matrix
+from lowpass.pipeline.method.frequency import lowpass_images, token_lowpass_matrix
 
 sizes = st.integers(1, 13)
 seeds = st.integers(0, 2**16)

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import benchmarks.latency
-import benchmarks.timing
-from benchmarks.latency import benchmark, compare, parse_batches, parse_engines, parse_runtimes
-from benchmarks.machine import as_text, describe
-from benchmarks.timing import ROUNDS, interleaved
-from export.sessions import Images
-from pipeline.errors import InputError
+import lowpass.benchmarks.latency.compare
+import lowpass.benchmarks.latency.timing
+from lowpass.benchmarks.latency.compare import benchmark, compare, parse_batches, parse_engines, parse_runtimes
+from lowpass.benchmarks.latency.machine import as_text, describe
+from lowpass.benchmarks.latency.timing import ROUNDS, interleaved
+from lowpass.export.runtimes.sessions import Images
+from lowpass.pipeline.base.errors import InputError
 
 
 class _Named:
@@ -31,7 +31,7 @@ class _Named:
 
 
 def test_rounds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks.timing, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(lowpass.benchmarks.latency.timing, "WARM_UP_S", 0.0)
     turns: list[str] = []
     timed = interleaved({name: _Named(name, turns) for name in ("dense", "slim")}, seconds=1e-9)
     assert {name: len(rounds) for name, rounds in timed.items()} == {"dense": ROUNDS, "slim": ROUNDS}
@@ -66,9 +66,9 @@ def test_of_a_run(slim_run: Path) -> None:
 
 
 def test_another_models_session_is_not_timed(slim_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = benchmarks.latency.open_session
+    original = lowpass.benchmarks.latency.compare.open_session
     monkeypatch.setattr(
-        benchmarks.latency,
+        lowpass.benchmarks.latency.compare,
         "open_session",
         lambda runtime, run, precision, dense: original(runtime, run, precision, True),
     )

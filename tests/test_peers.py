@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.peers.evit import ReorganisingBlock, evit, evit_macs, matched_keep_rate
-from benchmarks.peers.tome import MergingBlock, matched_r, tome, tome_macs
-from pipeline.errors import InputError
+from lowpass.benchmarks.peers.evit import ReorganisingBlock, evit, evit_macs, matched_keep_rate
+from lowpass.benchmarks.peers.tome import MergingBlock, matched_r, tome, tome_macs
+from lowpass.pipeline.base.errors import InputError
 
 RIVALS: dict[str, tuple[Callable[[VisionTransformer], nn.Module], Callable[[VisionTransformer], int]]] = {
     "evit": (lambda vit: evit(vit, 0.7), lambda vit: evit_macs(vit, 0.7)),

@@ -10,14 +10,14 @@ from conftest import MakeViT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.architecture import Architecture, BlockShape, DenseViT
-from pipeline.costs import LatencyTable, Macs, total
-from pipeline.decisions import Plan
-from pipeline.errors import InputError
-from pipeline.plan import NEAR, AttentionOption, BlockCurve, SizeOption, cheapest, interpolated, plan
-from pipeline.shaping import SHAPINGS
-from pipeline.slim import SlimViT
-from pipeline.target import REFUSED_BEYOND, Goal, check_measured_target, make_plan, spread
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.model.architecture import Architecture, BlockShape, DenseViT
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.search.costs import LatencyTable, Macs, total
+from lowpass.pipeline.search.decisions import Plan
+from lowpass.pipeline.search.plan import NEAR, AttentionOption, BlockCurve, SizeOption, cheapest, interpolated, plan
+from lowpass.pipeline.search.shaping import SHAPINGS
+from lowpass.pipeline.search.target import REFUSED_BEYOND, Goal, check_measured_target, make_plan, spread
 
 DEPTH = 3
 

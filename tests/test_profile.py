@@ -10,22 +10,22 @@ import pytest
 import torch
 from conftest import MakeViT
 
-import benchmarks.goal
-import benchmarks.place
-import benchmarks.profile
-from benchmarks.chains import chained, with_tokens
-from benchmarks.goal import against_dense, default_cache_dir, latency_goal
-from benchmarks.profile import as_markdown, measure_table, token_grid
-from export.deploy import deployable
-from export.options import DTYPES, Precision
-from export.runtimes import RuntimeName, missing
-from export.sessions import OnnxRuntime, logits_of
-from export.to_onnx import trace
-from pipeline.architecture import Architecture
-from pipeline.costs import LatencyTable, total
-from pipeline.dense import load_dense
-from pipeline.errors import InputError
-from pipeline.slim import SlimViT
+import lowpass.benchmarks.latency.parts
+import lowpass.benchmarks.latency.setup
+import lowpass.benchmarks.latency.target
+from lowpass.benchmarks.latency.part_graphs import chained, with_tokens
+from lowpass.benchmarks.latency.parts import as_markdown, measure_table, token_grid
+from lowpass.benchmarks.latency.target import against_dense, default_cache_dir, latency_goal
+from lowpass.export.graph.deploy import deployable
+from lowpass.export.onnx.file import trace
+from lowpass.export.options import DTYPES, Precision
+from lowpass.export.runtimes.registry import RuntimeName, missing
+from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.checkpoints.dense import load_dense
+from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.search.costs import LatencyTable, total
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def measured(table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
         calls.append(architecture)
         return table.model_copy(update={"dense": architecture.dense, "token_score": architecture.token_score})
 
-    monkeypatch.setattr(benchmarks.goal, "measure_table", measure)
+    monkeypatch.setattr(lowpass.benchmarks.latency.target, "measure_table", measure)
     return calls
 
 
@@ -110,7 +110,9 @@ def test_runtimes_and_precisions_are_measured(
 
 
 def test_parts_change_their_token_count_as_an_export_would(architecture: Architecture) -> None:
-    part = benchmarks.profile._Attention(benchmarks.profile._model(deployable(SlimViT(architecture))).blocks[0])
+    part = lowpass.benchmarks.latency.parts._Attention(
+        lowpass.benchmarks.latency.parts._model(deployable(SlimViT(architecture))).blocks[0]
+    )
     whole, short = (trace(part, torch.zeros(2, count, 24)) for count in (17, 9))
     del short.graph.value_info[:]
     assert with_tokens(whole, 17, 9).SerializeToString(deterministic=True) == short.SerializeToString(
@@ -121,8 +123,8 @@ def test_parts_change_their_token_count_as_an_export_would(architecture: Archite
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_chain_computes_its_parts_in_turn(architecture: Architecture, precision: Precision) -> None:
     dtype = DTYPES[precision]
-    block = benchmarks.profile._model(deployable(SlimViT(architecture), precision)).blocks[0]
-    part = benchmarks.profile._Mlp(block)
+    block = lowpass.benchmarks.latency.parts._model(deployable(SlimViT(architecture), precision)).blocks[0]
+    part = lowpass.benchmarks.latency.parts._Mlp(block)
     chain = chained(trace(part, torch.zeros(2, 17, 24, dtype=dtype)), 3, dtype)
     onnx.checker.check_model(chain, full_check=True)
     tokens = np.random.default_rng(0).standard_normal((2, 17, 24), np.float32)
@@ -161,7 +163,7 @@ def test_a_goal_measures_whole_models(
         seen.append(measured)
         return next(answers)
 
-    monkeypatch.setattr(benchmarks.goal, "against_dense", against)
+    monkeypatch.setattr(lowpass.benchmarks.latency.target, "against_dense", against)
     goal = latency_goal(architecture, 2.5, "onnxruntime", "fp32", 2, tmp_path)
     assert (goal.target, goal.unit) == (2.5, "ms") and goal.measure is not None
     slim = architecture.with_keep(0, 9)
@@ -235,7 +237,7 @@ def test_what_cannot_be_measured_is_refused(
         measure_table(architecture, "pytorch-compile", "fp32", 1)
     with pytest.raises(InputError, match="does not run bf16"):
         against_dense(architecture, architecture, "onnxruntime", "bf16", 1)
-    monkeypatch.setattr(benchmarks.place, "missing", lambda runtime: f"{runtime} is not installed")
+    monkeypatch.setattr(lowpass.benchmarks.latency.setup, "missing", lambda runtime: f"{runtime} is not installed")
     with pytest.raises(InputError, match="openvino is not installed"):
         latency_goal(architecture, 1.0, "openvino", "fp32", 1, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -8,19 +8,19 @@ import onnx
 import pytest
 import torch
 
-import export.quantize
-from benchmarks.peers.tome import tome
-from export.batch import BatchProfile
-from export.options import ExportOptions
-from export.quantize import Quantization, linear_layers, quantize, without_attention_nodes
-from export.runtimes import open_session
-from export.sessions import OnnxRuntime, logits_of
-from export.to_onnx import onnx_path, read_metadata, serialise, to_onnx, trace
-from export.to_tensorrt import build
-from export.verify import export as export_verified
-from pipeline.data import Batches
-from pipeline.run import quantization_batches, verification_batches
-from pipeline.slim import SlimViT
+import lowpass.export.onnx.quantize
+from lowpass.benchmarks.peers.tome import tome
+from lowpass.export.batch import BatchProfile
+from lowpass.export.onnx.file import onnx_path, read_metadata, serialise, to_onnx, trace
+from lowpass.export.onnx.quantize import Quantization, linear_layers, quantize, without_attention_nodes
+from lowpass.export.onnx.verify import export as export_verified
+from lowpass.export.options import ExportOptions
+from lowpass.export.runtimes.registry import open_session
+from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
+from lowpass.export.tensorrt.build import build
+from lowpass.pipeline.data.datasets import Batches
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.run.run import quantization_batches, verification_batches
 from tests.conftest import MakeViT
 
 INT8 = ExportOptions(precision="int8", profile=BatchProfile.parse("1:2:4"))
@@ -94,7 +94,7 @@ def test_layers_left_out_are_as_they_were(
     tuned_run: Path, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bar that cannot be met leaves out every layer, one by one; what remains is the FP32 model."""
-    monkeypatch.setattr(export.quantize, "JUDGED_TOP1", 101.0)
+    monkeypatch.setattr(lowpass.export.onnx.quantize, "JUDGED_TOP1", 101.0)
     plain = to_onnx(SlimViT.load(tuned_run), INT8)
     few = Quantization(quantization.calibration[:1], quantization.judging[:1])
     model, left_out = quantize(plain, few)

@@ -11,14 +11,14 @@ from command_line import answer, refusal
 from conftest import MakeViT
 from PIL import Image
 
-from benchmarks.search_cost import counted, ours
-from pipeline.cli import main
-from pipeline.data import made_batches
-from pipeline.forecast import forecast
-from pipeline.recipe import FinetuneSettings, Recipe, read_recipe
-from pipeline.run import finetune_settings
-from pipeline.shaping import AS_PUBLISHED, SHAPINGS
-from pipeline.slim import SlimViT
+from lowpass.benchmarks.search_cost.benchmark import counted, ours
+from lowpass.cli import main
+from lowpass.pipeline.data.datasets import made_batches
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.run.estimate import forecast
+from lowpass.pipeline.run.recipe import FinetuneSettings, Recipe, read_recipe
+from lowpass.pipeline.run.run import finetune_settings
+from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # What the paper reports: top-1, MACs.

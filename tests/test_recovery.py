@@ -11,13 +11,21 @@ from hypothesis import strategies as st
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
-from pipeline.channels import ChannelChoice, choose_channels, choose_for_shape
-from pipeline.data import Batches, made_batches
-from pipeline.recipe import Recipe
-from pipeline.recovery import HELD_OUT_EVERY, RIDGES, moments, refit, refit_pairing, token_weights, unscaled
-from pipeline.removal import remove_channels
-from pipeline.slim import SlimViT
-from pipeline.standing import Standing
+from lowpass.pipeline.data.datasets import Batches, made_batches
+from lowpass.pipeline.method.channels import ChannelChoice, choose_channels, choose_for_shape
+from lowpass.pipeline.method.recovery import (
+    HELD_OUT_EVERY,
+    RIDGES,
+    moments,
+    refit,
+    refit_pairing,
+    token_weights,
+    unscaled,
+)
+from lowpass.pipeline.model.removal import remove_channels
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.state import Standing
 
 
 def rows(seed: int, images: int = 16, tokens: int = 9, width: int = 6, out: int = 4) -> tuple[Tensor, Tensor, Tensor]:

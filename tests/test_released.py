@@ -19,15 +19,15 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.latency import benchmark
-from export.to_triton import DeployOptions, deploy
-from pipeline.cli import main
-from pipeline.errors import InputError
-from pipeline.imported import import_released
-from pipeline.recipe import Recipe
-from pipeline.released import read_released
-from pipeline.run import evaluate_run, finetune_run
-from pipeline.slim import DENSE_WEIGHTS_FILE, SlimViT
+from lowpass.benchmarks.latency.compare import benchmark
+from lowpass.cli import main
+from lowpass.export.triton.repository import DeployOptions, deploy
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.checkpoints.released import read_released
+from lowpass.pipeline.model.slim import DENSE_WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.run.imported import import_released
+from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.run.run import evaluate_run, finetune_run
 
 DATA = Path(__file__).parent / "data"
 CUTOFF = 0.85

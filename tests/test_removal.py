@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.channels import ChannelChoice
-from pipeline.energy import attention_importance, filtered_energy, keep_tokens
-from pipeline.removal import dependency_graph, remove_channels
-from pipeline.slim import SlimBlock, SlimViT
+from lowpass.pipeline.method.channels import ChannelChoice
+from lowpass.pipeline.method.energy import attention_importance, filtered_energy, keep_tokens
+from lowpass.pipeline.model.removal import dependency_graph, remove_channels
+from lowpass.pipeline.model.slim import SlimBlock, SlimViT
 
 HEADS, HEAD_DIM, HIDDEN = 3, 8, 96
 VARIANTS = {"plain": {}, "layer scale": {"init_values": 0.5}, "no qkv bias": {"qkv_bias": False}}

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.errors import InputError
-from pipeline.recipe import Recipe, make_recipe
-from pipeline.run import compress
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.run.recipe import Recipe, make_recipe
+from lowpass.pipeline.run.run import compress
 
 RESULTS = ("recipe.yaml", "search.jsonl", "architecture.json", "slim.safetensors", "metrics.json")
 GOALS = ({"target_macs": 0.6}, {"allowable_drop": 20.0})
@@ -52,7 +52,9 @@ def test_ten_kills_change_nothing(tiny_source: dict[str, object], tmp_path: Path
     """Killed at ten random moments, in the making of files too: what is there is whole, and each resumed run ends with
     the very same bytes."""
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["pipeline.run", "tiny"])  # imports once, so that the moments fall into the search
+    forks.set_forkserver_preload(
+        ["lowpass.pipeline.run.run", "tiny"]
+    )  # imports once, so that the moments fall into the search
     rng = random.Random(0)
     interrupted = 0
     for goal in GOALS:
@@ -120,7 +122,7 @@ def test_a_disk_in_trouble_is_said_and_the_run_goes_on_later(
     recipe = ["--data", "digits", "--target-macs", "0.6", "--score-images", "64", "--measure-images", "128"]
     for name, value in tiny_source.items():
         recipe += [f"--{name}", str(value)]
-    command = "import sys; sys.path.append('tests'); import tiny; from pipeline.cli import main; main()"
+    command = "import sys; sys.path.append('tests'); import tiny; from lowpass.cli import main; main()"
     compress_to = [sys.executable, "-c", command, "compress", *recipe, "--resume", "--out"]
     whole, troubled = tmp_path / "whole", tmp_path / "disk"
     troubled.mkdir()

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import export.quantize
-from export.options import ExportOptions
-from export.quantize import Quantization, quantize
-from export.rounding import ACTIVATION, LARGEST, SHARES, best_share, compensated
-from export.sessions import OnnxRuntime, logits_of
-from export.to_onnx import to_onnx
-from pipeline.slim import SlimViT
+import lowpass.export.onnx.quantize
+from lowpass.export.onnx.file import to_onnx
+from lowpass.export.onnx.quantize import Quantization, quantize
+from lowpass.export.onnx.rounding import ACTIVATION, LARGEST, SHARES, best_share, compensated
+from lowpass.export.options import ExportOptions
+from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
+from lowpass.pipeline.model.slim import SlimViT
 from tests.conftest import MakeViT
 
 
@@ -84,5 +84,5 @@ def test_a_graph_is_nearer_to_fp32(make_vit: MakeViT, monkeypatch: pytest.Monkey
         return float(np.square(logits(int8.SerializeToString()) - logits(model.SerializeToString())).mean())
 
     made_up_for = error()
-    monkeypatch.setattr(export.quantize, "fit_to_inputs", lambda *_: None)
+    monkeypatch.setattr(lowpass.export.onnx.quantize, "fit_to_inputs", lambda *_: None)
     assert made_up_for < error()

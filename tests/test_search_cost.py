@@ -5,14 +5,21 @@ from pathlib import Path
 import torch
 from conftest import MakeViT
 
-from benchmarks.search_cost import _scores, authors_schedule, compare, counted, random_model, sweep_point
-from pipeline.architecture import Architecture
-from pipeline.data import Batches, made_batches
-from pipeline.evaluate import top1
-from pipeline.recipe import Recipe
-from pipeline.sensitivity import low_frequency_sensitivity
-from pipeline.shaping import AS_PUBLISHED
-from pipeline.slim import SlimViT
+from lowpass.benchmarks.search_cost.benchmark import (
+    _scores,
+    authors_schedule,
+    compare,
+    counted,
+    random_model,
+    sweep_point,
+)
+from lowpass.pipeline.data.datasets import Batches, made_batches
+from lowpass.pipeline.method.sensitivity import low_frequency_sensitivity
+from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.shaping import AS_PUBLISHED
+from lowpass.pipeline.train.evaluate import top1
 
 RECIPE = Recipe(model="tiny", data="made", allowable_drop=30, shaping=AS_PUBLISHED, recovery=False)
 

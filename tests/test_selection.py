@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from export.selection import LOWERINGS, SELECTIONS, Selection
-from export.to_onnx import trace
-from pipeline.energy import keep_tokens
+from lowpass.export.graph.selection import LOWERINGS, SELECTIONS, Selection
+from lowpass.export.onnx.file import trace
+from lowpass.pipeline.method.energy import keep_tokens
 
 
 @given(

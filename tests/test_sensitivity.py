@@ -8,10 +8,10 @@ from conftest import MakeViT
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data import Batches, made_batches
-from pipeline.frequency import lowpass_images
-from pipeline.sensitivity import ChannelScores, low_frequency_sensitivity
-from pipeline.slim import SlimViT
+from lowpass.pipeline.data.datasets import Batches, made_batches
+from lowpass.pipeline.method.frequency import lowpass_images
+from lowpass.pipeline.method.sensitivity import ChannelScores, low_frequency_sensitivity
+from lowpass.pipeline.model.slim import SlimViT
 
 
 @pytest.fixture

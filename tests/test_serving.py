@@ -24,18 +24,18 @@ from served import ROOT, TRITON, Running, exported, free_address, post, raw, req
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
-from benchmarks.load import closed_loop, open_loop
-from export.runtimes import open_session
-from export.sessions import logits_of
-from export.to_onnx import current_onnx
-from export.to_tensorrt import build, manifest_path
-from export.to_triton import CONFIG_FILE, DeployOptions, deploy, serve_version, versions_of
-from export.triton_client import Client, Protocol, predict
-from export.triton_config import parse_config
-from export.triton_server import Supervisor, find_server, is_ready
-from pipeline.cli import main
-from pipeline.errors import InputError, RunError
-from pipeline.run import verification_batches
+from lowpass.benchmarks.serving.load import closed_loop, open_loop
+from lowpass.cli import main
+from lowpass.export.onnx.file import current_onnx
+from lowpass.export.runtimes.registry import open_session
+from lowpass.export.runtimes.sessions import logits_of
+from lowpass.export.tensorrt.build import build, manifest_path
+from lowpass.export.triton.client import Client, Protocol, predict
+from lowpass.export.triton.config import parse_config
+from lowpass.export.triton.repository import CONFIG_FILE, DeployOptions, deploy, serve_version, versions_of
+from lowpass.export.triton.server import Supervisor, find_server, is_ready
+from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.run.run import verification_batches
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def test_engines_for_other_hardware_are_refused(running: Running, monkeypatch: p
     plan = build(running.run, "fp16", "tensorrt-rtx")
     manifest = json.loads(manifest_path(plan).read_text()) | {"runtime": "tensorrt", "gpu": "another GPU"}
     manifest_path(plan).write_text(json.dumps(manifest))
-    monkeypatch.setattr("export.to_triton.current_gpu", lambda: "this GPU")
+    monkeypatch.setattr("lowpass.export.triton.repository.current_gpu", lambda: "this GPU")
     with pytest.raises(InputError, match=r"built for another GPU, this machine has this GPU.*lowpass build"):
         deploy(running.run, running.repository, "engine", DeployOptions(backend="tensorrt"))
     plan.write_bytes(b"other")
@@ -390,7 +390,7 @@ def test_serve_comes_back_after_a_kill(running: Running, tmp_path: Path) -> None
     repository = tmp_path / "repo"
     deploy(running.run, repository, "digits", DeployOptions(instances=1, threads=1))
     address = free_address()
-    command = [sys.executable, "-m", "pipeline.cli", "serve", str(repository), "--triton", str(TRITON), "--json"]
+    command = [sys.executable, "-m", "lowpass.cli", "serve", str(repository), "--triton", str(TRITON), "--json"]
     for kind, port in (("http", address.http), ("grpc", address.grpc), ("metrics", address.metrics)):
         command += [f"--{kind}-port", str(port)]
     wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:1])

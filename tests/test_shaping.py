@@ -10,17 +10,17 @@ from conftest import MakeViT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.architecture import Architecture
-from pipeline.cascade import Log, check_target
-from pipeline.channels import choose_channels, choose_shaped
-from pipeline.data import Batches, made_batches
-from pipeline.decisions import Decision, TokenDecision
-from pipeline.errors import InputError
-from pipeline.recipe import Recipe, make_shaping
-from pipeline.search import search
-from pipeline.sensitivity import ChannelScores
-from pipeline.shaping import AS_PUBLISHED, SHAPINGS, Shaping
-from pipeline.slim import SlimViT
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.data.datasets import Batches, made_batches
+from lowpass.pipeline.method.channels import choose_channels, choose_shaped
+from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.run.recipe import Recipe, make_shaping
+from lowpass.pipeline.search.cascade import Log, check_target
+from lowpass.pipeline.search.decisions import Decision, TokenDecision
+from lowpass.pipeline.search.search import search
+from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS, Shaping
 
 shapings = st.builds(
     Shaping,

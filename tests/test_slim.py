@@ -20,10 +20,10 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.architecture import Architecture, BlockShape, check_blocks
-from pipeline.energy import EnergyNorm, keep_tokens, token_scores
-from pipeline.errors import InputError
-from pipeline.slim import ARCHITECTURE_FILE, DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT, describe
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.method.energy import EnergyNorm, keep_tokens, token_scores
+from lowpass.pipeline.model.architecture import Architecture, BlockShape, check_blocks
+from lowpass.pipeline.model.slim import ARCHITECTURE_FILE, DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT, describe
 
 PLAIN: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -9,13 +9,13 @@ import pytest
 import timm
 from PIL import Image
 
-import benchmarks.timing
-from benchmarks.candidates import CANDIDATES, candidates, uniform_width
-from benchmarks.memory import peak_memory
-from benchmarks.precisions import measure
-from benchmarks.suite import Engine, engines_here, run_suite
-from pipeline.errors import InputError
-from pipeline.slim import SlimViT
+import lowpass.benchmarks.latency.timing
+from lowpass.benchmarks.precision.gains import measure
+from lowpass.benchmarks.speed.candidates import CANDIDATES, candidates, uniform_width
+from lowpass.benchmarks.speed.memory import peak_memory
+from lowpass.benchmarks.speed.suite import Engine, engines_here, run_suite
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.model.slim import SlimViT
 
 
 @pytest.mark.parametrize("model", ["deit_tiny", "deit_small", "deit_base"])
@@ -61,7 +61,9 @@ def test_a_suite_is_written(tmp_path: Path) -> None:
 
 def test_a_model_that_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        benchmarks.timing, "logits_of", lambda session, images: np.zeros((len(images), 1000), np.float32)
+        lowpass.benchmarks.latency.timing,
+        "logits_of",
+        lambda session, images: np.zeros((len(images), 1000), np.float32),
     )
     done = run_suite("paper", tmp_path, ["deit_tiny"], (1,), [("pytorch", "fp32")], ("dense",), 0.05)
     (engine,) = done.models["deit_tiny"].engines

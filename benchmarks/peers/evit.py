@@ -14,9 +14,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.peers.matching import describe_with_cls, vit_macs
-from pipeline.architecture import DenseViT
-from pipeline.errors import InputError
+from lowpass.benchmarks.peers.matching import describe_with_cls, vit_macs
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.model.architecture import DenseViT
 
 REORGANISING_BLOCKS = (3, 6, 9)  # of 12: the paper's 4th, 7th and 10th layers
 RATE_STEPS = 1000  # keep rates are matched to a thousandth, a fifth of a token of DeiT's 196

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 from timm.models import VisionTransformer
 
-from pipeline.architecture import DenseViT
-from pipeline.errors import InputError
-from pipeline.slim import describe
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.model.architecture import DenseViT
+from lowpass.pipeline.model.slim import describe
 
 
 def describe_with_cls(model: VisionTransformer) -> DenseViT:

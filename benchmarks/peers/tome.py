@@ -15,9 +15,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.peers.matching import describe_with_cls, vit_macs
-from pipeline.architecture import DenseViT
-from pipeline.errors import InputError
+from lowpass.benchmarks.peers.matching import describe_with_cls, vit_macs
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.model.architecture import DenseViT
 
 
 def tome(model: VisionTransformer, r: int | Sequence[int]) -> nn.Module:

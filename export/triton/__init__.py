@@ -1,1 +1,1 @@
-"""Files that are copied into a Triton model repository."""
+"""A model repository for Triton, a server for it, and a client."""

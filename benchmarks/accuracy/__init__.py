@@ -1,0 +1,1 @@
+"""Top-1 at matched MACs: the method against its rivals."""

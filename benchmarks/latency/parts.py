@@ -1,0 +1,257 @@
+"""Latency tables: what the parts of a model's blocks take on one runtime of this machine, for `--target-latency`.
+
+Each part is exported as it is deployed, with random weights.
+"""
+
+import copy
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowpass.benchmarks.latency.part_graphs import chained, with_tokens
+from lowpass.benchmarks.latency.setup import QUANTILE, Place, machine_of, noise, open_graph, refuse, warm, whole_session
+from lowpass.export.graph.deploy import AtPrecision, deployable
+from lowpass.export.onnx.file import trace
+from lowpass.export.onnx.quantize import Quantization, quantize
+from lowpass.export.options import Precision
+from lowpass.export.runtimes.registry import RuntimeName
+from lowpass.export.runtimes.sessions import PyTorch, Session
+from lowpass.pipeline.base.progress import track
+from lowpass.pipeline.model.architecture import Architecture, BlockShape, DenseViT
+from lowpass.pipeline.model.slim import SlimBlock, SlimViT
+from lowpass.pipeline.search.costs import LatencyTable
+from lowpass.pipeline.search.shaping import CACHE_WIDTH
+from lowpass.pipeline.search.target import spread
+
+TOKEN_COUNTS, HEAD_COUNTS, WIDTHS = 4, 5, 5  # points of the grid, at most
+TOKEN_STEP, WIDTH_STEP = 8, 32  # what shapings align to
+LINKS = 4  # parts in one graph: a call costs time of its own
+ROUNDS = 10
+
+
+class _Point(NamedTuple):
+    """One latency to measure. `alone` is one attention, behind which `selecting` has the selection, and `closing` the
+    last block."""
+
+    part: Literal["attention", "mlp", "alone", "selecting", "closing", "ends"]
+    tokens: int = 0
+    size: int = 0
+
+
+def measure_table(
+    architecture: Architecture, runtime: RuntimeName, precision: Precision, batch: int, seconds: float = 0.3
+) -> LatencyTable:
+    """What the parts of a model's blocks take on a runtime.
+
+    Args:
+        architecture: of the dense model, with its token score; its blocks do not matter.
+        runtime: any but `pytorch-compile`.
+        precision: of the exported parts.
+        batch: images at once.
+        seconds: about how long each point of the grid is timed for.
+
+    Raises:
+        InputError: the runtime is missing here, or lacks the precision.
+        RunError: it cannot run a part.
+    """
+    refuse(runtime, precision)
+    whole = architecture.dense.blocks()[0]
+    tokens = token_grid(architecture.dense)
+    heads = spread(range(1, whole.heads + 1), HEAD_COUNTS)
+    hidden = spread(
+        [*(w for w in range(WIDTH_STEP, whole.hidden, WIDTH_STEP) if w % CACHE_WIDTH), whole.hidden], WIDTHS
+    )
+    outermost = (heads[0], heads[-1])
+    points = len(tokens) * (len(heads) + len(hidden) + 2 + len(set(outermost))) + 1
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        place = Place(runtime, precision, batch, Path(folder))
+        opened = _sessions(architecture, place, tokens, heads, hidden)
+        sessions = dict(track(opened, f"building parts for {runtime}", total=points))
+        ms = _timed(sessions, seconds)
+    return LatencyTable(
+        dense=architecture.dense,
+        runtime=runtime,
+        precision=precision,
+        batch=batch,
+        token_score=architecture.token_score,
+        token_criterion=architecture.token_criterion,
+        machine=machine_of(runtime),
+        ends_ms=ms[_Point("ends")],
+        tokens=tuple(tokens),
+        rows=tuple(count * (whole.qk_dim + whole.v_dim) for count in heads),
+        hidden=tuple(hidden),
+        attention_ms=tuple(tuple(ms[_Point("attention", n, size)] / LINKS for size in heads) for n in tokens),
+        mlp_ms=tuple(tuple(ms[_Point("mlp", n, size)] / LINKS for size in hidden) for n in tokens),
+        selection_ms=tuple(max(0.0, ms[_Point("selecting", n)] - ms[_Point("alone", n)]) for n in tokens),
+        last_ms=tuple(
+            tuple(max(0.0, ms[_Point("closing", n, size)] - ms[_Point("alone", n)]) for size in outermost)
+            for n in tokens
+        ),
+    )
+
+
+def token_grid(dense: DenseViT) -> list[int]:
+    """Token counts to measure, prefix tokens included: from about a quarter to all, aligned but for the last."""
+    whole = dense.num_tokens + dense.num_prefix_tokens
+    least = max(whole // 4, dense.num_prefix_tokens + 2) // TOKEN_STEP * TOKEN_STEP
+    aligned = [count for count in range(least, whole, TOKEN_STEP) if count >= dense.num_prefix_tokens + 2]
+    return spread([*aligned, whole], TOKEN_COUNTS)
+
+
+def _sessions(
+    architecture: Architecture, place: Place, tokens: Sequence[int], heads: Sequence[int], hidden: Sequence[int]
+) -> Iterator[tuple[_Point, Session]]:
+    """A warm session for every point."""
+    dense = architecture.dense
+    whole, prefix = dense.blocks()[0], dense.num_prefix_tokens
+
+    def deployed(shape: BlockShape, image_tokens: int = whole.keep, keep: int = whole.keep) -> SlimViT:
+        slim = _two_blocks(architecture, shape)
+        slim.blocks[0].set_tokens(image_tokens, keep)
+        return _model(deployable(slim, place.precision))
+
+    for size in heads:
+        model = deployed(whole.model_copy(update={"heads": size}))
+        part = _Attention(model.blocks[0])
+        for count, session in _part_sessions(part, tokens, LINKS, dense, place):
+            yield _Point("attention", count, size), session
+        if size == whole.heads:
+            for count, session in _part_sessions(part, tokens, 1, dense, place):
+                yield _Point("alone", count), session
+        if size in (heads[0], heads[-1]):
+            closing = _Closing(deployed(whole).blocks[0], model.vit.blocks[-1])
+            for count, session in _part_sessions(closing, tokens, 1, dense, place):
+                yield _Point("closing", count, size), session
+    for size in hidden:
+        mlp = _Mlp(deployed(whole.model_copy(update={"hidden": size})).blocks[0])
+        for count, session in _part_sessions(mlp, tokens, LINKS, dense, place):
+            yield _Point("mlp", count, size), session
+    for count in tokens:
+        selecting = _Selecting(deployed(whole, count - prefix, (count - prefix) // 2).blocks[0])
+        for _, session in _part_sessions(selecting, [count], 1, dense, place):
+            yield _Point("selecting", count), session
+    ends = _Ends(deployed(whole))
+    yield _Point("ends"), whole_session(AtPrecision(ends, place.dtype), dense, place, quantised=False)
+
+
+def _two_blocks(architecture: Architecture, shape: BlockShape) -> SlimViT:
+    """Any block but the last, and the last."""
+    dense = architecture.dense.model_copy(update={"depth": 2})
+    return SlimViT(architecture.model_copy(update={"dense": dense, "blocks": (shape, shape)}))
+
+
+def _model(deployed: nn.Module) -> SlimViT:
+    """What `deployable` made, in its precision from end to end."""
+    model = deployed.model if isinstance(deployed, AtPrecision) else deployed
+    assert isinstance(model, SlimViT)
+    return model
+
+
+class _Attention(nn.Module):
+    def __init__(self, block: SlimBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.block.mix(tokens)[0]
+
+
+class _Mlp(_Attention):
+    def forward(self, tokens: Tensor) -> Tensor:
+        mixed: Tensor = self.block.ls2(self.block.mlp(self.block.norm2(tokens)))
+        return tokens + mixed
+
+
+class _Selecting(_Attention):
+    def forward(self, tokens: Tensor) -> Tensor:
+        mixed, weights = self.block.mix(tokens)
+        return self.block.keep_tokens(mixed, self.block.scores(mixed, weights), self.block.keep)
+
+
+class _Closing(_Attention):
+    def __init__(self, block: SlimBlock, last: nn.Module) -> None:
+        super().__init__(block)
+        self.last = last
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        left: Tensor = self.last(self.block.mix(tokens)[0])
+        return left
+
+
+class _Ends(nn.Module):
+    def __init__(self, model: SlimViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.classify(self.model.embed(images))
+
+
+def _part_sessions(
+    part: nn.Module, counts: Sequence[int], links: int, dense: DenseViT, place: Place
+) -> Iterator[tuple[int, Session]]:
+    """Warm sessions on a chain of parts, by token count. The part is exported once, at the last count."""
+    width = dense.embed_dim
+    if place.runtime == "pytorch":
+        chain = AtPrecision(nn.Sequential(*(copy.deepcopy(part) for _ in range(links))), place.dtype)
+        for count in counts:
+            yield count, warm(PyTorch(chain), noise(place.batch, count, width))
+        return
+    traced = trace(part, torch.zeros(2, counts[-1], width, dtype=place.dtype))
+    if place.precision == "int8":
+        traced, _ = quantize(traced, Quantization([noise(2, counts[-1], width)]))
+    for count in counts:
+        graph = chained(with_tokens(traced, counts[-1], count), links, place.dtype)
+        yield count, warm(open_graph(graph, place), noise(place.batch, count, width))
+
+
+def _timed(sessions: Mapping[_Point, Session], seconds: float) -> dict[_Point, float]:
+    """Milliseconds of a run, at about `seconds` a session. All sessions take turns, so that a change of the machine's
+    speed meets all of them."""
+    order = list(sessions)
+    cost = {point: min(_milliseconds(sessions[point]) for _ in range(2)) for point in order}
+    runs = {point: max(1, round(1000 * seconds / ROUNDS / cost[point])) for point in order}
+    timed: dict[_Point, list[float]] = {point: [] for point in order}
+    for _ in track(range(ROUNDS), "timing parts"):
+        for point in order:
+            timed[point].extend(_milliseconds(sessions[point]) for _ in range(runs[point]))
+        order.reverse()
+    return {point: float(np.percentile(every, QUANTILE)) for point, every in timed.items()}
+
+
+def _milliseconds(session: Session) -> float:
+    began = time.perf_counter_ns()
+    session.run()
+    return (time.perf_counter_ns() - began) / 1e6
+
+
+def as_markdown(table: LatencyTable) -> str:
+    """For people: a line of what was measured, and a table with a row for each token count."""
+    machine = table.machine
+    where = machine["gpu"] if machine["gpu"] != "none" else f"{machine['cores']} cores of {machine['cpu']}"
+    columns = [
+        "tokens",
+        "selection",
+        *(f"attention, {size} rows" for size in table.rows),
+        *(f"MLP, {size} wide" for size in table.hidden),
+        "last block, smallest",
+        "largest",
+    ]
+    lines = [
+        f"{table.dense.name}, {machine['runtime']}, {table.precision}, batch {table.batch}, on {where}: milliseconds "
+        f"of one block's parts, tokens scored by `{table.token_score}`. "
+        f"Embedding and classifier: {table.ends_ms:.3g} ms.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'--:|' * len(columns)}",
+    ]
+    for row, count in enumerate(table.tokens):
+        figures = [table.selection_ms[row], *table.attention_ms[row], *table.mlp_ms[row], *table.last_ms[row]]
+        lines.append(f"| {count} | {' | '.join(f'{ms:.3g}' for ms in figures)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""What a precision costs in agreement, and gains in time."""

@@ -1,0 +1,1 @@
+"""Dense against slim behind one Triton server."""

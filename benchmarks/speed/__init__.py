@@ -1,0 +1,1 @@
+"""Latency against rivals at matched MACs, on every runtime."""

@@ -1,0 +1,1 @@
+"""How near searches come to their targets."""

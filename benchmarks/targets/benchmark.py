@@ -1,0 +1,224 @@
+"""How near searches come to their targets: MACs, and milliseconds on this machine.
+
+    python -m lowpass.benchmarks.targets.benchmark --out benchmarks/results/targets
+
+Each target is a search of its own. A latency target is a share of what the dense model takes here. What came of it is
+measured anew, in turns with the dense model, and given at the best pace at which dense was seen to run, as the search
+does: the pace of a machine with neighbours changes by more than the search may miss. Beside that is what
+`lowpass benchmark` finds at the end, at the pace of that moment.
+"""
+
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict
+
+from lowpass.benchmarks.latency.compare import benchmark, parse_runtimes
+from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
+from lowpass.benchmarks.latency.target import latency_goal
+from lowpass.export.options import Precision
+from lowpass.export.runtimes.registry import RuntimeName
+from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.base.exits import exit_codes
+from lowpass.pipeline.base.files import write_json, write_text
+from lowpass.pipeline.base.progress import console
+from lowpass.pipeline.checkpoints.dense import load_dense
+from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.run.recipe import make_recipe
+from lowpass.pipeline.run.run import compress
+from lowpass.pipeline.search.shaping import SHAPINGS, Target
+from lowpass.pipeline.search.target import Goal
+
+PRECISION: Precision = "fp32"  # every CPU runtime has it
+TUNED_FOR: dict[RuntimeName, Target] = {"openvino": "openvino"}  # what else runs on CPUs is tuned as ONNX Runtime is
+TIMES = 3  # that the slim model is measured anew; the median counts
+TIMED_S = 6.0
+# Few images and nothing refitted: how near a search comes to a target does not hang on them.
+QUICK = {"score_images": 128, "measure_images": 64, "recovery": False}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MacsTarget(_Frozen):
+    """A share of the dense MACs, asked and reached."""
+
+    asked: float
+    reached: float
+
+
+class LatencyTarget(_Frozen):
+    """Milliseconds of a batch: asked, measured anew, and what `lowpass benchmark` finds for slim and dense."""
+
+    runtime: RuntimeName
+    batch: int
+    target_ms: float
+    measured_ms: float
+    slim_ms: float
+    dense_ms: float
+
+
+class Targets(_Frozen):
+    """Everything there is. `refused`: what an unreachable target of each kind was answered."""
+
+    command: str
+    seconds: float
+    machine: Machine
+    macs: tuple[MacsTarget, ...]
+    latencies: tuple[LatencyTarget, ...]
+    refused: dict[str, str]
+
+
+def macs_target(source: dict[str, Any], share: float) -> MacsTarget:
+    """Search to a share of the MACs.
+
+    Raises:
+        InputError: it cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = compress(make_recipe(**source, **QUICK, target_macs=share), Path(folder) / "run")
+    return MacsTarget(asked=share, reached=metrics.slim.macs / metrics.dense.macs)
+
+
+def latency_target(source: dict[str, Any], runtime: RuntimeName, batch: int, share: float) -> LatencyTarget:
+    """Search to a share of the dense model's milliseconds on a runtime, then time what came of it.
+
+    Raises:
+        InputError: it cannot be reached.
+    """
+    goal = latency_goal(_dense(source, runtime), 1.0, runtime, PRECISION, batch)
+    measure = goal.measure
+    assert measure is not None
+    goal = replace(goal, target=float(f"{share * measure(_dense(source, runtime)):.3g}"))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        _compress_to(source, runtime, batch, goal, run)
+        slim = SlimViT.load(run).architecture
+        measured_ms = median(measure(slim) for _ in range(TIMES))
+        timed = benchmark(run, [runtime], [batch], PRECISION, TIMED_S).runtimes[runtime].batches[batch]
+    return LatencyTarget(
+        runtime=runtime,
+        batch=batch,
+        target_ms=goal.target,
+        measured_ms=measured_ms,
+        slim_ms=timed.slim.p50_ms,
+        dense_ms=timed.dense.p50_ms,
+    )
+
+
+def _compress_to(source: dict[str, Any], runtime: RuntimeName, batch: int, goal: Goal, run: Path) -> None:
+    place = {"runtime": runtime, "latency_batch": batch, "latency_precision": PRECISION}
+    shaping = SHAPINGS[TUNED_FOR.get(runtime, "onnxruntime")]
+    recipe = make_recipe(**source, **QUICK, **place, shaping=shaping, target_latency=goal.target)
+    compress(recipe, run, goal_of=lambda _: goal)
+
+
+def _dense(source: dict[str, Any], runtime: RuntimeName) -> Architecture:
+    model = load_dense(source["model"], source["weights"])
+    return SlimViT.from_timm(
+        model, token_score=SHAPINGS[TUNED_FOR.get(runtime, "onnxruntime")].token_score
+    ).architecture
+
+
+def refusals(source: dict[str, Any], runtime: RuntimeName, batch: int) -> dict[str, str]:
+    """What is answered to a target of each kind that cannot be reached."""
+    told = {}
+    impossible = latency_goal(_dense(source, runtime), 0.001, runtime, PRECISION, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, search in (
+            ("macs", lambda run: compress(make_recipe(**source, **QUICK, target_macs=0.001), run)),
+            ("latency", lambda run: _compress_to(source, runtime, batch, impossible, run)),
+        ):
+            try:
+                search(Path(folder) / name)
+            except InputError as error:
+                told[name] = str(error)
+            else:
+                raise RunError(f"an unreachable target of {name} was not refused")
+    return told
+
+
+def as_markdown(done: Targets) -> str:
+    """For people."""
+    lines = [
+        "# How near searches come to their targets",
+        "",
+        f"`{done.command}`, {done.seconds / 60:.0f} minutes on {in_a_line(done.machine)}",
+        "",
+        "| share of the dense MACs asked | reached | off by |",
+        "|--:|--:|--:|",
+        *(f"| {one.asked:.2f} | {one.reached:.4f} | {_off(one.reached, one.asked)} |" for one in done.macs),
+        "",
+        "Latency of a batch: asked; measured anew in turns with dense, at dense's best pace; and what",
+        "`lowpass benchmark` finds at the end, at the pace of that moment.",
+        "",
+        "| runtime | batch | asked | measured | off by | benchmark: slim | off by | benchmark: dense |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        *(
+            f"| {one.runtime} {PRECISION} | {one.batch} | {one.target_ms:.2f} ms "
+            f"| {one.measured_ms:.2f} ms | {_off(one.measured_ms, one.target_ms)} "
+            f"| {one.slim_ms:.2f} ms | {_off(one.slim_ms, one.target_ms)} | {one.dense_ms:.2f} ms |"
+            for one in done.latencies
+        ),
+        "",
+        "Targets out of reach are refused:",
+        "",
+        *(f"- {message}" for message in done.refused.values()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _off(reached: float, asked: float) -> str:
+    return f"{100 * (reached / asked - 1):+.1f}%"
+
+
+def _main(
+    out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
+    macs: Annotated[str, typer.Option(help="Shares of the dense MACs.")] = "0.8,0.7,0.6,0.5,0.4,0.3",
+    shares: Annotated[str, typer.Option(help="Shares of the dense model's latency.")] = "0.8,0.6",
+    runtimes: Annotated[str, typer.Option(help="Of the latency targets.")] = "onnxruntime,openvino",
+    batch: Annotated[int, typer.Option(min=1, help="Of the latency targets.")] = 8,
+    model: Annotated[str, typer.Option(help="timm name of the dense model.")] = "digits_deit",
+    weights: Annotated[Path | None, typer.Option(help="Its checkpoint.")] = None,
+    data: Annotated[str, typer.Option(help="As of `lowpass compress`.")] = "digits",
+) -> None:
+    """How near searches come to their targets."""
+    began, source = time.monotonic(), {"model": model, "weights": weights, "data": data}
+    places = parse_runtimes(runtimes)
+    latencies = []
+    for runtime in places:
+        for share in _numbers("--shares", shares):
+            latencies.append(latency_target(source, runtime, batch, share))
+            console.print(str(latencies[-1]), soft_wrap=True)
+    done = Targets(
+        command=shlex.join(["python", "-m", "lowpass.benchmarks.targets.benchmark", *sys.argv[1:]]),
+        macs=tuple(macs_target(source, share) for share in _numbers("--macs", macs)),
+        latencies=tuple(latencies),
+        refused=refusals(source, places[0], batch),
+        seconds=time.monotonic() - began,
+        machine=describe(),
+    )
+    write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
+    write_text(out.with_suffix(".md"), as_markdown(done))
+    console.print(as_markdown(done), soft_wrap=True, markup=False)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give numbers, separated by commas") from None
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        typer.run(_main)

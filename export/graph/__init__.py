@@ -1,0 +1,1 @@
+"""The deployment graph: the same arithmetic in fewer kernels."""

@@ -1,0 +1,215 @@
+"""The deployment graph: the same arithmetic with fewer, larger operations."""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowpass.export.graph.selection import LOWERINGS, Selection
+from lowpass.export.options import DTYPES, OPSET, Precision
+from lowpass.pipeline.method.energy import TokenScore
+from lowpass.pipeline.model.slim import AttentionWeights, SlimAttention, SlimBlock, SlimViT, attend
+
+FUSED_HEAD_STEP = 4  # TensorRT's fused attention takes FP16/BF16 heads of 12, 16, 20, ... channels, query like value
+FUSED_HEAD_LEAST = 12
+
+
+class FusedAttention(nn.Module):
+    """`SlimAttention` with query, key and value as one GEMM.
+
+    With `head_dim`, query/key and value heads are zero-padded to that one size, which is exact: a zero channel adds
+    nothing to a logit, and a zero value meets a zero column of the projection.
+    """
+
+    def __init__(self, attention: SlimAttention, head_dim: int | None) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.qk_dim, self.v_dim = head_dim or attention.qk_dim, head_dim or attention.v_dim
+        self.weights = AttentionWeights(attention.weights.scale)
+        qk, v = [(layer, self.qk_dim) for layer in (attention.query, attention.key)], (attention.value, self.v_dim)
+        self.qkv = _stacked(self.num_heads, *qk, v)
+        source = attention.proj
+        self.proj = nn.Linear(self.num_heads * self.v_dim, source.out_features, device=source.weight.device)
+        with torch.no_grad():
+            self.proj.weight.copy_(_padded(source.weight.T, self.num_heads, self.v_dim).T)
+            self.proj.bias.copy_(source.bias)
+
+    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
+        """As `SlimAttention.forward`."""
+        sizes = [self.num_heads * d for d in (self.qk_dim, self.qk_dim, self.v_dim)]
+        query, key, value = (_by_head(part, self.num_heads) for part in self.qkv(x).split(sizes, -1))
+        mixed, weights = attend(query, key, value, self.weights, score)
+        return self.proj(mixed.transpose(1, 2).flatten(2)), weights
+
+
+class RowAttention(nn.Module):
+    """`SlimAttention` for CPU runtimes in FP32, without a copy or a sum that can be spared.
+
+    ONNX's `Attention` reads the rows [B, T, H * d] of three GEMMs as they are; what one GEMM gives would have to be
+    split, and heads set apart be transposed. Only the query keeps its bias: a key's adds the same to all logits of a
+    query, which softmax does not see, and as weights sum to one, a value's reaches the projection as it is and goes
+    into its bias.
+    """
+
+    def __init__(self, attention: SlimAttention) -> None:
+        super().__init__()
+        self.num_heads, self.weights = attention.num_heads, attention.weights
+        self.query, self.key, self.value = attention.query, _unbiased(attention.key), _unbiased(attention.value)
+        self.proj = _taking_bias(attention.proj, attention.value)
+
+    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
+        """As `SlimAttention.forward`, for blocks that do not read the `full` score."""
+        parts = self.query(x), self.key(x), self.value(x)
+        query, key, value = (_by_head(part, self.num_heads) for part in parts)
+        if torch.onnx.is_in_onnx_export():
+            return self.proj(self._by_row(*parts)), self.weights(query[:, :, :1], key) if score == "cls" else None
+        mixed, weights = attend(query, key, value, self.weights, score)
+        return self.proj(mixed.transpose(1, 2).flatten(2)), weights
+
+    def _by_row(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = self.num_heads
+        attributes: dict[str, Any] = {"q_num_heads": heads, "kv_num_heads": heads, "scale": self.weights.scale}
+        # Symbolic, with a shape of its own: `torch.onnx.ops.attention` takes value heads to be as long as query's.
+        return torch.onnx.ops.symbolic(
+            "Attention", (query, key, value), attributes, dtype=value.dtype, shape=value.shape, version=OPSET
+        )
+
+
+class LastBlock(nn.Module):
+    """The last block for the tokens alone that the classifier reads, the first `rows`: [B, T, C] -> [B, rows, C].
+
+    Exact: what other tokens would become there is never read, and so none need be dropped there either. A row or two of
+    attention are written out: TensorRT has no fused kernel for so few.
+    """
+
+    def __init__(self, block: SlimBlock, rows: int) -> None:
+        super().__init__()
+        attention = block.attn
+        self.rows, self.num_heads = rows, attention.num_heads
+        self.norm1, self.ls1, self.norm2, self.mlp, self.ls2 = block.norm1, block.ls1, block.norm2, block.mlp, block.ls2
+        self.query, self.weights = attention.query, attention.weights
+        self.proj = _taking_bias(attention.proj, attention.value)  # see `RowAttention`
+        parts = [(attention.key, attention.qk_dim), (attention.value, attention.v_dim)]
+        self.key_value = _stacked(self.num_heads, *((_unbiased(layer), size) for layer, size in parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All tokens that enter -> those that are read."""
+        kept = x[:, : self.rows]
+        sizes = [self.query.out_features, self.proj.in_features]
+        query, key, value = (
+            _by_head(part, self.num_heads)
+            for part in (self.query(self.norm1(kept)), *self.key_value(self.norm1(x)).split(sizes, -1))
+        )
+        mixed = self.weights(query, key) @ value
+        kept = kept + self.ls1(self.proj(mixed.transpose(1, 2).flatten(2)))
+        return cast(Tensor, kept + self.ls2(self.mlp(self.norm2(kept))))
+
+
+def _unbiased(layer: nn.Linear) -> nn.Linear:
+    """The layer, sharing its weights, without a bias."""
+    bare = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    bare.weight = layer.weight
+    return bare
+
+
+def _taking_bias(proj: nn.Linear, value: nn.Linear) -> nn.Linear:
+    """The projection with what the bias of `value` adds to its output in its own bias."""
+    if value.bias is None:
+        return proj
+    taking = nn.Linear(proj.in_features, proj.out_features, device="meta")
+    with torch.no_grad():
+        taking.weight, taking.bias = proj.weight, nn.Parameter(proj.bias + proj.weight @ value.bias, False)
+    return taking
+
+
+def _stacked(num_heads: int, *parts: tuple[nn.Linear, int]) -> nn.Linear:
+    """Layers as one, the heads of each zero-padded to its size."""
+    first = parts[0][0]
+    rows = num_heads * sum(size for _, size in parts)
+    stacked = nn.Linear(first.in_features, rows, bias=first.bias is not None, device=first.weight.device)
+    with torch.no_grad():
+        stacked.weight.copy_(torch.cat([_padded(layer.weight, num_heads, size) for layer, size in parts]))
+        if first.bias is not None:
+            stacked.bias.copy_(torch.cat([_padded(layer.bias, num_heads, size) for layer, size in parts]))
+    return stacked
+
+
+def _padded(rows: Tensor, num_heads: int, size: int) -> Tensor:
+    """Rows [H * d, ...] -> [H * size, ...], zeros behind each head's own."""
+    heads = rows.unflatten(0, (num_heads, -1))
+    padded = heads.new_zeros(num_heads, size, *heads.shape[2:])
+    padded[:, : heads.shape[1]] = heads
+    return padded.flatten(0, 1)
+
+
+def _by_head(part: Tensor, num_heads: int) -> Tensor:
+    """[B, T, H * d] -> [B, H, T, d]."""
+    return part.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class WideLinear(nn.Module):
+    """A linear layer in FP32 from inputs of any precision: [..., C] -> [..., K] FP32.
+
+    For classifiers, which cost next to nothing: a BF16 logit of 10 has neighbours 1/16 away, where classes tie.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(x.float()))
+
+
+class AtPrecision(nn.Module):
+    """FP32 images in, FP32 logits out, `dtype` between, but for each `WideLinear`: a client need not know the
+    precision."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        wide = {part: copy.deepcopy(part.linear) for part in model.modules() if isinstance(part, WideLinear)}
+        self.model = model.to(dtype)
+        for part, linear in wide.items():
+            part.linear = linear
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.model(images.to(self.dtype))).float()
+
+
+def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selection = "gather") -> nn.Module:
+    """A copy of `slim` for inference: images [B, C, H, W] FP32 -> logits [B, classes] FP32, computed in `precision`
+    (INT8: in FP32, to be quantised).
+
+    At FP16 and BF16 the heads of blocks whose attention can run fused are padded to a size that TensorRT fuses. FP32
+    never fuses there, and the `full` token score needs the whole attention matrix, so neither is padded. FP32 reads
+    rows (`RowAttention`); INT8 does not: three GEMMs behind one quantised input ran slower in ONNX Runtime. The
+    classifier is FP32 (`WideLinear`).
+
+    MACs are those of the table, in which the last block counts whole.
+    """
+    model = copy.deepcopy(slim).eval().requires_grad_(False)
+    *inner, last = model.blocks
+    for block in inner:
+        whole_matrix = block.reads_attention == "full"
+        if precision == "fp32" and not whole_matrix:
+            attention: nn.Module = RowAttention(block.attn)
+        else:
+            padded = precision in ("fp16", "bf16") and not whole_matrix
+            attention = FusedAttention(block.attn, fused_head_dim(block.attn) if padded else None)
+        block.attn = attention  # type: ignore[assignment]
+        block.keep_tokens = LOWERINGS[selection]
+    model.vit.blocks[-1] = LastBlock(last, rows=2 if slim.architecture.dense.distilled else 1)
+    dtype = DTYPES[precision]
+    if dtype == torch.float32:
+        return model
+    for name in ("head", "head_dist") if slim.architecture.dense.distilled else ("head",):
+        setattr(model.vit, name, WideLinear(getattr(model.vit, name)))
+    return AtPrecision(model, dtype)
+
+
+def fused_head_dim(attention: SlimAttention) -> int:
+    """The smallest head size that holds both kinds of head and that TensorRT fuses."""
+    needed = max(attention.qk_dim, attention.v_dim, FUSED_HEAD_LEAST)
+    return -(-needed // FUSED_HEAD_STEP) * FUSED_HEAD_STEP

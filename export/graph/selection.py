@@ -1,0 +1,50 @@
+"""Token selection as deployed: two lowerings of `lowpass.pipeline.method.energy.keep_tokens`, which keep the same tokens."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lowpass.pipeline.method.energy import kept_indices
+
+Selection = Literal["gather", "onehot"]
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
+
+
+def gather_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:
+    """TopK, then rows of the flattened batch: [B, P + N, C], [B, N] -> [B, P + keep, C].
+
+    Whole rows are copied, prefix tokens with the rest; `keep_tokens` itself would export an index as large as its
+    output, and a concatenation.
+    """
+    batch, length, width = tokens.shape
+    num_prefix_tokens = length - scores.shape[1]
+    prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(batch, -1)
+    kept = torch.cat([prefix, kept_indices(scores, keep) + num_prefix_tokens], 1)
+    rows = kept + torch.arange(batch, device=tokens.device)[:, None] * length
+    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(batch, num_prefix_tokens + keep, width)
+
+
+def one_hot_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:
+    """No sort and no index: each token's rank by comparison, then a product with a one-hot matrix.
+
+    Among equal scores the earlier token ranks higher, as in ONNX's TopK.
+    """
+    count = scores.shape[1]
+    num_prefix_tokens = tokens.shape[1] - count
+    mine, other = scores[:, :, None], scores[:, None, :]
+    earlier = torch.ones(count, count, dtype=torch.bool, device=scores.device).tril(-1)
+    rank = ((other > mine) | ((other == mine) & earlier)).float().sum(-1)
+    stays = (rank < keep).float()
+    # The k-th token that stays goes to row k; 0 marks those that do not.
+    row = stays * (stays @ torch.ones(count, count, device=scores.device).triu())
+    rows = torch.arange(1, keep + 1, dtype=row.dtype, device=scores.device)
+    one_hot = (row[:, None, :] == rows[:, None]).to(tokens.dtype)
+    return torch.cat([tokens[:, :num_prefix_tokens], one_hot @ tokens[:, num_prefix_tokens:]], 1)
+
+
+LOWERINGS: dict[Selection, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "gather": gather_tokens,
+    "onehot": one_hot_tokens,
+}

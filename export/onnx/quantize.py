@@ -1,0 +1,192 @@
+"""INT8 by static Q/DQ in a form that both ONNX Runtime and TensorRT run fast, and what accuracy forbids left out.
+
+Only the linear layers of the blocks become INT8: 85 to 95 % of the MACs. Their outputs stay FP32, so that ONNX Runtime
+fuses each into one integer GEMM that writes floats, and LayerNorm, GELU, softmax and the residual sum stay as they
+were; quantising those outputs too is what made INT8 slow on a slim model, whose small tensors gain least from it.
+Products of two activations (attention) stay FP32 for the same reason, and so do the low-pass filter and the scores,
+which decide which tokens are kept. Ranges and roundings are fitted to real inputs: `lowpass.export.onnx.rounding`.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from lowpass.export.onnx.rounding import fit_to_inputs
+from lowpass.export.options import Precision
+from lowpass.export.runtimes.sessions import Images, OnnxRuntime, as_input, logits_of
+from lowpass.pipeline.base.progress import console, quiet, track
+from lowpass.pipeline.run.run import quantization_batches
+
+# Least share of the judging images (percent) whose top-1 must stay; above what an export is held to, on other images.
+JUDGED_TOP1 = 99.5
+LOWPASS = "lowpass"  # how the constant of LFE is named in the graph
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What INT8 is made by: batches of normalised images [B, C, H, W]. Ranges of activations come from `calibration`;
+    layers are left out until top-1 holds on `judging`. Without `judging` (random weights: top-1 says nothing) none is.
+    """
+
+    calibration: Sequence[Images]
+    judging: Sequence[Images] = ()
+
+
+def quantization_of(directory: Path, precision: Precision, data: str | None = None) -> Quantization | None:
+    """A run's training images for INT8; the other precisions need none."""
+    return Quantization(*quantization_batches(directory, data)) if precision == "int8" else None
+
+
+def quantize(model: onnx.ModelProto, images: Quantization) -> tuple[onnx.ModelProto, list[str]]:
+    """The graph that `deployable` makes for INT8, with INT8 linear layers: symmetric, weights per output channel in
+    [-64, 64], so that every CPU computes them alike, activations per tensor.
+
+    Returns:
+        The model, and the names of the layers left in FP32 because top-1 did not hold with them.
+    """
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    plain = without_attention_nodes(model)
+    layers = linear_layers(plain)
+    calibration = [as_input(batch, metadata) for batch in images.calibration]
+    everything = _with_qdq(plain, layers, calibration)
+    fit_to_inputs(everything, plain, layers, calibration)
+    if not images.judging:
+        return everything, []
+    wanted = _logits(model, images.judging)
+
+    def top1_kept(candidate: onnx.ModelProto) -> float:
+        return 100 * float((_logits(candidate, images.judging).argmax(-1) == wanted.argmax(-1)).mean())
+
+    chosen, left_out = everything, list[str]()
+    if top1_kept(chosen) >= JUDGED_TOP1:
+        return chosen, left_out
+    # What each layer costs alone; errors of different layers add up, near enough to say which to begin with.
+    cost = {}
+    for layer in track(layers, "measuring INT8 layers"):
+        alone = _logits(_leave_out(everything, plain, set(layers) - {layer}), images.judging)
+        cost[layer] = float(np.square(alone - wanted).mean())
+    for layer in sorted(layers, key=lambda name: -cost[name]):
+        left_out.append(layer)
+        chosen = _leave_out(everything, plain, set(left_out))
+        if top1_kept(chosen) >= JUDGED_TOP1:
+            break
+    console.print(f"INT8 leaves {len(left_out)} of {len(layers)} layers in FP32: {', '.join(left_out)}", soft_wrap=True)
+    return chosen, left_out
+
+
+def linear_layers(model: onnx.ModelProto) -> list[str]:
+    """The nodes that become INT8: products with a constant matrix, but for the low-pass filter of LFE."""
+    constants = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and constants.get(node.input[1]) == 2 and not node.input[1].endswith(LOWPASS)
+    ]
+
+
+def without_attention_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with each `Attention` [B, H, L, d] as the products and the softmax it stands for:
+    TensorRT fuses `Attention` at FP16 and BF16 alone, and what is around INT8 layers here is FP32."""
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    nodes = list(plain.graph.node)
+    del plain.graph.node[:]
+    for node in nodes:
+        plain.graph.node.extend(_written_out(node, plain.graph) if node.op_type == "Attention" else [node])
+    return plain
+
+
+def _written_out(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    name, (query, key, value, *mask) = node.name, node.input
+    given = {attribute.name: attribute for attribute in node.attribute}
+
+    def make(kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> onnx.NodeProto:
+        return onnx.helper.make_node(kind, inputs, [output], name=f"{output}.{kind}", **attributes)
+
+    head_dim = next(known.type.tensor_type.shape.dim[-1].dim_value for known in graph.value_info if known.name == query)
+    scale = np.array(given["scale"].f if "scale" in given else head_dim**-0.5, np.float32)
+    graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{name}.scale"))
+    yield make("Transpose", [key], f"{name}.key", perm=(0, 1, 3, 2))
+    yield make("MatMul", [query, f"{name}.key"], f"{name}.products")
+    yield make("Mul", [f"{name}.products", f"{name}.scale"], f"{name}.scaled")
+    logits = f"{name}.scaled"
+    if mask:
+        yield make("Add", [logits, mask[0]], f"{name}.masked")
+        logits = f"{name}.masked"
+    yield make("Softmax", [logits], f"{name}.weights", axis=-1)
+    yield make("MatMul", [f"{name}.weights", value], node.output[0])
+
+
+class _Batches(CalibrationDataReader):
+    def __init__(self, batches: Sequence[NDArray[Any]]) -> None:
+        self.batches = iter(batches)
+
+    def get_next(self) -> Mapping[str, NDArray[Any]] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"images": batch}
+
+
+def _with_qdq(plain: onnx.ModelProto, layers: Sequence[str], batches: Sequence[NDArray[Any]]) -> onnx.ModelProto:
+    work = onnx.ModelProto()
+    work.CopyFrom(plain)  # quantize_static moves the weights of what it is given into files
+    with tempfile.TemporaryDirectory() as folder, quiet("root"):
+        target = Path(folder) / "int8.onnx"
+        quantize_static(
+            work,
+            str(target),
+            _Batches(batches),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=list(layers),
+            per_channel=True,
+            activation_type=QuantType.QInt8,  # what TensorRT takes; on CPUs as fast as QUInt8
+            weight_type=QuantType.QInt8,
+            reduce_range=True,  # weights of 7 bits: without VNNI, x86 adds two products of 8 bits in 16 and saturates
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "MatMulConstBOnly": True,
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],
+            },
+        )
+        model = onnx.load(target)
+    model.producer_name = plain.producer_name
+    return model
+
+
+def _leave_out(quantised: onnx.ModelProto, plain: onnx.ModelProto, layers: set[str]) -> onnx.ModelProto:
+    """`quantised` with some layers as they are in `plain`."""
+    model = onnx.ModelProto()
+    model.CopyFrom(quantised)
+    graph = model.graph
+    before = {node.name: node for node in plain.graph.node if node.name in layers}
+    floats = {tensor.name: tensor for tensor in plain.graph.initializer}
+    for node in graph.node:
+        if node.name in layers:
+            node.input[:] = before[node.name].input
+            graph.initializer.append(floats[node.input[1]])
+    # What feeds nothing any more goes.
+    needed = {output.name for output in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    constants = {tensor.name: tensor for tensor in graph.initializer if tensor.name in needed}
+    del graph.initializer[:]
+    graph.initializer.extend(constants.values())
+    return model
+
+
+def _logits(model: onnx.ModelProto, batches: Sequence[Images]) -> Images:
+    session = OnnxRuntime(model.SerializeToString())
+    return np.concatenate([logits_of(session, batch) for batch in batches])

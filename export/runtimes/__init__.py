@@ -1,0 +1,1 @@
+"""One `Session` over every runtime."""

@@ -1,0 +1,131 @@
+"""Every runtime by name: whether it can run here, what it runs, and a `Session` on a run's model."""
+
+import importlib.metadata
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import onnxruntime
+import torch
+
+from lowpass.export.graph.deploy import deployable
+from lowpass.export.onnx.file import current_onnx, read_metadata, weights_path
+from lowpass.export.options import Precision
+from lowpass.export.runtimes.cpu import matrix_units
+from lowpass.export.runtimes.sessions import OnnxRuntime, OpenVino, PyTorch, Session
+from lowpass.export.runtimes.tensorrt import TensorRT
+from lowpass.export.tensorrt.build import FLAVOURS, Flavour, current_plan, installed_flavours
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.model.slim import SlimViT
+
+RuntimeName = (
+    Literal["pytorch", "pytorch-compile", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino"]
+    | Flavour
+)
+PROVIDERS: dict[str, str] = {
+    "onnxruntime": "CPU",
+    "onnxruntime-cuda": "CUDA",
+    "onnxruntime-tensorrt": "Tensorrt",
+}
+# What each runtime can compute in, the default of a machine without matrix units first.
+SUPPORTED: dict[RuntimeName, tuple[Precision, ...]] = {
+    "pytorch": ("fp32", "fp16", "bf16"),
+    "pytorch-compile": ("fp32", "fp16", "bf16"),
+    "onnxruntime": ("fp32", "fp16", "int8"),
+    "onnxruntime-cuda": ("fp16", "fp32", "bf16"),
+    "onnxruntime-tensorrt": ("fp16", "bf16", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "tensorrt": ("fp16", "bf16", "int8"),
+    "tensorrt-rtx": ("fp16", "bf16", "int8"),
+}
+RUNTIMES: tuple[RuntimeName, ...] = tuple(SUPPORTED)
+
+
+def missing(runtime: RuntimeName) -> str | None:
+    """Why a runtime cannot run here, or None if it can. Nothing is imported to find out but ONNX Runtime."""
+    if runtime in ("pytorch", "onnxruntime"):
+        return None
+    if runtime == "pytorch-compile":
+        compiler = torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")
+        return None if compiler else "torch.compile needs a C++ compiler (g++ or clang++) on a CPU"
+    if runtime == "openvino":
+        return None if importlib.util.find_spec("openvino") else _install(runtime)
+    if runtime in PROVIDERS:
+        if f"{PROVIDERS[runtime]}ExecutionProvider" not in onnxruntime.get_available_providers():
+            return f"this onnxruntime has no {PROVIDERS[runtime]} provider; pip install onnxruntime-gpu in its place"
+    elif runtime not in installed_flavours():
+        return _install(runtime)
+    return None if torch.cuda.is_available() else "it needs an NVIDIA GPU to run on"
+
+
+def _install(runtime: RuntimeName) -> str:
+    return f"{runtime} is not installed; pip install 'lowpass-vit[{runtime}]'"
+
+
+def default_precision(runtime: RuntimeName) -> Precision:
+    """FP16 on a GPU; on a CPU FP32, in OpenVINO BF16 where the CPU has matrix units for it."""
+    if runtime.startswith("pytorch") and torch.cuda.is_available():
+        return "fp16"
+    if runtime == "openvino" and "amx_bf16" in matrix_units():
+        return "bf16"
+    return SUPPORTED[runtime][0]
+
+
+def describe_runtime(runtime: RuntimeName) -> str:
+    """Version and device, for a report."""
+    if runtime.startswith("pytorch"):
+        return f"torch {torch.__version__}, {'cuda' if torch.cuda.is_available() else 'cpu'}"
+    if runtime in PROVIDERS:
+        return f"onnxruntime {onnxruntime.__version__}, {PROVIDERS[runtime]}"
+    if runtime == "openvino":
+        return f"openvino {importlib.metadata.version('openvino')}, cpu"
+    assert runtime in FLAVOURS
+    return f"{runtime} {installed_flavours()[runtime]}"
+
+
+def open_session(runtime: RuntimeName, directory: Path, precision: Precision, dense: bool = False) -> Session:
+    """A session on a run's slim (or dense) model.
+
+    Raises:
+        InputError: the runtime is missing here or lacks the precision, or its file is missing or stale.
+        RunError: the runtime cannot load it.
+    """
+    reason = missing(runtime)
+    if reason is not None:
+        raise InputError(f"cannot run on {runtime}: {reason}")
+    check_precision(runtime, precision)
+    if runtime in ("pytorch", "pytorch-compile"):
+        model = SlimViT.load(directory, weights_path(directory, dense).name)
+        return PyTorch(deployable(model, precision), compiled=runtime == "pytorch-compile")
+    onnx_file = current_onnx(directory, precision, dense)
+    if runtime in FLAVOURS:
+        plan, _ = current_plan(directory, precision, runtime, dense)
+        return TensorRT(plan.read_bytes(), runtime, read_metadata(onnx_file))
+    return onnx_session(runtime, onnx_file.read_bytes(), precision, directory)
+
+
+def onnx_session(runtime: RuntimeName, content: bytes, precision: Precision, directory: Path) -> Session:
+    """A session on the bytes of an ONNX file; what the runtime builds from it is cached in `directory`.
+
+    Raises:
+        RunError: the runtime cannot load it.
+    """
+    if runtime == "openvino":
+        return OpenVino(content, precision)
+    options = {}
+    if runtime == "onnxruntime-tensorrt":
+        cache = directory / "cache"
+        cache.mkdir(exist_ok=True)
+        options = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+    return OnnxRuntime(content, PROVIDERS[runtime], options)
+
+
+def check_precision(runtime: RuntimeName, precision: Precision) -> None:
+    """Refuse what a runtime cannot compute in.
+
+    Raises:
+        InputError: naming what it can.
+    """
+    if precision not in SUPPORTED[runtime]:
+        raise InputError(f"{runtime} does not run {precision}; choose from {', '.join(SUPPORTED[runtime])}")

@@ -1,0 +1,149 @@
+"""From a slim model to a timed engine: `export`, `build`, `benchmark`, `profile`, `doctor`."""
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lowpass.commands.common import AsJson, DataOption, PrecisionOption, Run, answer, say
+from lowpass.pipeline.base.errors import InputError
+
+
+def export(
+    directory: Run,
+    precision: Annotated[
+        PrecisionOption,
+        typer.Option(help="FP32 or INT8 for CPUs, BF16 for CPUs with AMX, FP16, BF16 or INT8 for TensorRT."),
+    ] = "fp32",
+    batch: Annotated[
+        str, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes an engine will be built for; ONNX takes any.")
+    ] = "1:8:32",
+    selection: Annotated[
+        Literal["gather", "onehot"],
+        typer.Option(
+            help="How token selection is lowered: TopK and a row gather, or comparisons and a one-hot MatMul."
+        ),
+    ] = "gather",
+    input: Annotated[
+        Literal["float32", "uint8"],
+        typer.Option(help="float32: normalised images [B, C, H, W]; uint8: pixels [B, H, W, C], normalised inside."),
+    ] = "float32",
+    dense: Annotated[bool, typer.Option("--dense", help="Export the dense model, for comparison.")] = False,
+    data: DataOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write DIR/model.<precision>.onnx, once it agrees with PyTorch on real images."""
+    from lowpass.export.batch import BatchProfile
+    from lowpass.export.onnx.file import onnx_path
+    from lowpass.export.onnx.quantize import quantization_of
+    from lowpass.export.onnx.verify import export as export_verified
+    from lowpass.export.options import ExportOptions
+    from lowpass.pipeline.run.run import verification_batches
+
+    options = ExportOptions(precision=precision, profile=BatchProfile.parse(batch), selection=selection, input=input)
+    batches, made = verification_batches(directory, data)
+    done = export_verified(directory, options, batches, made, dense, quantization_of(directory, precision, data))
+    say(
+        {"run": str(directory), "onnx": str(onnx_path(directory, precision, dense))} | done.model_dump(mode="json"),
+        f"{onnx_path(directory, precision, dense)}: on {done.images} {'made' if made else 'real'} images the largest "
+        f"logit difference from PyTorch is {done.largest_difference:.1e} (largest logit {done.largest_logit:.1f}), "
+        f"top-1 agrees on {done.same_top1:.2f} %",
+        as_json,
+    )
+
+
+def build(
+    directory: Run,
+    precision: Annotated[
+        PrecisionOption, typer.Option(help="Of the exported ONNX file; TensorRT keeps to it.")
+    ] = "fp16",
+    runtime: Annotated[
+        Literal["tensorrt", "tensorrt-rtx"] | None,
+        typer.Option(help="[default: tensorrt where it is installed, else tensorrt-rtx]"),
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Build the dense model, for comparison.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compile the exported model: DIR/model.<precision>.plan and its manifest. TensorRT-RTX needs no GPU for it."""
+    from lowpass.export.tensorrt.build import Manifest, manifest_path
+    from lowpass.export.tensorrt.build import build as build_engine
+
+    plan = build_engine(directory, precision, runtime, dense)
+    manifest = Manifest.model_validate_json(manifest_path(plan).read_bytes())
+    say(
+        {"run": str(directory), "plan": str(plan), "manifest": manifest.model_dump(mode="json")},
+        f"{plan}: {manifest.runtime} {manifest.version}, {precision}, batch {manifest.profile}, {manifest.gpu}",
+        as_json,
+    )
+
+
+def benchmark(
+    directory: Run,
+    against: Annotated[str, typer.Option(help="What to compare with, separated by commas; so far: dense.")] = "dense",
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="Runtimes, separated by commas. [default: all but pytorch-compile; missing ones are reported]"
+        ),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,32",
+    precision: Annotated[
+        PrecisionOption | None,
+        typer.Option(help="[default: fp16 on a GPU; fp32 on a CPU, in OpenVINO bf16 where it has AMX]"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.05, help="About how long to time each model at each batch.")] = 2.0,
+    as_json: AsJson = False,
+) -> None:
+    """Time slim against dense in interleaved rounds, on every runtime of this machine."""
+    from lowpass.benchmarks.latency.compare import benchmark as measure
+    from lowpass.benchmarks.latency.compare import parse_batches, parse_runtimes, refuse_other_rivals
+    from lowpass.pipeline.run.metrics import Metrics
+
+    refuse_other_rivals(against)
+    metrics = Metrics.load(directory)
+    measured = measure(directory, parse_runtimes(runtime), parse_batches(batches), precision, seconds)
+    answer(directory, metrics, measured, as_json)
+
+
+def profile(
+    model: Annotated[str, typer.Option(help="timm name of the dense model, or digits_deit.")],
+    runtime: Annotated[str, typer.Option(help="Where to measure, such as onnxruntime, openvino or tensorrt.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 1,
+    precision: Annotated[PrecisionOption | None, typer.Option(help="[default: the runtime's own]")] = None,
+    token_score: Annotated[
+        Literal["full", "cls"], typer.Option(help="How blocks that drop tokens score them, see `compress`.")
+    ] = "cls",
+    as_json: AsJson = False,
+) -> None:
+    """Measure what the parts of a model's blocks take on this machine: what `compress --target-latency` plans by.
+
+    The table is kept, and measured anew when the model, the runtime's version or the machine changes."""
+    from lowpass.benchmarks.latency.parts import as_markdown
+    from lowpass.benchmarks.latency.target import latency_table
+    from lowpass.pipeline.checkpoints.dense import load_dense
+    from lowpass.pipeline.model.slim import SlimViT
+
+    dense = load_dense(model, random_weights=model != "digits_deit")  # a latency does not hang on weights
+    architecture = SlimViT.from_timm(dense, token_score=token_score).architecture
+    table = latency_table(architecture, *place(runtime, precision), batch)
+    say(table.model_dump(mode="json"), as_markdown(table), as_json)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can do: CPU and GPU, runtimes and their versions, TensorRT, Triton."""
+    from lowpass.benchmarks.latency.machine import as_text, describe
+
+    machine = describe()
+    say(machine.model_dump(mode="json"), as_text(machine), as_json)
+
+
+def place(runtime: str | None, precision: str | None) -> tuple[Any, Any]:
+    """A runtime by name, and a precision it computes in: the one asked for, or its own."""
+    from lowpass.benchmarks.latency.compare import parse_runtimes
+    from lowpass.export.runtimes.registry import check_precision, default_precision, missing
+
+    name = parse_runtimes(runtime)[0]
+    if reason := missing(name):
+        raise InputError(f"cannot measure latencies on {name}: {reason}")
+    chosen: Any = precision or default_precision(name)
+    check_precision(name, chosen)
+    return name, chosen

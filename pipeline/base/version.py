@@ -1,0 +1,3 @@
+"""What is installed."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Whatever people bring, made a dense timm ViT."""

@@ -1,0 +1,1 @@
+"""Images and labels: folders, readers, and the embedded digits."""

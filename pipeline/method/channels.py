@@ -1,0 +1,129 @@
+"""Which channels of a block stay: by a score threshold with head search (the paper's way), or to a given shape."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.model.architecture import BlockShape
+from lowpass.pipeline.search.shaping import Shaping
+
+
+@dataclass(frozen=True)
+class ChannelChoice:
+    """What stays of a block. Indices are ascending and refer to the block as it was scored.
+
+    `heads[i]` is a kept head; `query_key[i]` and `value[i]` are the channels kept inside it (equally many in every
+    head). `hidden` are the kept hidden channels of the MLP.
+    """
+
+    heads: tuple[int, ...]
+    query_key: tuple[tuple[int, ...], ...]
+    value: tuple[tuple[int, ...], ...]
+    hidden: tuple[int, ...]
+
+    def shape(self, keep: int) -> BlockShape:
+        """The block that results, passing on `keep` tokens."""
+        return BlockShape(
+            heads=len(self.heads),
+            qk_dim=len(self.query_key[0]),
+            v_dim=len(self.value[0]),
+            hidden=len(self.hidden),
+            keep=keep,
+        )
+
+
+def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
+    """Drop about `n` channels of a block; a query/key pair counts twice.
+
+    The n smallest scores over query, key, value and hidden rows lie below the threshold. Hidden channels at or above it
+    stay. For attention, with `Sq = Sk` and `Sv` rows at or above it, every head count h that can hold them is tried at
+    `round((Sq + Sk) / h / 2)` query/key and `round(Sv / h)` value channels a head (at least one each); the h best heads
+    with their best channels are taken, and the h that loses least score wins, the lower one at a tie.
+
+    Raises:
+        ValueError: `n` is negative or leaves nothing.
+    """
+    pairs, values, hidden = scores.query_key, scores.value, scores.hidden
+    threshold = _threshold(scores, n)
+    stays = (hidden >= threshold).nonzero().flatten()
+    if not len(stays):
+        stays = hidden.argmax(keepdim=True)
+    num_pairs, num_values = int((pairs >= threshold).sum()), int((values >= threshold).sum())
+    fewest = max(math.ceil(num_pairs / pairs.shape[1]), math.ceil(num_values / values.shape[1]), 1)
+    best: ChannelChoice | None = None
+    best_worth = -math.inf
+    for heads in range(fewest, len(pairs) + 1):
+        qk_dim, v_dim = max(round(num_pairs / heads), 1), max(round(num_values / heads), 1)
+        choice, worth = _best_heads(scores, heads, qk_dim, v_dim, tuple(stays.tolist()))
+        if worth > best_worth:  # what the threshold would keep is the same for every h: most worth loses least
+            best, best_worth = choice, worth
+    assert best is not None
+    return best
+
+
+def choose_shaped(scores: ChannelScores, n: int, shaping: Shaping) -> ChannelChoice:
+    """`choose_channels`, or with whole heads its counterpart: the same threshold, but as many heads as hold the query,
+    key and value rows that stay, and a hidden width that suits; what rounding adds back is the best scored.
+
+    Raises:
+        ValueError: `n` is negative or leaves nothing.
+    """
+    if not shaping.whole_heads:
+        choice = choose_channels(scores, n)
+        width = shaping.width(len(choice.hidden), len(scores.hidden))
+        return replace(choice, hidden=_top(scores.hidden, width))
+    threshold = _threshold(scores, n)
+    qk_dim = scores.query_key.shape[1]
+    v_dim = scores.value.shape[1]
+    rows = 2 * int((scores.query_key >= threshold).sum()) + int((scores.value >= threshold).sum())
+    heads = max(1, math.ceil(rows / (2 * qk_dim + v_dim)))
+    width = shaping.width(max(1, int((scores.hidden >= threshold).sum())), len(scores.hidden))
+    return _best_heads(scores, heads, qk_dim, v_dim, _top(scores.hidden, width))[0]
+
+
+def choose_for_shape(scores: ChannelScores, shape: BlockShape) -> ChannelChoice:
+    """The best-scored channels that give a block of the shape asked for.
+
+    Raises:
+        ValueError: the block is smaller than `shape` in some dimension.
+    """
+    have = (*scores.query_key.shape, scores.value.shape[1], len(scores.hidden))
+    want = (shape.heads, shape.qk_dim, shape.v_dim, shape.hidden)
+    if any(w > h for w, h in zip(want, have, strict=True)):
+        raise ValueError(f"heads, qk_dim, v_dim, hidden = {want} cannot be cut out of {have}")
+    hidden = _top(scores.hidden, shape.hidden)
+    return _best_heads(scores, shape.heads, shape.qk_dim, shape.v_dim, hidden)[0]
+
+
+def _threshold(scores: ChannelScores, n: int) -> Tensor:
+    """The score below which `n` rows lie, a pair counted for its query and its key."""
+    pairs = scores.query_key.flatten()
+    everything = torch.cat([pairs, pairs, scores.value.flatten(), scores.hidden]).sort().values
+    if not 0 <= n < len(everything):
+        raise ValueError(f"cannot drop {n} of {len(everything)} channels")
+    return everything[n]
+
+
+def _best_heads(
+    scores: ChannelScores, heads: int, qk_dim: int, v_dim: int, hidden: tuple[int, ...]
+) -> tuple[ChannelChoice, float]:
+    """The `heads` heads worth most at the given sizes, and their worth (a pair scores for its query and its key)."""
+    pairs, values = scores.query_key.double(), scores.value.double()
+    worth = 2 * pairs.topk(qk_dim).values.sum(1) + values.topk(v_dim).values.sum(1)
+    kept = _top(worth, heads)
+    choice = ChannelChoice(
+        heads=kept,
+        query_key=tuple(_top(pairs[h], qk_dim) for h in kept),
+        value=tuple(_top(values[h], v_dim) for h in kept),
+        hidden=hidden,
+    )
+    return choice, float(worth[list(kept)].sum())
+
+
+def _top(scores: Tensor, k: int) -> tuple[int, ...]:
+    """Indices of the k largest, ascending; the lower index at a tie."""
+    order = scores.argsort(descending=True, stable=True)[:k]
+    return tuple(order.sort().values.tolist())

@@ -1,0 +1,197 @@
+"""Recovery without training: what reads removed channels is refitted in closed form.
+
+The projection and the second MLP layer of a pruned block are fitted by ridge regression so that the residual stream
+comes as near as it can to the dense model's on the same images; the ridge pulls towards the weights that are there, and
+is chosen on held-out images. A refit that does not lower the held-out error is not taken. Everything is in FP64.
+
+Thinned query/key heads are refitted by the logits they must reproduce: with the queries given, the keys that do so best
+are a least-squares solution too, and the other way round. Related: CORP (arXiv 2602.05243), Variance-Based Pruning
+(arXiv 2507.12988).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from lowpass.pipeline.model.slim import SlimBlock
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the mean square of a feature
+HELD_OUT_EVERY = 4  # every fourth image judges
+SMALLEST_SCALE = 1e-6  # layer scale below which an output channel is left alone: dividing by it would blow up noise
+
+
+class Refit(BaseModel):
+    """One layer: the held-out squared error before and after, per row, and the ridge; None: kept as it was."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: str
+    before: float
+    after: float
+    ridge: float | None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What ridge regression needs of features [rows, k] and targets [rows, C]: weighted sums of products, FP64.
+
+    The features end with a constant 1, whose weight is the bias.
+    """
+
+    gram: Tensor  # [k + 1, k + 1]
+    cross: Tensor  # [k + 1, C]
+    energy: float  # of the targets
+    weight: float  # of all rows
+
+    def take(self, channels: Iterable[int]) -> "Moments":
+        """Of some features only."""
+        index = torch.tensor([*channels, len(self.gram) - 1], device=self.gram.device)
+        return replace(self, gram=self.gram[index][:, index], cross=self.cross[index])
+
+    def error(self, solution: Tensor) -> float:
+        """Mean squared error, per row, of `solution` [k + 1, C]."""
+        squared = (solution * (self.gram @ solution - 2 * self.cross)).sum().item() + self.energy
+        return squared / self.weight
+
+
+Rows = tuple[Tensor, Tensor, Tensor]  # features [B, T, k], targets [B, T, C], weights of the tokens [T]
+
+
+def moments(batches: Iterable[Rows]) -> tuple[Moments, Moments]:
+    """Of the images to fit on, and of those held out.
+
+    Raises:
+        ValueError: there are too few images to hold one out.
+    """
+    sums: list[Moments | None] = [None, None]
+    seen = 0
+    for features, targets, weights in batches:
+        held = (torch.arange(seen, seen + len(features)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1).to(features.device)
+        seen += len(features)
+        for side, chosen in enumerate((~held, held)):
+            if bool(chosen.any()):
+                part = _sums(features[chosen], targets[chosen], weights)
+                sums[side] = part if sums[side] is None else _add(cast(Moments, sums[side]), part)
+    fitted, judged = sums
+    if fitted is None or judged is None:
+        raise ValueError(f"recovery needs at least {HELD_OUT_EVERY} images")
+    return fitted, judged
+
+
+def _sums(features: Tensor, targets: Tensor, weights: Tensor) -> Moments:
+    rows = weights > 0
+    weight = weights[rows].double().repeat(len(features))[:, None]
+    x = features[:, rows].flatten(0, 1).double()
+    x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+    y = targets[:, rows].flatten(0, 1).double()
+    weighted = x * weight
+    return Moments(weighted.T @ x, weighted.T @ y, (y.square() * weight).sum().item(), weight.sum().item())
+
+
+def _add(one: Moments, two: Moments) -> Moments:
+    return Moments(one.gram + two.gram, one.cross + two.cross, one.energy + two.energy, one.weight + two.weight)
+
+
+def refit(layer: nn.Linear, name: str, fitted: Moments, judged: Moments) -> Refit:
+    """Replace weight and bias of `layer` by the ridge solution that does best on held-out images, if it beats them.
+
+    Minimises `|X W - Y|^2 + ridge * m |W - W0|^2`, W0 what is there now, m the mean square of a feature; the bias is
+    not held back.
+    """
+    assert layer.bias is not None
+    now = torch.cat([layer.weight.detach().T, layer.bias.detach()[None]]).double()
+    before = judged.error(now)
+    best, best_error, best_ridge = now, before, None
+    diagonal = fitted.gram.diagonal()[:-1]
+    missing = fitted.cross - fitted.gram @ now
+    for ridge in RIDGES:
+        penalty = torch.zeros_like(fitted.gram.diagonal())
+        penalty[:-1] = ridge * diagonal.mean()
+        penalty[-1] = 1e-9 * fitted.gram[-1, -1]
+        factor, failed = torch.linalg.cholesky_ex(fitted.gram + penalty.diag())
+        if int(failed):
+            continue
+        solution = now + torch.cholesky_solve(missing, factor)
+        error = judged.error(solution)
+        if error < best_error:
+            best, best_error, best_ridge = solution, error, ridge
+    if best_ridge is not None:
+        with torch.no_grad():
+            layer.weight.copy_(best[:-1].T)
+            layer.bias.copy_(best[-1])
+    return Refit(layer=name, before=before, after=best_error, ridge=best_ridge)
+
+
+def unscaled(difference: Tensor, scale: nn.Module, layer: nn.Module, features: Tensor) -> Tensor:
+    """What `layer` must give so that `scale` of it is `difference`; where layer scale has switched a channel off, what
+    it gives now."""
+    if not isinstance(scale, LayerScale):
+        return difference
+    gamma = scale.gamma.detach()
+    usable = gamma.abs() > SMALLEST_SCALE
+    return torch.where(usable, difference / torch.where(usable, gamma, 1), layer(features))
+
+
+def token_weights(tokens: int, num_prefix_tokens: int, last: bool, like: Tensor) -> Tensor:
+    """How much each token's error counts [tokens]. Only the prefix tokens leave the last block for the classifier;
+    below it CLS, which attention reads the answer into, counts as much as all image tokens."""
+    weights = torch.full((tokens,), 0.0 if last else 1.0, device=like.device)
+    weights[:num_prefix_tokens] = 1.0 if last else max(1.0, (tokens - num_prefix_tokens) / num_prefix_tokens)
+    return weights
+
+
+def refit_pairing(block: SlimBlock, inputs: Iterable[Tensor], dense: SlimBlock, heads: tuple[int, ...]) -> Refit:
+    """Refit thinned queries and keys so that their logits come near the dense heads'.
+
+    Args:
+        block: pruned; its head i was `heads[i]` of `dense`.
+        inputs: what enters its attention, normalised [B, T, C].
+        dense: the block before it was thinned.
+        heads: see above.
+    """
+    fitted, judged = moments((x, x[..., :1], torch.ones(x.shape[1], device=x.device)) for x in inputs)
+    attention, whole = block.attn, dense.attn
+    query, key = (_per_head(layer, attention.num_heads) for layer in (attention.query, attention.key))
+    wanted = [_per_head(layer, whole.num_heads)[list(heads)] for layer in (whole.query, whole.key)]
+    before = _logit_error(query, key, wanted, judged.gram)
+    new_key = _match(query, wanted[0], wanted[1], fitted.gram)
+    new_query = _match(new_key, wanted[1], wanted[0], fitted.gram)
+    after = _logit_error(new_query, new_key, wanted, judged.gram)
+    if not after < before or attention.query.bias is None:
+        return Refit(layer="query/key", before=before, after=before, ridge=None)
+    for layer, solution in ((attention.query, new_query), (attention.key, new_key)):
+        rows = solution.flatten(0, 1)
+        with torch.no_grad():
+            layer.weight.copy_(rows[:, :-1])
+            layer.bias.copy_(rows[:, -1])
+    return Refit(layer="query/key", before=before, after=after, ridge=PAIRING_RIDGE)
+
+
+PAIRING_RIDGE = 1e-6
+
+
+def _per_head(layer: nn.Linear, heads: int) -> Tensor:
+    """[H, d, C + 1], the bias last, FP64."""
+    bias = torch.zeros(layer.out_features, device=layer.weight.device) if layer.bias is None else layer.bias
+    return torch.cat([layer.weight, bias[:, None]], 1).detach().double().unflatten(0, (heads, -1))
+
+
+def _match(given: Tensor, given_whole: Tensor, other_whole: Tensor, gram: Tensor) -> Tensor:
+    """The other side [H, d, C + 1] for which `given^T other` comes nearest to `given_whole^T other_whole` over tokens
+    with second moments `gram`: `(G S G^T)^-1 G S W^T V` for each head."""
+    weighted = given @ gram
+    square = weighted @ given.transpose(1, 2)
+    square.diagonal(dim1=1, dim2=2).add_(PAIRING_RIDGE * square.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
+    return torch.linalg.solve(square, weighted @ given_whole.transpose(1, 2) @ other_whole)
+
+
+def _logit_error(query: Tensor, key: Tensor, wanted: list[Tensor], gram: Tensor) -> float:
+    """Mean squared error of the logits between independent tokens with second moments `gram`."""
+    root = torch.linalg.cholesky(gram / gram[-1, -1] + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram))
+    now, then = ((q @ root).transpose(1, 2) @ (k @ root) for q, k in ((query, key), (wanted[0], wanted[1])))
+    return float((now - then).square().sum() / len(query))

@@ -1,0 +1,195 @@
+"""The architecture of a slim ViT: one table of five numbers per block, beside the dense model it came from."""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.method.energy import TOKEN_CRITERIA, EnergyNorm, TokenCriterion, TokenScore
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BlockShape(_Frozen):
+    """One block. `keep` counts the image tokens that leave it; prefix tokens (CLS, distillation, ...) come on top."""
+
+    heads: Positive
+    qk_dim: Positive
+    v_dim: Positive
+    hidden: Positive
+    keep: Positive
+
+
+class DenseViT(_Frozen):
+    """What timm needs to rebuild the parts that are never pruned: embedding, prefix tokens, last norm, head."""
+
+    name: str
+    img_size: tuple[Positive, Positive]
+    patch_size: tuple[Positive, Positive]
+    in_chans: Positive
+    num_classes: Positive
+    embed_dim: Positive
+    num_heads: Positive
+    hidden: Positive
+    depth: Positive
+    norm_eps: float
+    distilled: bool = False
+    reg_tokens: int = 0
+    no_embed_class: bool = False
+    layer_scale: bool = False
+    qkv_bias: bool = True
+    head_dim: Positive | None = None  # None: embed_dim / num_heads
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens that enter the first block."""
+        return (self.img_size[0] // self.patch_size[0]) * (self.img_size[1] // self.patch_size[1])
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """CLS, distillation and register tokens."""
+        return 1 + self.distilled + self.reg_tokens
+
+    def end_macs(self) -> int:
+        """MACs of the patch embedding and the classifiers."""
+        patch = self.patch_size[0] * self.patch_size[1] * self.in_chans
+        return self.num_tokens * patch * self.embed_dim + self.embed_dim * self.num_classes * (1 + self.distilled)
+
+    def attention_macs(self, tokens: int, shape: BlockShape) -> int:
+        """MACs of query, key, value, their products and the projection over `tokens`, prefix tokens included."""
+        return tokens * (2 * self.embed_dim + tokens) * shape.heads * (shape.qk_dim + shape.v_dim)
+
+    def mlp_macs(self, tokens: int, hidden: int) -> int:
+        """MACs of both MLP layers over `tokens`, prefix tokens included."""
+        return tokens * self.embed_dim * 2 * hidden
+
+    def blocks(self) -> tuple[BlockShape, ...]:
+        """The table of the dense model itself."""
+        head_dim = self.head_dim or self.embed_dim // self.num_heads
+        shape = BlockShape(
+            heads=self.num_heads, qk_dim=head_dim, v_dim=head_dim, hidden=self.hidden, keep=self.num_tokens
+        )
+        return (shape,) * self.depth
+
+
+class Preprocessing(_Frozen):
+    """How an image becomes the model's input, in timm's terms."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+
+
+class Architecture(_Frozen):
+    """A slim model without its weights. `qk_scale` stays the dense model's, however thin a head becomes."""
+
+    dense: DenseViT
+    preprocessing: Preprocessing
+    qk_scale: float
+    token_cutoff: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    energy_norm: EnergyNorm = "l2"
+    token_score: TokenScore = "full"
+    token_criterion: TokenCriterion = "lfe-attention"
+    token_seed: int = 0  # of tokens that are drawn
+    blocks: tuple[BlockShape, ...]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        check_blocks(self.blocks, self.dense)
+        return self
+
+    def tokens_in(self, block: int) -> int:
+        """Image tokens that enter a block."""
+        return self.dense.num_tokens if block == 0 else self.blocks[block - 1].keep
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one image: every matrix product and the patch convolution, the token filter too."""
+        dense, sum_ = self.dense, self.dense.end_macs()
+        for index, block in enumerate(self.blocks):
+            image_tokens = self.tokens_in(index)
+            sum_ += dense.attention_macs(image_tokens + dense.num_prefix_tokens, block)
+            sum_ += dense.mlp_macs(block.keep + dense.num_prefix_tokens, block.hidden)
+            if block.keep < image_tokens:
+                sum_ += self.selection_macs(image_tokens)
+        return sum_
+
+    def selection_macs(self, image_tokens: int) -> int:
+        """MACs of scoring that many image tokens: LFE's low-pass as a matrix, where LFE is read at all."""
+        reads_energy = TOKEN_CRITERIA[self.token_criterion].reads_energy
+        return image_tokens * image_tokens * self.dense.embed_dim if reads_energy else 0
+
+    def with_keep(self, block: int, keep: int) -> "Architecture":
+        """With `block` passing on `keep` image tokens, and later blocks at most as many."""
+        shapes = [
+            shape.model_copy(update={"keep": keep if i == block else min(shape.keep, keep)}) if i >= block else shape
+            for i, shape in enumerate(self.blocks)
+        ]
+        return self.model_copy(update={"blocks": tuple(shapes)})
+
+    def with_block(self, block: int, shape: BlockShape) -> "Architecture":
+        """With one block's shape replaced."""
+        return self.model_copy(update={"blocks": (*self.blocks[:block], shape, *self.blocks[block + 1 :])})
+
+
+def check_blocks(blocks: tuple[BlockShape, ...], dense: DenseViT) -> None:
+    """Refuse a table that cannot be cut out of `dense`.
+
+    Raises:
+        InputError: naming the block, the field, its value and the limit.
+    """
+    if len(blocks) != dense.depth:
+        raise InputError(f"{dense.name} has {dense.depth} blocks, the architecture {len(blocks)}")
+    limits, tokens = dense.blocks()[0], dense.num_tokens
+    for index, block in enumerate(blocks):
+        for field in ("heads", "qk_dim", "v_dim", "hidden"):
+            value, limit = getattr(block, field), getattr(limits, field)
+            if value > limit:
+                raise InputError(f"block {index}: {field} is {value}, but {dense.name} has only {limit}")
+        if block.keep > tokens:
+            raise InputError(f"block {index}: keep is {block.keep}, but only {tokens} image tokens enter it")
+        tokens = block.keep
+
+
+class _Table(BaseModel):
+    blocks: tuple[BlockShape, ...]
+
+
+def read_blocks(path: Path) -> tuple[BlockShape, ...]:
+    """The table from an `architecture.json` or any JSON object with a `blocks` list.
+
+    Raises:
+        InputError: the file is missing or malformed; the message names the file and the field.
+    """
+    try:
+        return _Table.model_validate_json(path.read_bytes()).blocks
+    except OSError as error:
+        raise InputError(f"cannot read the architecture {path}: {error.strerror}") from None
+    except ValidationError as error:
+        raise InputError(f"{path} is not an architecture: {first_problem(error)}") from None
+
+
+def read_architecture(path: Path) -> Architecture:
+    """A whole `architecture.json`.
+
+    Raises:
+        InputError: the file is missing or malformed.
+    """
+    try:
+        return Architecture.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; is {path.parent} a run directory?") from None
+    except ValidationError as error:
+        raise InputError(f"{path} is not an architecture: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first complaint of a pydantic error, on one line, with where it stands."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}" if where else problem["msg"]

@@ -1,0 +1,82 @@
+"""Removing channels through Torch-Pruning's dependency graph, so that every layer a channel touches shrinks with it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from lowpass.pipeline.method.channels import ChannelChoice
+from lowpass.pipeline.model.slim import AttentionWeights, SlimBlock
+
+
+class _QueryKeyPairing(tp.BasePruningFunc):
+    """Tells the graph what `AttentionWeights` couples: a query channel with the key channel it multiplies, while its
+    output [B, H, T, T] carries no channel at all. Torch-Pruning alone takes attention for an elementwise operation and
+    would remove value and projection channels along with the query's."""
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        return layer  # no weights: the graph's edges do the work
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        return layer  # distinct from prune_in_channels, or removal would leak through the attention matrix
+
+    def get_in_channels(self, layer: nn.Module) -> None:
+        return None
+
+    def get_out_channels(self, layer: nn.Module) -> None:
+        return None
+
+
+class _ExplicitBlock(nn.Module):
+    """A block with attention written out, without token selection: what the graph is traced on."""
+
+    def __init__(self, block: SlimBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        mixed, _ = block.attn(block.norm1(x), score="full")
+        x = x + block.ls1(mixed)
+        return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def dependency_graph(block: SlimBlock) -> tp.DependencyGraph:
+    """The graph of one block; (query, key), (value, projection) and the two MLP layers are its three groups."""
+    weight = block.attn.query.weight
+    # Layer scale works on the residual stream, which is never pruned: tell the graph which axis is its channel.
+    scales = [(parameter, 0) for scale in (block.ls1, block.ls2) for parameter in scale.parameters()]
+    with torch.enable_grad():
+        graph = tp.DependencyGraph()
+        graph.build_dependency(
+            _ExplicitBlock(block),
+            example_inputs=torch.zeros(1, 3, weight.shape[1], device=weight.device, dtype=weight.dtype),
+            customized_pruners={AttentionWeights: _QueryKeyPairing()},
+            unwrapped_parameters=scales,
+        )
+    return graph
+
+
+def remove_channels(block: SlimBlock, choice: ChannelChoice) -> None:
+    """Cut `block` down to `choice`, in place, one dependency group a kind of channel."""
+    training = block.training
+    attention = block.attn
+    frozen = {name for name, parameter in block.named_parameters() if not parameter.requires_grad}
+    graph = dependency_graph(block.requires_grad_(True))  # it is traced through gradient functions
+    pairs = [h * attention.qk_dim + i for h, kept in zip(choice.heads, choice.query_key, strict=True) for i in kept]
+    values = [h * attention.v_dim + i for h, kept in zip(choice.heads, choice.value, strict=True) for i in kept]
+    _prune(graph, attention.query, pairs)
+    _prune(graph, attention.value, values)
+    _prune(graph, block.mlp.fc1, choice.hidden)
+    attention.num_heads = len(choice.heads)
+    block.train(training)  # tracing leaves evaluation mode behind
+    block.zero_grad(set_to_none=True)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def _prune(graph: tp.DependencyGraph, root: nn.Linear, kept: Sequence[int]) -> None:
+    gone = sorted(set(range(root.out_features)) - set(kept))
+    if gone:
+        graph.get_pruning_group(root, tp.prune_linear_out_channels, gone).prune()

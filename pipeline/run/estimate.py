@@ -1,0 +1,155 @@
+"""What a recipe would cost, before anything is run: images looked at, and MACs."""
+
+import math
+
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+from lowpass.pipeline.model.architecture import Architecture, BlockShape
+from lowpass.pipeline.run.recipe import FinetuneSettings, Recipe
+from lowpass.pipeline.search.state import REFIT_ROWS
+from lowpass.pipeline.search.target import POINTS, PROFILED_IMAGES, THRESHOLDS
+
+# Of a block, tokens and channels each, in a search to an allowable drop; in passes over all measuring images. There are
+# more, but those that fail stop early. As counted on the digits.
+TRIALS = 2
+REFIT_BLOCKS = 4  # forwards of one image through a block that a refit takes: its rows, and their products
+BACKWARD = 2  # of training, in forwards
+
+
+class Forecast(BaseModel):
+    """What is going to be done, and what it takes.
+
+    `weights`: None where a run would still need `--weights`. `dense_macs` and `slim_macs` are of one image (None: the
+    search finds out, and what hangs on it is counted as if slim were dense), other MACs of a whole step.
+    `search_image_forwards`, in forwards of one image through the dense model, is an estimate within a factor of two.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    goal: str
+    weights: str | None
+    data: str | None
+    train_images: int
+    test_images: int
+    scored_images: int
+    measured_images: int
+    dense_macs: int
+    slim_macs: int | None
+    search_image_forwards: int
+    search_macs: int
+    test_macs: int
+    finetune_epochs: int
+    finetune_images: int
+    finetune_macs: int
+    total_macs: int
+
+
+def forecast(
+    recipe: Recipe,
+    dense: Architecture,
+    table: tuple[BlockShape, ...] | None,
+    train_images: int,
+    test_images: int,
+    settings: FinetuneSettings,
+    weights: str | None,
+) -> Forecast:
+    """The forecast of a sound recipe.
+
+    Args:
+        recipe: what to do.
+        dense: the architecture of its dense model.
+        table: what the recipe cuts to without a search, or None.
+        train_images: images there are to score, measure and train on; 0: no data.
+        test_images: images that both models are tested on.
+        settings: of fine-tuning.
+        weights: where the dense model's come from, or None.
+    """
+    macs = dense.macs()
+    if table is not None:
+        slim_macs, goal = dense.model_copy(update={"blocks": table}).macs(), f"the table {recipe.architecture}"
+    elif recipe.target_macs is not None:
+        slim_macs, goal = round(recipe.target_macs * macs), f"{recipe.target_macs:g} of the dense MACs"
+    elif recipe.target_latency is not None:
+        slim_macs, goal = None, f"{recipe.target_latency:g} ms of {recipe.latency_batch} images on {recipe.runtime}"
+    else:
+        slim_macs, goal = None, f"an allowable drop of {recipe.allowable_drop:g} points of top-1"
+    scored = min(recipe.score_images, train_images)
+    measured = 0 if table is not None else min(recipe.measure_images, train_images)
+    forwards = _search(recipe, dense, scored, measured)
+    after = macs if slim_macs is None else slim_macs
+    test = test_images * (macs + after)
+    seen = train_images // settings.batch_size * settings.batch_size * settings.epochs
+    tuning = seen * ((1 + BACKWARD) * after + (macs if settings.distill_weight else 0))
+    return Forecast(
+        model=recipe.model,
+        goal=goal,
+        weights=weights,
+        data=recipe.data,
+        train_images=train_images,
+        test_images=test_images,
+        scored_images=scored,
+        measured_images=measured,
+        dense_macs=macs,
+        slim_macs=slim_macs,
+        search_image_forwards=forwards,
+        search_macs=forwards * macs,
+        test_macs=test,
+        finetune_epochs=settings.epochs,
+        finetune_images=seen,
+        finetune_macs=tuning,
+        total_macs=forwards * macs + test + tuning,
+    )
+
+
+def as_table(done: Forecast) -> Table:
+    """The forecast for people: what, on which images, and its MACs."""
+    table = Table(
+        "", "images", "MACs", min_width=90, title=f"{done.model} to {done.goal}", caption="nothing was run or written"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("dense", "1", f"{done.dense_macs / 1e9:.3g} G")
+    table.add_row("slim", "1", "found by the search" if done.slim_macs is None else f"{done.slim_macs / 1e9:.3g} G")
+    table.add_row(
+        f"search ({done.scored_images:,} images score, {done.measured_images:,} measure)",
+        f"~{done.search_image_forwards:,}",
+        _macs(done.search_macs),
+    )
+    table.add_row("test, of dense and slim", f"{done.test_images:,}", _macs(done.test_macs))
+    epochs = f"fine-tuning ({done.finetune_epochs} epochs of {done.train_images:,} images)"
+    table.add_row(epochs, f"{done.finetune_images:,}", _macs(done.finetune_macs))
+    table.add_row("in all", "", _macs(done.total_macs))
+    table.add_row(f"weights: {done.weights or 'none yet, give --weights'}", "", "")
+    return table
+
+
+def _macs(macs: int) -> str:
+    return f"{macs / 1e15:,.2f} P" if macs >= 1e15 else f"{macs / 1e12:,.2f} T"
+
+
+def _search(recipe: Recipe, dense: Architecture, scored: int, measured: int) -> int:
+    """Image-forwards of the search, with every block as large as the dense model's: rather too many than too few."""
+    depth, tokens = dense.dense.depth, dense.dense.num_tokens + dense.dense.num_prefix_tokens
+    above = (depth + 1) / 2  # forwards of everything from a block to the top, summed over the blocks
+    refitted = min(scored, math.ceil(REFIT_ROWS / tokens)) if recipe.recovery else 0
+    refit = refitted * REFIT_BLOCKS  # in every block
+    # LFS: low-passed images through all that lies above and back, and the block itself once more for either kind.
+    lfs = scored * (2 * above + 3)
+    climb = 2 * scored + measured + 2 * refitted  # what enters the next block
+    ready = measured  # in order of certainty
+    if recipe.architecture is not None:
+        return round(lfs + climb + refit)
+    shaping = recipe.shaping
+    stages = len(shaping.stages(depth)) / depth if recipe.prune != "channels" else 0.0
+    channels = recipe.prune != "tokens"
+    if recipe.allowable_drop is not None:
+        trials = TRIALS * (stages + channels)
+        return round(ready + climb + measured * above * trials + channels * (lfs + TRIALS * refit))
+    heads = dense.dense.num_heads - 1 if shaping.whole_heads else THRESHOLDS
+    cuts = channels * (heads + POINTS - 1) + stages * (POINTS - 1) / 2  # with fewer tokens the rest costs less
+    refits = 1 + (0 if shaping.whole_heads else THRESHOLDS)
+    profiling = lfs + climb + refits * refit + min(scored, PROFILED_IMAGES) * (1 + above * cuts)
+    cutting = lfs + climb + refit + measured * above * (stages + 1)
+    return round(2 * ready + profiling + cutting)

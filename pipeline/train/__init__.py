@@ -1,0 +1,1 @@
+"""Fine-tuning by distillation, and top-1."""

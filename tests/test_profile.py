@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import MakeViT
 
-import lowpass.benchmarks.latency.parts
 import lowpass.benchmarks.latency.setup
 import lowpass.benchmarks.latency.target
+from lowpass.benchmarks.latency import parts
 from lowpass.benchmarks.latency.part_graphs import chained, with_tokens
 from lowpass.benchmarks.latency.parts import as_markdown, measure_table, token_grid
 from lowpass.benchmarks.latency.target import against_dense, default_cache_dir, latency_goal
@@ -110,9 +110,7 @@ def test_runtimes_and_precisions_are_measured(
 
 
 def test_parts_change_their_token_count_as_an_export_would(architecture: Architecture) -> None:
-    part = lowpass.benchmarks.latency.parts._Attention(
-        lowpass.benchmarks.latency.parts._model(deployable(SlimViT(architecture))).blocks[0]
-    )
+    part = parts._Attention(parts._model(deployable(SlimViT(architecture))).blocks[0])
     whole, short = (trace(part, torch.zeros(2, count, 24)) for count in (17, 9))
     del short.graph.value_info[:]
     assert with_tokens(whole, 17, 9).SerializeToString(deterministic=True) == short.SerializeToString(
@@ -123,8 +121,8 @@ def test_parts_change_their_token_count_as_an_export_would(architecture: Archite
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_chain_computes_its_parts_in_turn(architecture: Architecture, precision: Precision) -> None:
     dtype = DTYPES[precision]
-    block = lowpass.benchmarks.latency.parts._model(deployable(SlimViT(architecture), precision)).blocks[0]
-    part = lowpass.benchmarks.latency.parts._Mlp(block)
+    block = parts._model(deployable(SlimViT(architecture), precision)).blocks[0]
+    part = parts._Mlp(block)
     chain = chained(trace(part, torch.zeros(2, 17, 24, dtype=dtype)), 3, dtype)
     onnx.checker.check_model(chain, full_check=True)
     tokens = np.random.default_rng(0).standard_normal((2, 17, 24), np.float32)

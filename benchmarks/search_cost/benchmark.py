@@ -4,7 +4,7 @@
 
 The authors' schedule (VTC-LFC's released code): in each block seven token trials and seven channel trials by halving,
 every one a pass of the whole model over all measuring images, and every channel trial with scores of its own: the whole
-model forwards on clean and on low-passed images, and backwards. Ours: `pipeline/search/cascade.py`, without recovery, so that
+model forwards on clean and on low-passed images, and backwards. Ours: `search/cascade.py`, without recovery, so that
 both do the same; recovery is counted apart. Work is counted by torch's FLOP counter, in forwards of one image through
 the dense model. A search that was counted already is not counted again.
 """

@@ -1,4 +1,4 @@
-"""Token selection as deployed: two lowerings of `lowpass.pipeline.method.energy.keep_tokens`, which keep the same tokens."""
+"""Token selection as deployed: two lowerings of `keep_tokens`, which keep the same tokens."""
 
 from collections.abc import Callable
 from typing import Literal, get_args

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from timm.models import VisionTransformer
 
 from lowpass.pipeline.base.allocator import keep_freed_memory
-from lowpass.pipeline.checkpoints.dense import load_dense
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.checkpoints.timm_models import load_model
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.compress import compress
+from lowpass.pipeline.run.finetune import finetune_run
 from lowpass.pipeline.run.recipe import make_recipe
-from lowpass.pipeline.run.run import compress, finetune_run
 
 keep_freed_memory()
 torch.set_num_threads(1)  # test processes run side by side, and a tiny model gains nothing from a second thread
@@ -51,7 +52,7 @@ def make_vit() -> MakeViT:
 @pytest.fixture(scope="session")
 def digits_slim() -> SlimViT:
     """The embedded digits model with nothing removed yet. Shared: copy it before changing it."""
-    return SlimViT.from_timm(load_dense("digits_deit"))
+    return SlimViT.from_timm(load_model("digits_deit"))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from lowpass.export.onnx.verify import export
 from lowpass.export.options import ExportOptions, Precision
 from lowpass.export.triton.client import Client, Protocol
 from lowpass.export.triton.server import Address
-from lowpass.pipeline.run.run import verification_batches
+from lowpass.pipeline.run.images import verification_batches
 
 PROFILE = BatchProfile.parse("1:4:8")
 ROOT = Path(__file__).parent.parent

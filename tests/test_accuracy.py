@@ -17,11 +17,11 @@ from lowpass.benchmarks.accuracy.study import directory_of, one_seed, run_study,
 from lowpass.benchmarks.accuracy.table import Accuracy, SeedResult, as_markdown, spread, summarise
 from lowpass.benchmarks.latency.machine import describe
 from lowpass.benchmarks.plots import plot_accuracy, plot_noise
-from lowpass.pipeline.checkpoints.dense import load_dense
+from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.data.datasets import load_data
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.compress import compress
 from lowpass.pipeline.run.recipe import Recipe, make_recipe
-from lowpass.pipeline.run.run import compress
 from lowpass.pipeline.search.log import SEARCH_FILE
 from lowpass.pipeline.search.shaping import AS_PUBLISHED
 from lowpass.pipeline.train.evaluate import top1
@@ -146,7 +146,7 @@ def test_studies_can_be_made(tmp_path: Path) -> None:
 
 def test_noise_reaches_the_criteria_alone(tmp_path: Path) -> None:
     """Without noise both measures are the pruned model's top-1; tokens chosen on pure noise cost some."""
-    dense = SlimViT.from_timm(load_dense("digits_deit"))
+    dense = SlimViT.from_timm(load_model("digits_deit"))
     data = load_data("digits", dense.architecture, 0)
     data = replace(data, test=Subset(data.test, range(200)))
     (batch, *_) = noisy([(torch.zeros(64, 3, 32, 32), torch.zeros(64))], 0.5, seed=0)

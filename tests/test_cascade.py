@@ -14,18 +14,20 @@ from pydantic import TypeAdapter
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.data.datasets import Batches, made_batches
-from lowpass.pipeline.method.sensitivity import (
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.cascade import FIRST_BLOCK_KEEP, check_target, largest
+from lowpass.pipeline.search.channel_criteria import (
     CHANNEL_CRITERIA,
-    ChannelScores,
     Stream,
     low_frequency_sensitivity,
     sensitivity_from,
 )
-from lowpass.pipeline.model.architecture import Architecture, BlockShape
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.cascade import FIRST_BLOCK_KEEP, Log, check_target, largest
-from lowpass.pipeline.search.decisions import ChannelDecision, Curve, Decision, Plan, TokenDecision
+from lowpass.pipeline.search.log import SearchLog
+from lowpass.pipeline.search.log_entries import ChannelDecision, Curve, Entry, Plan, TokenDecision
 from lowpass.pipeline.search.search import search
 from lowpass.pipeline.search.shaping import AS_PUBLISHED
 from lowpass.pipeline.train.evaluate import top1
@@ -58,15 +60,15 @@ def recipe(**goal: float) -> Recipe:
 
 
 def run(
-    dense: SlimViT, batches: Batches, goal: Recipe, decided: list[Decision] | None = None
-) -> tuple[SlimViT, list[Decision]]:
+    dense: SlimViT, batches: Batches, goal: Recipe, decided: list[Entry] | None = None
+) -> tuple[SlimViT, list[Entry]]:
     """The pruned copy of `dense`, and the decisions made beyond those `decided`."""
-    model, made = copy.deepcopy(dense), list[Decision]()
-    search(model, batches[:1], batches, goal, Path(), Log(decided or [], made.append))
+    model, made = copy.deepcopy(dense), list[Entry]()
+    search(model, batches[:1], batches, goal, Path(), SearchLog(decided or [], made.append))
     return model, made
 
 
-def cuts(decisions: list[Decision]) -> list[TokenDecision | ChannelDecision]:
+def cuts(decisions: list[Entry]) -> list[TokenDecision | ChannelDecision]:
     """Without what a target is planned by."""
     return [decision for decision in decisions if isinstance(decision, TokenDecision | ChannelDecision)]
 
@@ -154,15 +156,15 @@ def test_bottom_up_tokens_first(dense: SlimViT, batches: Batches) -> None:
 @pytest.mark.parametrize("goal", [{"target_macs": 0.5}, {"allowable_drop": 60.0}])
 def test_every_decision_states_the_model_it_leaves(goal: dict[str, float], dense: SlimViT, batches: Batches) -> None:
     """And is recorded before it is acted on: a run that dies in between takes it up again."""
-    model, decisions = copy.deepcopy(dense), list[Decision]()
+    model, decisions = copy.deepcopy(dense), list[Entry]()
     seen: list[tuple[int, float]] = []
 
-    def record(decision: Decision) -> None:
+    def record(decision: Entry) -> None:
         if isinstance(decision, TokenDecision | ChannelDecision):
             seen.append((model.architecture.macs(), top1(model, batches)))
             decisions.append(decision)
 
-    search(model, batches[:1], batches, recipe(**goal), Path(), Log([], record))
+    search(model, batches[:1], batches, recipe(**goal), Path(), SearchLog([], record))
     seen.append((model.architecture.macs(), top1(model, batches)))
     stated = [(dense.architecture.macs(), 100.0), *((decision.macs, decision.top1) for decision in cuts(decisions))]
     assert [macs for macs, _ in seen] == [macs for macs, _ in stated]
@@ -185,7 +187,7 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
     batches = [(images[:4], labels[:4]) for images, labels in batches]  # the search is run from every decision on
     whole, decisions = run(dense, batches, recipe(**goal))
     assert {decision.kind for decision in decisions} >= {"tokens", "channels"}
-    adapter: TypeAdapter[Decision] = TypeAdapter(Decision)
+    adapter: TypeAdapter[Entry] = TypeAdapter(Entry)
     on_disk = [adapter.dump_json(decision) for decision in decisions]
     for done in range(len(decisions) + 1):
         resumed, later = run(dense, batches, recipe(**goal), [adapter.validate_json(line) for line in on_disk[:done]])

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice, choose_channels, choose_for_shape
 from lowpass.pipeline.method.sensitivity import ChannelScores
-from lowpass.pipeline.model.architecture import BlockShape
 
 
 @st.composite

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lowpass.cli import main
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 QUICK = ["--model", "digits_deit", "--data", "digits", "--score-images", "128", "--measure-images", "128"]
 WEIGHTS = Path("pipeline/checkpoints/weights/digits_deit.safetensors")

@@ -20,20 +20,22 @@ from lowpass.export.onnx.file import trace
 from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.data.datasets import Batches, made_batches
+from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import choose_for_shape
-from lowpass.pipeline.method.energy import TOKEN_CRITERIA, TokenCriterion, TokenScore, keep_tokens
-from lowpass.pipeline.method.sensitivity import CHANNEL_CRITERIA, ChannelScores, Stream, low_frequency_sensitivity
-from lowpass.pipeline.model.architecture import Architecture, BlockShape
+from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, TokenCriterion, TokenScore, keep_tokens
+from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.removal import remove_channels
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe, make_recipe
-from lowpass.pipeline.run.run import apply_table
-from lowpass.pipeline.search.cascade import Log
-from lowpass.pipeline.search.decisions import Decision
+from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, Stream, low_frequency_sensitivity
+from lowpass.pipeline.search.log import SearchLog
+from lowpass.pipeline.search.log_entries import Entry
 from lowpass.pipeline.search.order import chooser
 from lowpass.pipeline.search.search import search
 from lowpass.pipeline.search.shaping import AS_PUBLISHED
-from lowpass.pipeline.search.state import Standing
+from lowpass.pipeline.search.state import SearchState
+from lowpass.pipeline.search.table import apply_table
 
 SCORES: tuple[TokenScore, ...] = get_args(TokenScore)
 CRITERIA = [(criterion, score) for criterion in TOKEN_CRITERIA for score in SCORES]
@@ -231,9 +233,9 @@ def test_an_export_scores_alike(criterion: TokenCriterion, score: TokenScore, ma
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def standing(dense: SlimViT, batches: Batches, **settings: object) -> Standing:
+def state_of(dense: SlimViT, batches: Batches, **settings: object) -> SearchState:
     recipe = make_recipe(model="tiny", data="digits", target_macs=0.6, recovery=False, **settings)
-    return Standing(copy.deepcopy(dense), batches, [], recipe, Path())
+    return SearchState(copy.deepcopy(dense), batches, [], recipe, Path())
 
 
 def lfs(model: SlimViT, batches: Batches, block: int) -> ChannelScores:
@@ -241,7 +243,7 @@ def lfs(model: SlimViT, batches: Batches, block: int) -> ChannelScores:
 
 
 def test_one_shot_scores_the_dense_model(dense: SlimViT, batches: Batches) -> None:
-    choose = chooser(standing(dense, batches, order="one-shot"), SHAPES)
+    choose = chooser(state_of(dense, batches, order="one-shot"), SHAPES)
     for block in (0, 1):
         assert choose(block) == choose_for_shape(lfs(dense, batches, block), SHAPES[block])
     assert choose(2) is None
@@ -255,7 +257,7 @@ def test_top_down_scores_below_what_is_cut(dense: SlimViT, batches: Batches) -> 
         if block < 2:
             expected[block] = choose_for_shape(lfs(model, batches, block), SHAPES[block])
             remove_channels(model.blocks[block], expected[block])
-    choose = chooser(standing(dense, batches, order="top-down"), SHAPES)
+    choose = chooser(state_of(dense, batches, order="top-down"), SHAPES)
     assert {block: choose(block) for block in (0, 1)} == expected and choose(2) is None
 
 
@@ -265,7 +267,7 @@ def test_bottom_up_scores_above_what_is_cut(dense: SlimViT, batches: Batches) ->
         model.set_keep(block, SHAPES[block].keep)
         remove_channels(model.blocks[block], choose_for_shape(lfs(model, batches, block), SHAPES[block]))
     model.set_keep(2, SHAPES[2].keep)
-    found = standing(dense, batches)
+    found = state_of(dense, batches)
     apply_table(found.model, tuple(SHAPES), found)
     assert found.model.architecture.blocks == model.architecture.blocks == tuple(SHAPES)
     for name, tensor in model.state_dict().items():
@@ -273,8 +275,8 @@ def test_bottom_up_scores_above_what_is_cut(dense: SlimViT, batches: Batches) ->
 
 
 def pruned(dense: SlimViT, batches: Batches, recipe: Recipe) -> Architecture:
-    model, made = copy.deepcopy(dense), list[Decision]()
-    search(model, batches[:1], batches, recipe, Path(), Log([], made.append))
+    model, made = copy.deepcopy(dense), list[Entry]()
+    search(model, batches[:1], batches, recipe, Path(), SearchLog([], made.append))
     return model.architecture
 
 

@@ -18,7 +18,7 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.data.datasets import Data, load_data, made_batches
 from lowpass.pipeline.data.digits import CANVAS, NUM_CLASSES, DigitScenes, Split, _photographs, _scans
 from lowpass.pipeline.model.architecture import Architecture, Preprocessing
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 
 @pytest.fixture(scope="module")

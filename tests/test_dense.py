@@ -16,9 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.checkpoints.dense import DIGITS_WEIGHTS, load_dense, read_weights
+from lowpass.pipeline.checkpoints.digits_deit import DIGITS_WEIGHTS
+from lowpass.pipeline.checkpoints.state_dict import read_weights
+from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.data.digits import DigitScenes
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.train.evaluate import top1
 
 State = dict[str, Tensor]
@@ -38,7 +40,7 @@ def pth(content: Any) -> bytes:
 
 def test_the_shipped_weights() -> None:
     assert DIGITS_WEIGHTS.stat().st_size <= 3_000_000
-    model = load_dense("digits_deit")
+    model = load_model("digits_deit")
     assert not model.training
     scenes = DigitScenes("test", renders=2)
     images, labels = zip(*(scenes[i] for i in range(0, 1000, 4)), strict=True)
@@ -60,7 +62,7 @@ def test_the_shipped_weights() -> None:
 def test_layouts_of_a_checkpoint(wrap: Callable[[State], Any], state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(pth(wrap(state)))
-    loaded = load_dense("digits_deit", path).state_dict()
+    loaded = load_model("digits_deit", path).state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
@@ -68,7 +70,7 @@ def test_layouts_of_a_checkpoint(wrap: Callable[[State], Any], state: State, tmp
 def test_safetensors(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(save({f"module.{name}": tensor for name, tensor in state.items()}))
-    loaded = load_dense("digits_deit", path).state_dict()
+    loaded = load_model("digits_deit", path).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
@@ -81,13 +83,13 @@ def test_deit_iii_layer_scale_is_renamed(tmp_path: Path) -> None:
 def test_the_class_count_is_read_off_the_head(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(pth(state | {"head.weight": torch.ones(7, 96), "head.bias": torch.zeros(7)}))
-    model = load_dense("digits_deit", path)
+    model = load_model("digits_deit", path)
     assert model.num_classes == 7
     assert SlimViT.from_timm(model).architecture.dense.num_classes == 7
 
 
 def test_random_weights_are_drawn_by_the_seed() -> None:
-    one, same, other = (load_dense("digits_deit", random_weights=True, seed=seed).state_dict() for seed in (1, 1, 2))
+    one, same, other = (load_model("digits_deit", random_weights=True, seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["head.weight"], other["head.weight"])
     assert not torch.equal(one["head.weight"], read_weights(DIGITS_WEIGHTS)["head.weight"])
@@ -104,23 +106,23 @@ def test_random_weights_are_drawn_by_the_seed() -> None:
 )
 def test_an_unknown_model_is_refused_with_near_names(name: str, hint: str) -> None:
     with pytest.raises(InputError, match=hint):
-        load_dense(name, random_weights=True)
+        load_model(name, random_weights=True)
 
 
 def test_weights_are_never_random_unless_asked_for() -> None:
     with pytest.raises(InputError, match="deit_tiny_patch16_224 needs trained weights: give --weights FILE"):
-        load_dense("deit_tiny_patch16_224")
+        load_model("deit_tiny_patch16_224")
     with pytest.raises(InputError, match="not both"):
-        load_dense("digits_deit", DIGITS_WEIGHTS, random_weights=True)
+        load_model("digits_deit", DIGITS_WEIGHTS, random_weights=True)
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_missing_weights_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"there are no weights at .*{name}"):
-        load_dense("digits_deit", tmp_path / name)
+        load_model("digits_deit", tmp_path / name)
     (tmp_path / name).mkdir()
     with pytest.raises(InputError, match=f"cannot read the weights .*{name}"):
-        load_dense("digits_deit", tmp_path / name)
+        load_model("digits_deit", tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -132,7 +134,7 @@ def test_truncated_weights_are_refused(suffix: str, share: float, state: State, 
     with pytest.raises(
         InputError, match=rf"cannot read the weights .*weights\.{suffix}: truncated or not a checkpoint"
     ):
-        load_dense("digits_deit", path)
+        load_model("digits_deit", path)
 
 
 SMALL = {"head.weight": torch.ones(3, 2), "head.bias": torch.zeros(3)}
@@ -180,7 +182,7 @@ def test_weights_that_are_not_finite_are_refused(
     bad[5, 7] = value
     path.write_bytes(pth(state | {"blocks.3.mlp.fc2.weight": bad}))
     with pytest.raises(InputError, match=r"blocks\.3\.mlp\.fc2\.weight holds NaN or infinite values"):
-        load_dense("digits_deit", path)
+        load_model("digits_deit", path)
 
 
 def _without(state: State, name: str) -> State:
@@ -231,7 +233,7 @@ def test_weights_of_something_else_are_refused(
     path = tmp_path / "weights.pth"
     path.write_bytes(pth(change(state)))
     with pytest.raises(InputError, match=message):
-        load_dense("digits_deit", path)
+        load_model("digits_deit", path)
 
 
 class _Malicious:
@@ -249,5 +251,5 @@ def test_code_in_a_checkpoint_is_not_run(write: Callable[[Any], bytes], state: S
     trace, path = tmp_path / "executed", tmp_path / "weights.pth"
     path.write_bytes(write({"model": state, "payload": _Malicious(trace)}))
     with pytest.raises(InputError, match="cannot read the weights"):
-        load_dense("digits_deit", path)
+        load_model("digits_deit", path)
     assert not trace.exists()

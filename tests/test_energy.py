@@ -6,16 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowpass.pipeline.method.energy import (
-    EnergyNorm,
+from lowpass.pipeline.method.energy import EnergyNorm, low_frequency_energy
+from lowpass.pipeline.method.frequency import token_lowpass_matrix
+from lowpass.pipeline.method.token_scores import (
     attention_importance,
     cls_importance,
     keep_tokens,
     kept_indices,
-    low_frequency_energy,
     token_scores,
 )
-from lowpass.pipeline.method.frequency import token_lowpass_matrix
 
 NORMS: tuple[EnergyNorm, ...] = ("l2", "l1")
 seeds = st.integers(0, 2**16)

@@ -11,8 +11,8 @@ from lowpass.export.graph.deploy import deployable
 from lowpass.export.onnx.file import trace
 from lowpass.export.options import Precision
 from lowpass.export.tensorrt.build import compile_engine
-from lowpass.pipeline.method.energy import TokenScore
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.method.token_scores import TokenScore
+from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.shaping import SHAPINGS
 
 MODELS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}

@@ -31,10 +31,11 @@ from lowpass.export.runtimes.sessions import logits_of
 from lowpass.export.tensorrt.build import NO_GPU, build, current_plan, manifest_path
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.data.datasets import Batches
-from lowpass.pipeline.method.energy import TokenScore
-from lowpass.pipeline.model.architecture import BlockShape
-from lowpass.pipeline.model.slim import SlimAttention, SlimViT
-from lowpass.pipeline.run.run import verification_batches
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.method.token_scores import TokenScore
+from lowpass.pipeline.model.slim_block import SlimAttention
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.images import verification_batches
 
 PROFILE = BatchProfile.parse("1:2:4")
 

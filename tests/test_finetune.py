@@ -19,9 +19,9 @@ from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.data.datasets import Data, load_data
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.model.removal import remove_channels
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.run.recipe import FinetuneSettings
+from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.train.finetune import finetune
+from lowpass.pipeline.train.settings import FinetuneSettings
 
 COUNT, CLASSES = 24, 5
 

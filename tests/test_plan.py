@@ -11,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.model.architecture import Architecture, BlockShape, DenseViT
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.search.costs import LatencyTable, Macs, total
-from lowpass.pipeline.search.decisions import Plan
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.model.architecture import Architecture, DenseViT
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.search.costs import Macs, total
+from lowpass.pipeline.search.latency_table import LatencyTable
+from lowpass.pipeline.search.log_entries import Plan
+from lowpass.pipeline.search.loss_curves import spread
 from lowpass.pipeline.search.plan import NEAR, AttentionOption, BlockCurve, SizeOption, cheapest, interpolated, plan
 from lowpass.pipeline.search.shaping import SHAPINGS
-from lowpass.pipeline.search.target import REFUSED_BEYOND, Goal, check_measured_target, make_plan, spread
+from lowpass.pipeline.search.target import REFUSED_BEYOND, CostTarget, check_measured_target, make_plan
 
 DEPTH = 3
 
@@ -177,7 +180,7 @@ def test_a_measured_target_is_met_though_parts_do_not_add_up(architecture: Archi
         return asked[-1]
 
     target = 0.6 * off * architecture.macs()
-    made = make_plan(of, architecture, Goal(target, costs, "ms", measure))
+    made = make_plan(of, architecture, CostTarget(target, costs, "ms", measure))
     assert isinstance(made, Plan) and abs(made.cost / target - 1) <= 0.02
     assert made.cost == asked[-1] and len(asked) <= 5
 
@@ -193,24 +196,26 @@ def test_an_unreachable_measured_target_is_refused_with_what_is_reachable(archit
     ] * DEPTH
     whole = architecture.macs()
     with pytest.raises(InputError, match="out of reach"):
-        make_plan(of, architecture, Goal(0.2 * whole, costs, "ms", lambda slim: float(slim.macs())))
+        make_plan(of, architecture, CostTarget(0.2 * whole, costs, "ms", lambda slim: float(slim.macs())))
     least = total(costs, architecture.model_copy(update={"blocks": cheapest(of, architecture)}))
     with pytest.raises(InputError, match=re.escape(f"takes {2 * least:.3g}")):
-        make_plan(of, architecture, Goal(least * (1 + REFUSED_BEYOND), costs, "ms", lambda slim: 2.0 * slim.macs()))
+        make_plan(
+            of, architecture, CostTarget(least * (1 + REFUSED_BEYOND), costs, "ms", lambda slim: 2.0 * slim.macs())
+        )
 
 
 def test_a_measured_target_is_checked_before_the_search(architecture: Architecture) -> None:
     shaping = SHAPINGS["onnxruntime"]
 
     def refusal(target: float) -> str:
-        goal = Goal(target * architecture.macs(), Macs(architecture), "ms", lambda slim: float(slim.macs()))
+        goal = CostTarget(target * architecture.macs(), Macs(architecture), "ms", lambda slim: float(slim.macs()))
         with pytest.raises(InputError) as error:
             check_measured_target(goal, architecture, shaping, "both")
         return str(error.value)
 
     assert "as it is" in refusal(1.1)
     assert "out of reach: the smallest model takes" in refusal(0.01)
-    reachable = Goal(0.5 * architecture.macs(), Macs(architecture), "ms", lambda slim: float(slim.macs()))
+    reachable = CostTarget(0.5 * architecture.macs(), Macs(architecture), "ms", lambda slim: float(slim.macs()))
     check_measured_target(reachable, architecture, shaping, "both")
 
 

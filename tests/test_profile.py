@@ -15,17 +15,19 @@ import lowpass.benchmarks.latency.target
 from lowpass.benchmarks.latency import parts
 from lowpass.benchmarks.latency.part_graphs import chained, with_tokens
 from lowpass.benchmarks.latency.parts import as_markdown, measure_table, token_grid
-from lowpass.benchmarks.latency.target import against_dense, default_cache_dir, latency_goal
+from lowpass.benchmarks.latency.target import against_dense, latency_goal
 from lowpass.export.graph.deploy import deployable
 from lowpass.export.onnx.file import trace
 from lowpass.export.options import DTYPES, Precision
 from lowpass.export.runtimes.registry import RuntimeName, missing
 from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.checkpoints.dense import load_dense
+from lowpass.pipeline.base.files import cache_dir
+from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.search.costs import LatencyTable, total
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.search.costs import total
+from lowpass.pipeline.search.latency_table import LatencyTable
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def test_a_table_is_readable(table: LatencyTable) -> None:
 def test_grids_span_a_model(make_vit: MakeViT) -> None:
     dense = SlimViT.from_timm(make_vit(img_size=56, reg_tokens=3)).architecture.dense  # 196 image tokens
     assert token_grid(dense) == [48, 96, 152, 200]
-    assert token_grid(SlimViT.from_timm(load_dense("digits_deit")).architecture.dense) == [16, 32, 56, 65]
+    assert token_grid(SlimViT.from_timm(load_model("digits_deit")).architecture.dense) == [16, 32, 56, 65]
     assert token_grid(dense.model_copy(update={"img_size": (4, 4)})) == [5]
 
 
@@ -174,9 +176,9 @@ def test_the_cache_has_a_default_place(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     goal_costs(architecture, None)
-    assert default_cache_dir() == tmp_path / "lowpass" and len(list(default_cache_dir().iterdir())) == 1
+    assert cache_dir() == tmp_path / "lowpass" and len(list(cache_dir().iterdir())) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache_dir() == Path.home() / ".cache" / "lowpass"
+    assert cache_dir() == Path.home() / ".cache" / "lowpass"
 
 
 def test_another_machines_table_is_measured_anew(

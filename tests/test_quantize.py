@@ -19,8 +19,8 @@ from lowpass.export.runtimes.registry import open_session
 from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
 from lowpass.export.tensorrt.build import build
 from lowpass.pipeline.data.datasets import Batches
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.run.run import quantization_batches, verification_batches
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.images import quantization_batches, verification_batches
 from tests.conftest import MakeViT
 
 INT8 = ExportOptions(precision="int8", profile=BatchProfile.parse("1:2:4"))

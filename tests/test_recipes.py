@@ -14,11 +14,11 @@ from PIL import Image
 from lowpass.benchmarks.search_cost.benchmark import counted, ours
 from lowpass.cli import main
 from lowpass.pipeline.data.datasets import made_batches
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.run.estimate import forecast
-from lowpass.pipeline.run.recipe import FinetuneSettings, Recipe, read_recipe
-from lowpass.pipeline.run.run import finetune_settings
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.estimate import estimate
+from lowpass.pipeline.run.recipe import Recipe, read_recipe
 from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS
+from lowpass.pipeline.train.settings import FinetuneSettings, finetune_settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # What the paper reports: top-1, MACs.
@@ -75,7 +75,7 @@ def test_the_search_is_estimated_within_a_factor_of_two(goal: dict[str, float], 
     with torch.no_grad():
         batches = [(images, model(images).argmax(-1)) for images, _ in made]
     recipe = Recipe(model="tiny", data="made", shaping=SHAPINGS["onnxruntime"], **goal)
-    told = forecast(recipe, model.architecture, None, 32, 0, FinetuneSettings(), None)
+    told = estimate(recipe, model.architecture, None, 32, 0, FinetuneSettings(), None)
     cost = counted(model, partial(ours, scoring=batches, measuring=batches, recipe=recipe))
     assert 0.5 < told.search_image_forwards / cost.image_forwards < 2
 

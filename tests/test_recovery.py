@@ -13,19 +13,13 @@ from torch import Tensor, nn
 
 from lowpass.pipeline.data.datasets import Batches, made_batches
 from lowpass.pipeline.method.channels import ChannelChoice, choose_channels, choose_for_shape
-from lowpass.pipeline.method.recovery import (
-    HELD_OUT_EVERY,
-    RIDGES,
-    moments,
-    refit,
-    refit_pairing,
-    token_weights,
-    unscaled,
-)
+from lowpass.pipeline.method.query_key_recovery import refit_query_key
+from lowpass.pipeline.method.recovery import HELD_OUT_EVERY, RIDGES, moments, refit, token_weights, unscaled
 from lowpass.pipeline.model.removal import remove_channels
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.state import Standing
+from lowpass.pipeline.search.recovery_targets import query_key_of
+from lowpass.pipeline.search.state import SearchState
 
 
 def rows(seed: int, images: int = 16, tokens: int = 9, width: int = 6, out: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,19 +119,19 @@ def images(dense: SlimViT) -> Batches:
     return made_batches(dense.architecture, 96, 24, seed=0)
 
 
-def standing(dense: SlimViT, images: Batches, recovery: bool = True) -> Standing:
+def state_of(dense: SlimViT, images: Batches, recovery: bool = True) -> SearchState:
     recipe = Recipe(model="tiny", data="digits", target_macs=0.5, recovery=recovery)
-    return Standing(copy.deepcopy(dense), images, images[:1], recipe, Path())
+    return SearchState(copy.deepcopy(dense), images, images[:1], recipe, Path())
 
 
 def test_pairing_keeps_logits_nearer_than_the_best_channels_do(dense: SlimViT, images: Batches) -> None:
-    at = standing(dense, images)
+    at = state_of(dense, images)
     block = copy.deepcopy(at.model.blocks[0])
     shape = block.shape.model_copy(update={"heads": 2, "qk_dim": 5})
     choice = choose_for_shape(at.sensitivity(), shape)
     remove_channels(block, choice)
     inputs = [block.norm1(tokens) for tokens in at.clean]
-    done = refit_pairing(block, inputs, dense.blocks[0], choice.heads)
+    done = refit_query_key(query_key_of(block), inputs, query_key_of(dense.blocks[0]), choice.heads)
     assert done.ridge is not None and done.after < 0.8 * done.before
     assert block.shape == shape
 
@@ -149,7 +143,7 @@ def test_pairing_of_what_is_whole_is_exact(dense: SlimViT, images: Batches) -> N
     remove_channels(block, ChannelChoice((0, 2), (whole,) * 2, (whole,) * 2, tuple(range(192))))
     x = block.norm1(dense.embed(images[0][0]))
     before, _ = block.attn.features(x, "full")
-    refit_pairing(block, [x], dense.blocks[0], (0, 2))
+    refit_query_key(query_key_of(block), [x], query_key_of(dense.blocks[0]), (0, 2))
     torch.testing.assert_close(block.attn.features(x, "full")[0], before, rtol=1e-3, atol=1e-4)
 
 
@@ -162,7 +156,7 @@ def test_a_cut_block_comes_nearer_to_the_dense_stream(
     fresh = made_batches(dense.architecture, 64, 64, seed=9)
     left = {}
     for recovery in (False, True):
-        at = standing(dense, images, recovery)
+        at = state_of(dense, images, recovery)
         if dropping:
             at.model.set_keep(0, 20)
         if index:
@@ -181,17 +175,17 @@ def test_a_cut_block_comes_nearer_to_the_dense_stream(
 
 def test_tokens_are_followed_through_drops(dense: SlimViT, images: Batches) -> None:
     """`alive` says which tokens of the dense model the slim one still has: with whole blocks they are the same."""
-    at = standing(dense, images)
+    at = state_of(dense, images)
     at.model.set_keep(0, 20)
     at.model.set_keep(2, 7)
     for keep in (20, 20, 7):
         at.ascend()
-        for tokens, alive in zip(at.clean, at.alive, strict=True):
+        for tokens, alive in zip(at.clean, at.targets.alive, strict=True):
             assert tokens.shape[1] == alive.shape[1] == keep + 1
             assert torch.equal(alive, alive.sort(1).values) and torch.equal(alive[:, 0], torch.zeros(len(alive)).long())
     # Block 0 drops after its attention, so up to there both streams are one.
-    first = standing(dense, images)
+    first = state_of(dense, images)
     first.model.set_keep(0, 20)
-    middle, alive = first._selected(first.model.blocks[0], first.clean[0], first.alive[0])
-    expected = first.dense_middle[0].gather(1, alive[..., None].expand(-1, -1, 48))
+    middle, alive = first.targets._selected(first.model.blocks[0], first.clean[0], first.targets.alive[0])
+    expected = first.targets.middle[0].gather(1, alive[..., None].expand(-1, -1, 48))
     torch.testing.assert_close(middle, expected)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from timm.models import VisionTransformer
 
-from lowpass.pipeline.checkpoints.dense import read_weights
+from lowpass.pipeline.checkpoints.state_dict import read_weights
 from lowpass.pipeline.method.channels import ChannelChoice, choose_channels
-from lowpass.pipeline.method.energy import kept_indices, token_scores
 from lowpass.pipeline.method.frequency import lowpass_images
-from lowpass.pipeline.method.sensitivity import ChannelScores, low_frequency_sensitivity
+from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.method.token_scores import kept_indices, token_scores
+from lowpass.pipeline.search.channel_criteria import low_frequency_sensitivity
 
 DATA = Path(__file__).parent / "data"
 HEADS, WIDTH = 3, 48

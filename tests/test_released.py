@@ -24,10 +24,11 @@ from lowpass.cli import main
 from lowpass.export.triton.repository import DeployOptions, deploy
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.released import read_released
-from lowpass.pipeline.model.slim import DENSE_WEIGHTS_FILE, SlimViT
-from lowpass.pipeline.run.imported import import_released
+from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.run.evaluate import evaluate_run
+from lowpass.pipeline.run.finetune import finetune_run
+from lowpass.pipeline.run.import_released import import_released
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.run.run import evaluate_run, finetune_run
 
 DATA = Path(__file__).parent / "data"
 CUTOFF = 0.85

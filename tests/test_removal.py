@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.channels import ChannelChoice
-from lowpass.pipeline.method.energy import attention_importance, filtered_energy, keep_tokens
+from lowpass.pipeline.method.energy import filtered_energy
+from lowpass.pipeline.method.token_scores import attention_importance, keep_tokens
 from lowpass.pipeline.model.removal import dependency_graph, remove_channels
-from lowpass.pipeline.model.slim import SlimBlock, SlimViT
+from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 HEADS, HEAD_DIM, HIDDEN = 3, 8, 96
 VARIANTS = {"plain": {}, "layer scale": {"init_values": 0.5}, "no qkv bias": {"qkv_bias": False}}

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.run.compress import compress
 from lowpass.pipeline.run.recipe import Recipe, make_recipe
-from lowpass.pipeline.run.run import compress
 
 RESULTS = ("recipe.yaml", "search.jsonl", "architecture.json", "slim.safetensors", "metrics.json")
 GOALS = ({"target_macs": 0.6}, {"allowable_drop": 20.0})
@@ -53,7 +53,7 @@ def test_ten_kills_change_nothing(tiny_source: dict[str, object], tmp_path: Path
     the very same bytes."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(
-        ["lowpass.pipeline.run.run", "tiny"]
+        ["lowpass.pipeline.run.compress", "tiny"]
     )  # imports once, so that the moments fall into the search
     rng = random.Random(0)
     interrupted = 0

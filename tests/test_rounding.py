@@ -13,7 +13,7 @@ from lowpass.export.onnx.quantize import Quantization, quantize
 from lowpass.export.onnx.rounding import ACTIVATION, LARGEST, SHARES, best_share, compensated
 from lowpass.export.options import ExportOptions
 from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 from tests.conftest import MakeViT
 
 

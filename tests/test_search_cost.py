@@ -14,10 +14,10 @@ from lowpass.benchmarks.search_cost.benchmark import (
     sweep_point,
 )
 from lowpass.pipeline.data.datasets import Batches, made_batches
-from lowpass.pipeline.method.sensitivity import low_frequency_sensitivity
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.channel_criteria import low_frequency_sensitivity
 from lowpass.pipeline.search.shaping import AS_PUBLISHED
 from lowpass.pipeline.train.evaluate import top1
 

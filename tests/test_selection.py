@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowpass.export.graph.selection import LOWERINGS, SELECTIONS, Selection
 from lowpass.export.onnx.file import trace
-from lowpass.pipeline.method.energy import keep_tokens
+from lowpass.pipeline.method.token_scores import keep_tokens
 
 
 @given(

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from lowpass.pipeline.data.datasets import Batches, made_batches
 from lowpass.pipeline.method.frequency import lowpass_images
-from lowpass.pipeline.method.sensitivity import ChannelScores, low_frequency_sensitivity
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.search.channel_criteria import low_frequency_sensitivity
 
 
 @pytest.fixture

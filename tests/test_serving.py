@@ -35,7 +35,7 @@ from lowpass.export.triton.config import parse_config
 from lowpass.export.triton.repository import CONFIG_FILE, DeployOptions, deploy, serve_version, versions_of
 from lowpass.export.triton.server import Supervisor, find_server, is_ready
 from lowpass.pipeline.base.errors import InputError, RunError
-from lowpass.pipeline.run.run import verification_batches
+from lowpass.pipeline.run.images import verification_batches
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.data.datasets import Batches, made_batches
-from lowpass.pipeline.method.channels import choose_channels, choose_shaped
+from lowpass.pipeline.method.channels import choose_channels
 from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.run.recipe import Recipe, make_shaping
-from lowpass.pipeline.search.cascade import Log, check_target
-from lowpass.pipeline.search.decisions import Decision, TokenDecision
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.cascade import check_target
+from lowpass.pipeline.search.log import SearchLog
+from lowpass.pipeline.search.log_entries import Entry, TokenDecision
 from lowpass.pipeline.search.search import search
-from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS, Shaping
+from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS, Shaping, choose_shaped, make_shaping
 
 shapings = st.builds(
     Shaping,
@@ -101,13 +102,13 @@ def dense(make_vit: MakeViT) -> SlimViT:
     return model
 
 
-def searched(dense: SlimViT, target: float, shaping: Shaping) -> tuple[SlimViT, list[Decision]]:
+def searched(dense: SlimViT, target: float, shaping: Shaping) -> tuple[SlimViT, list[Entry]]:
     made = made_batches(dense.architecture, 32, 16, seed=0)
     with torch.no_grad():  # labelled with what the dense model sees: it starts at 100%
         batches: Batches = [(images, dense(images).argmax(-1)) for images, _ in made]
-    model, decisions = copy.deepcopy(dense), list[Decision]()
+    model, decisions = copy.deepcopy(dense), list[Entry]()
     recipe = Recipe(model="tiny", data="digits", target_macs=target, shaping=shaping)
-    search(model, batches[:1], batches, recipe, Path(), Log([], decisions.append))
+    search(model, batches[:1], batches, recipe, Path(), SearchLog([], decisions.append))
     return model, decisions
 
 

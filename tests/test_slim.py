@@ -20,10 +20,13 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowpass.pipeline.model.from_timm import describe_dense
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.method.energy import EnergyNorm, keep_tokens, token_scores
-from lowpass.pipeline.model.architecture import Architecture, BlockShape, check_blocks
-from lowpass.pipeline.model.slim import ARCHITECTURE_FILE, DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT, describe
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.method.energy import EnergyNorm
+from lowpass.pipeline.method.token_scores import keep_tokens, token_scores
+from lowpass.pipeline.model.architecture import Architecture, check_blocks
+from lowpass.pipeline.model.slim_vit import ARCHITECTURE_FILE, DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 
 PLAIN: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -161,7 +164,7 @@ def counted_macs(model: SlimViT) -> int:
 
 
 def test_deit_tiny_macs_are_the_published_ones() -> None:
-    dense = describe(VisionTransformer(embed_dim=192, num_heads=3))
+    dense = describe_dense(VisionTransformer(embed_dim=192, num_heads=3))
     architecture = Architecture(
         dense=dense,
         preprocessing={"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9, "interpolation": "bicubic"},
@@ -385,4 +388,4 @@ def test_a_refusal_names_the_timm_model(make_vit: MakeViT) -> None:
     model = make_vit(qk_norm=True)
     model.pretrained_cfg = {"architecture": "vit_small_normalised"}
     with pytest.raises(InputError, match=r"^vit_small_normalised is not a plain ViT"):
-        describe(model)
+        describe_dense(model)

@@ -15,7 +15,7 @@ from lowpass.benchmarks.speed.candidates import CANDIDATES, candidates, uniform_
 from lowpass.benchmarks.speed.memory import peak_memory
 from lowpass.benchmarks.speed.suite import Engine, engines_here, run_suite
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 
 @pytest.mark.parametrize("model", ["deit_tiny", "deit_small", "deit_base"])

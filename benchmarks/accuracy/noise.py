@@ -27,14 +27,15 @@ from lowpass.benchmarks.plots import plot_noise
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import track
-from lowpass.pipeline.checkpoints.dense import load_dense
+from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.data.datasets import Batches, Data, load_data
-from lowpass.pipeline.method.energy import keep_tokens
-from lowpass.pipeline.model.architecture import BlockShape, read_blocks
-from lowpass.pipeline.model.slim import ARCHITECTURE_FILE, SlimViT
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.method.token_scores import keep_tokens
+from lowpass.pipeline.model.architecture import read_blocks
+from lowpass.pipeline.model.slim_vit import ARCHITECTURE_FILE, SlimViT
 from lowpass.pipeline.run.recipe import Recipe, make_recipe
-from lowpass.pipeline.run.run import apply_table
-from lowpass.pipeline.search.state import Standing
+from lowpass.pipeline.search.state import SearchState
+from lowpass.pipeline.search.table import apply_table
 from lowpass.pipeline.train.evaluate import top1
 
 COMPARED = {"channels": ("lfs", "taylor"), "tokens": ("lfe-attention tokens", "attention tokens")}  # method, rival
@@ -76,7 +77,7 @@ def channels_by_noisy_images(recipe: Recipe, blocks: Blocks, data: Data, scratch
     """Top-1 of the dense model cut to `blocks`, its channels scored on noisy images."""
     slim = _dense(recipe)
     scoring = data.calibration_batches(recipe.score_images, recipe.batch_size, recipe.seed, "reading images")
-    apply_table(slim, blocks, Standing(slim, noisy(scoring, noise, recipe.seed), [], recipe, scratch))
+    apply_table(SearchState(slim, noisy(scoring, noise, recipe.seed), [], recipe, scratch), blocks)
     return top1(slim, data.loader(data.test, recipe.batch_size))
 
 
@@ -116,7 +117,7 @@ def tokens_by_noisy_images(recipe: Recipe, blocks: Blocks, data: Data, _scratch:
 
 def _dense(recipe: Recipe) -> SlimViT:
     return SlimViT.from_timm(
-        load_dense(recipe.model, recipe.weights),
+        load_model(recipe.model, recipe.weights),
         recipe.token_cutoff,
         recipe.energy_norm,
         recipe.shaping.token_score,

@@ -7,8 +7,8 @@ from typing import Any
 
 from lowpass.pipeline.base.files import write_text
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.decisions import Curve
 from lowpass.pipeline.search.log import SEARCH_FILE
+from lowpass.pipeline.search.log_entries import Curve
 
 # What the curves of one kind of part do not hang on.
 UNRELATED = {

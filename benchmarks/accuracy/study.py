@@ -32,10 +32,11 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.model.slim import ARCHITECTURE_FILE, SlimViT
+from lowpass.pipeline.model.slim_vit import ARCHITECTURE_FILE, SlimViT
+from lowpass.pipeline.run.compress import compress
+from lowpass.pipeline.run.finetune import finetune_run
 from lowpass.pipeline.run.metrics import METRICS_FILE, Metrics
 from lowpass.pipeline.run.recipe import Recipe, make_recipe
-from lowpass.pipeline.run.run import compress, finetune_run
 
 Source = dict[str, object]  # the dense model and the data
 

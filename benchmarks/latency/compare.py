@@ -38,9 +38,9 @@ from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console, track
 from lowpass.pipeline.data.datasets import made_batches
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.run.imported import dense_run
-from lowpass.pipeline.run.run import verification_batches
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.dense import dense_run
+from lowpass.pipeline.run.images import verification_batches
 
 BENCHMARK_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"

@@ -23,11 +23,13 @@ from lowpass.export.options import Precision
 from lowpass.export.runtimes.registry import RuntimeName
 from lowpass.export.runtimes.sessions import PyTorch, Session
 from lowpass.pipeline.base.progress import track
-from lowpass.pipeline.model.architecture import Architecture, BlockShape, DenseViT
-from lowpass.pipeline.model.slim import SlimBlock, SlimViT
-from lowpass.pipeline.search.costs import LatencyTable
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.model.architecture import Architecture, DenseViT
+from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.search.latency_table import LatencyTable
+from lowpass.pipeline.search.loss_curves import spread
 from lowpass.pipeline.search.shaping import CACHE_WIDTH
-from lowpass.pipeline.search.target import spread
 
 TOKEN_COUNTS, HEAD_COUNTS, WIDTHS = 4, 5, 5  # points of the grid, at most
 TOKEN_STEP, WIDTH_STEP = 8, 32  # what shapings align to

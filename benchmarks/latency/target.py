@@ -1,7 +1,6 @@
 """Goals for `--target-latency`: planned by a table of parts, which is cached, and checked on whole models."""
 
 import math
-import os
 import tempfile
 from pathlib import Path
 
@@ -14,13 +13,14 @@ from lowpass.benchmarks.latency.timing import interleaved
 from lowpass.export.graph.deploy import deployable
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.registry import RuntimeName
+from lowpass.pipeline.base import files
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import write_json
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.search.costs import LatencyTable, read_table
-from lowpass.pipeline.search.target import Goal
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.search.latency_table import LatencyTable, read_table
+from lowpass.pipeline.search.target import CostTarget
 
 LOOKS, SLOWER = 4, 1.07  # at a whole model, while dense is slower than that times its best
 
@@ -32,7 +32,7 @@ def latency_goal(
     precision: Precision,
     batch: int,
     cache_dir: Path | None = None,
-) -> Goal:
+) -> CostTarget:
     """A target in milliseconds, planned by the cached table if one fits, else by one that is measured now.
 
     Args:
@@ -61,7 +61,7 @@ def latency_goal(
         quiet = min(quiet, dense_ms)
         return quiet / speed
 
-    return Goal(target=target_ms, costs=table, unit="ms", measure=measure)
+    return CostTarget(value=target_ms, costs=table, unit="ms", measure=measure)
 
 
 def latency_table(
@@ -79,7 +79,7 @@ def latency_table(
     refuse(runtime, precision)
     scored = f"{architecture.token_criterion}.{architecture.token_score}"
     name = f"{architecture.dense.name}.{scored}.{runtime}.{precision}.batch{batch}.json"
-    path = (default_cache_dir() if cache_dir is None else cache_dir) / name
+    path = (files.cache_dir() if cache_dir is None else cache_dir) / name
     table = _cached(path, architecture, runtime)
     if table is None:
         table = measure_table(architecture, runtime, precision, batch)
@@ -88,11 +88,6 @@ def latency_table(
         except OSError as error:
             console.print(f"the latency table is not kept: cannot write {path}: {error.strerror}", soft_wrap=True)
     return table
-
-
-def default_cache_dir() -> Path:
-    """Where tables are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowpass"
 
 
 def _cached(path: Path, architecture: Architecture, runtime: RuntimeName) -> LatencyTable | None:

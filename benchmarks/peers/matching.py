@@ -7,7 +7,7 @@ from timm.models import VisionTransformer
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.model.architecture import DenseViT
-from lowpass.pipeline.model.slim import describe
+from lowpass.pipeline.model.from_timm import describe_dense
 
 
 def describe_with_cls(model: VisionTransformer) -> DenseViT:
@@ -16,7 +16,7 @@ def describe_with_cls(model: VisionTransformer) -> DenseViT:
     Raises:
         InputError: `model` is another.
     """
-    dense = describe(model)
+    dense = describe_dense(model)
     if dense.num_prefix_tokens != 1:
         raise InputError(
             f"{dense.name} has {dense.num_prefix_tokens} prefix tokens; the rivals take a ViT with CLS alone"

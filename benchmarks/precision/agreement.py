@@ -44,7 +44,7 @@ from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console, track
 from lowpass.pipeline.model.architecture import read_blocks
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 SETTINGS: tuple[tuple[Precision, Selection], ...] = (
     ("fp32", "gather"),

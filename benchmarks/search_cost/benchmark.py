@@ -31,16 +31,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console, track
-from lowpass.pipeline.checkpoints.dense import load_dense
+from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.data.datasets import Batches, load_data, made_batches
 from lowpass.pipeline.method.channels import choose_channels
 from lowpass.pipeline.method.frequency import lowpass_images
 from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.removal import remove_channels
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.cascade import Log, first_keep, keeping
+from lowpass.pipeline.search.cascade import first_keep, keeping
+from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.search import search
 from lowpass.pipeline.search.shaping import AS_PUBLISHED
 from lowpass.pipeline.train.evaluate import top1
@@ -189,7 +190,7 @@ def _squared(layer: nn.Module) -> torch.Tensor:
 def ours(model: SlimViT, scoring: Batches, measuring: Batches, recipe: Recipe) -> Architecture:
     """`--allowable-drop` or `--target-macs`, whichever the recipe says."""
     with tempfile.TemporaryDirectory() as folder:
-        search(model, scoring, measuring, recipe, Path(folder), Log([], lambda _decision: None))
+        search(model, scoring, measuring, recipe, Path(folder), SearchLog([], lambda _decision: None))
     return model.architecture
 
 
@@ -312,7 +313,7 @@ def main(
     runs: Annotated[Path, typer.Option(help="Where the costs counted so far are.")] = Path("runs/search_cost"),
 ) -> None:
     """Count and time."""
-    digits = SlimViT.from_timm(load_dense("digits_deit"))
+    digits = SlimViT.from_timm(load_model("digits_deit"))
     data = load_data("digits", digits.architecture)
     scoring, measuring = (data.calibration_batches(n, 64, seed, "reading images") for seed, n in ((0, 200), (1, 500)))
     deit, made = random_model("deit_small_patch16_224", scored + measured, DEIT_BATCH)

@@ -39,10 +39,11 @@ from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.data.datasets import made_batches
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.compress import compress
+from lowpass.pipeline.run.images import verification_batches
 from lowpass.pipeline.run.metrics import Metrics
 from lowpass.pipeline.run.recipe import make_recipe
-from lowpass.pipeline.run.run import compress, verification_batches
 
 MODELS = ("digits", "deit_small")
 BARE_BATCH, BARE_CLIENTS = 8, 2

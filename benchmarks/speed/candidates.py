@@ -20,8 +20,9 @@ from lowpass.benchmarks.peers.tome import matched_r, tome, tome_macs
 from lowpass.export.graph.deploy import AtPrecision, deployable
 from lowpass.export.options import DTYPES, Precision
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.model.architecture import Architecture, BlockShape, read_blocks
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.model.architecture import Architecture, read_blocks
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 RECIPES = Path(str(resources.files("lowpass"))) / "recipes"
 MODELS = {f"deit_{size}": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}

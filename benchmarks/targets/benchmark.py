@@ -29,16 +29,16 @@ from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
-from lowpass.pipeline.checkpoints.dense import load_dense
+from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.compress import compress
 from lowpass.pipeline.run.recipe import make_recipe
-from lowpass.pipeline.run.run import compress
-from lowpass.pipeline.search.shaping import SHAPINGS, Target
-from lowpass.pipeline.search.target import Goal
+from lowpass.pipeline.search.shaping import SHAPINGS, TunedFor
+from lowpass.pipeline.search.target import CostTarget
 
 PRECISION: Precision = "fp32"  # every CPU runtime has it
-TUNED_FOR: dict[RuntimeName, Target] = {"openvino": "openvino"}  # what else runs on CPUs is tuned as ONNX Runtime is
+TUNED_FOR: dict[RuntimeName, TunedFor] = {"openvino": "openvino"}  # what else runs on CPUs is tuned as ONNX Runtime is
 TIMES = 3  # that the slim model is measured anew; the median counts
 TIMED_S = 6.0
 # Few images and nothing refitted: how near a search comes to a target does not hang on them.
@@ -98,7 +98,7 @@ def latency_target(source: dict[str, Any], runtime: RuntimeName, batch: int, sha
     goal = latency_goal(_dense(source, runtime), 1.0, runtime, PRECISION, batch)
     measure = goal.measure
     assert measure is not None
-    goal = replace(goal, target=float(f"{share * measure(_dense(source, runtime)):.3g}"))
+    goal = replace(goal, value=float(f"{share * measure(_dense(source, runtime)):.3g}"))
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         _compress_to(source, runtime, batch, goal, run)
@@ -108,22 +108,22 @@ def latency_target(source: dict[str, Any], runtime: RuntimeName, batch: int, sha
     return LatencyTarget(
         runtime=runtime,
         batch=batch,
-        target_ms=goal.target,
+        target_ms=goal.value,
         measured_ms=measured_ms,
         slim_ms=timed.slim.p50_ms,
         dense_ms=timed.dense.p50_ms,
     )
 
 
-def _compress_to(source: dict[str, Any], runtime: RuntimeName, batch: int, goal: Goal, run: Path) -> None:
+def _compress_to(source: dict[str, Any], runtime: RuntimeName, batch: int, goal: CostTarget, run: Path) -> None:
     place = {"runtime": runtime, "latency_batch": batch, "latency_precision": PRECISION}
     shaping = SHAPINGS[TUNED_FOR.get(runtime, "onnxruntime")]
-    recipe = make_recipe(**source, **QUICK, **place, shaping=shaping, target_latency=goal.target)
-    compress(recipe, run, goal_of=lambda _: goal)
+    recipe = make_recipe(**source, **QUICK, **place, shaping=shaping, target_latency=goal.value)
+    compress(recipe, run, cost_target_of=lambda _: goal)
 
 
 def _dense(source: dict[str, Any], runtime: RuntimeName) -> Architecture:
-    model = load_dense(source["model"], source["weights"])
+    model = load_model(source["model"], source["weights"])
     return SlimViT.from_timm(
         model, token_score=SHAPINGS[TUNED_FOR.get(runtime, "onnxruntime")].token_score
     ).architecture

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from lowpass.export.graph.selection import LOWERINGS, Selection
 from lowpass.export.options import DTYPES, OPSET, Precision
-from lowpass.pipeline.method.energy import TokenScore
-from lowpass.pipeline.model.slim import AttentionWeights, SlimAttention, SlimBlock, SlimViT, attend
+from lowpass.pipeline.method.token_scores import TokenScore
+from lowpass.pipeline.model.slim_block import AttentionWeights, SlimAttention, SlimBlock, attend
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 FUSED_HEAD_STEP = 4  # TensorRT's fused attention takes FP16/BF16 heads of 12, 16, 20, ... channels, query like value
 FUSED_HEAD_LEAST = 12

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lowpass.pipeline.method.energy import kept_indices
+from lowpass.pipeline.method.token_scores import kept_indices
 
 Selection = Literal["gather", "onehot"]
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)

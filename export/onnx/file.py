@@ -20,7 +20,7 @@ from lowpass.export.options import OPSET, ExportOptions, Precision
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.files import sha256
 from lowpass.pipeline.base.progress import quiet
-from lowpass.pipeline.model.slim import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which module a node comes from
 PRODUCER = "lowpass"

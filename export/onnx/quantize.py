@@ -22,7 +22,7 @@ from lowpass.export.onnx.rounding import fit_to_inputs
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.sessions import Images, OnnxRuntime, as_input, logits_of
 from lowpass.pipeline.base.progress import console, quiet, track
-from lowpass.pipeline.run.run import quantization_batches
+from lowpass.pipeline.run.images import quantization_batches
 
 # Least share of the judging images (percent) whose top-1 must stay; above what an export is held to, on other images.
 JUDGED_TOP1 = 99.5

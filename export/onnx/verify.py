@@ -23,7 +23,7 @@ from lowpass.export.runtimes.sessions import Images, OnnxRuntime, OpenVino, Sess
 from lowpass.pipeline.base.errors import RunError
 from lowpass.pipeline.base.files import write_bytes, write_json
 from lowpass.pipeline.base.progress import track
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 VERIFICATION_FILE = "verification.json"
 

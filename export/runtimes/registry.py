@@ -17,7 +17,7 @@ from lowpass.export.runtimes.sessions import OnnxRuntime, OpenVino, PyTorch, Ses
 from lowpass.export.runtimes.tensorrt import TensorRT
 from lowpass.export.tensorrt.build import FLAVOURS, Flavour, current_plan, installed_flavours
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 RuntimeName = (
     Literal["pytorch", "pytorch-compile", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino"]

@@ -28,6 +28,6 @@ def import_vtc(
 
     Every other command takes it. Without --dense it is fine-tuned on the labels alone, and timed against a dense model
     with random weights."""
-    from lowpass.pipeline.run.imported import import_released
+    from lowpass.pipeline.run.import_released import import_released
 
     answer(out, import_released(checkpoint, out, qk_scale, cutoff, dense, data), None, as_json)

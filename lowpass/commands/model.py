@@ -137,7 +137,8 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Search a slim model (or apply a given table), and save it in a run directory."""
-    from lowpass.pipeline.run.recipe import make_recipe, make_shaping, read_recipe
+    from lowpass.pipeline.run.recipe import make_recipe, read_recipe
+    from lowpass.pipeline.search.shaping import make_shaping
 
     if recipe_file is not None:
         _refuse_beside_recipe(context)
@@ -197,7 +198,7 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train the slim model with the dense one as its teacher; the result takes its place in the run."""
-    from lowpass.pipeline.run.run import finetune_run
+    from lowpass.pipeline.run.finetune import finetune_run
 
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "distill_weight": distill_weight}
     metrics = finetune_run(directory, data, {k: v for k, v in given.items() if v is not None}, seed)
@@ -206,7 +207,7 @@ def finetune(
 
 def evaluate(directory: Run, data: DataOption = None, as_json: AsJson = False) -> None:
     """Measure top-1 of the dense and the slim model on the test split."""
-    from lowpass.pipeline.run.run import evaluate_run
+    from lowpass.pipeline.run.evaluate import evaluate_run
 
     answer(directory, evaluate_run(directory, data), None, as_json)
 
@@ -234,12 +235,12 @@ def _start(
     if not dry_run:
         _compress(recipe, out, resume, ship, epochs, as_json, memory_budget)
         return
+    from lowpass.pipeline.run.dry_run import dry_run as estimate_run
     from lowpass.pipeline.run.estimate import as_table
-    from lowpass.pipeline.run.run import dry_run as forecast_run
 
     if recipe.target_latency is not None:
         place(recipe.runtime, recipe.latency_precision)  # refuses a runtime that is not here
-    forecast = forecast_run(recipe, out, resume, epochs)
+    forecast = estimate_run(recipe, out, resume, epochs)
     say(forecast.model_dump(mode="json"), as_table(forecast), as_json)
 
 
@@ -253,22 +254,22 @@ def _compress(
     memory_budget: float = 8.0,
 ) -> None:
     """Compress; with `ship` take the result all the way to timed engines."""
-    from lowpass.pipeline.run.run import compress as run_compress
-    from lowpass.pipeline.run.run import finetune_run
+    from lowpass.pipeline.run.compress import compress as run_compress
+    from lowpass.pipeline.run.finetune import finetune_run
 
-    goal_of = None
+    cost_target_of = None
     if recipe.target_latency is not None:
         from lowpass.benchmarks.latency.target import latency_goal
 
         runtime, precision = place(recipe.runtime, recipe.latency_precision)
-        goal_of = partial(
+        cost_target_of = partial(
             latency_goal,
             target_ms=recipe.target_latency,
             runtime=runtime,
             precision=precision,
             batch=recipe.latency_batch,
         )
-    metrics = run_compress(recipe, out, resume, goal_of, memory_budget)
+    metrics = run_compress(recipe, out, resume, cost_target_of, memory_budget)
     measured = None
     if ship:
         if recipe.data is not None and not metrics.finetuned_epochs:
@@ -287,7 +288,7 @@ def _export_and_build(out: Path) -> None:
     from lowpass.export.options import PRECISIONS, ExportOptions
     from lowpass.export.tensorrt.build import build as build_engine
     from lowpass.export.tensorrt.build import installed_flavours
-    from lowpass.pipeline.run.run import verification_batches
+    from lowpass.pipeline.run.images import verification_batches
 
     batches, made = verification_batches(out, None)
     for precision in PRECISIONS:

@@ -37,7 +37,7 @@ def export(
     from lowpass.export.onnx.quantize import quantization_of
     from lowpass.export.onnx.verify import export as export_verified
     from lowpass.export.options import ExportOptions
-    from lowpass.pipeline.run.run import verification_batches
+    from lowpass.pipeline.run.images import verification_batches
 
     options = ExportOptions(precision=precision, profile=BatchProfile.parse(batch), selection=selection, input=input)
     batches, made = verification_batches(directory, data)
@@ -119,10 +119,10 @@ def profile(
     The table is kept, and measured anew when the model, the runtime's version or the machine changes."""
     from lowpass.benchmarks.latency.parts import as_markdown
     from lowpass.benchmarks.latency.target import latency_table
-    from lowpass.pipeline.checkpoints.dense import load_dense
-    from lowpass.pipeline.model.slim import SlimViT
+    from lowpass.pipeline.checkpoints.timm_models import load_model
+    from lowpass.pipeline.model.slim_vit import SlimViT
 
-    dense = load_dense(model, random_weights=model != "digits_deit")  # a latency does not hang on weights
+    dense = load_model(model, random_weights=model != "digits_deit")  # a latency does not hang on weights
     architecture = SlimViT.from_timm(dense, token_score=token_score).architecture
     table = latency_table(architecture, *place(runtime, precision), batch)
     say(table.model_dump(mode="json"), as_markdown(table), as_json)

@@ -16,10 +16,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.progress import console
-from lowpass.pipeline.checkpoints.dense import read_checkpoint, state_of, timm_key
-from lowpass.pipeline.model.architecture import Architecture, BlockShape, DenseViT, Preprocessing, check_blocks
-from lowpass.pipeline.model.slim import SlimViT
+from lowpass.pipeline.base.progress import logger
+from lowpass.pipeline.checkpoints.state_dict import read_checkpoint, state_of, timm_key
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.model.architecture import Architecture, DenseViT, Preprocessing, check_blocks
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 DEIT_KINDS = {192: "tiny", 384: "small", 768: "base"}  # by width
 DEIT_DEPTH, DEIT_MLP_RATIO, DEIT_NORM_EPS, DEIT_CROP = 12, 4, 1e-6, 0.9
@@ -197,10 +198,9 @@ def _dense(ends: DenseViT, blocks: tuple[BlockShape, ...], qk_scale: float) -> D
     """The model that the blocks were cut out of: a DeiT with heads that suit the scale, larger where a block is."""
     head_dim = _implied_head_dim(ends.embed_dim, qk_scale)
     if head_dim is None:
-        console.print(
+        logger.info(
             f"note: --qk-scale {qk_scale:g} is that of heads of {qk_scale**-2:.4g} channels, into which "
             f"{ends.embed_dim} channels cannot be divided; is it the scale the model was trained with?",
-            soft_wrap=True,
         )
     heads = max([block.heads for block in blocks] + [ends.embed_dim // head_dim if head_dim else 1])
     head_dim = max([max(block.qk_dim, block.v_dim) for block in blocks] + [head_dim or 1])

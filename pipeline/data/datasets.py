@@ -1,12 +1,11 @@
-"""Images to score, measure, train and test on: the embedded digits, an image folder, or any reader timm knows."""
+"""Images to score, measure, train and test on: the embedded digits, an image folder, any reader timm knows, or what is
+in memory already."""
 
 from collections.abc import Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -14,32 +13,36 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.data.digits import NUM_CLASSES, DigitScenes
+from lowpass.pipeline.data.folders import Split, read_folders
 from lowpass.pipeline.model.architecture import Architecture
 
 Images = Dataset[tuple[Tensor, int]]
 Batches = list[tuple[Tensor, Tensor]]
 
 READERS = ("hfds", "hfids", "wds", "tfds", "torch")  # timm's dataset readers besides the image folder
-TEST_FOLDERS = ("val", "validation", "test")
-HELD_OUT = 0.2  # of a folder without a train/val split
 MODES = {1: "L", 3: "RGB"}  # input channels -> how Pillow opens an image
-PROBED = 256  # images opened before anything is run
 
 
 @dataclass(frozen=True)
 class Data:
-    """One data set, normalised for one model. `train` is augmented; `calibration` is the same images, plain."""
+    """One data set, normalised for one model. `train` is augmented; `calibration` is the same images, plain. `classes`
+    are named in the order of the labels; None: the reader does not say."""
 
     name: str
     train: Images
     calibration: Images
     test: Images
-    num_classes: int | None  # None: the reader does not say
+    classes: tuple[str, ...] | None
+    num_classes: int
     workers: int = 0
 
-    def loader(self, images: Images, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Batches in fixed order."""
-        return DataLoader(cast(Any, images), batch_size, num_workers=self.workers)
+    def loader(self, images: Images, batch_size: int) -> "Checked":
+        """Batches in fixed order.
+
+        Raises:
+            InputError: as they are read, a label is none of the model's classes.
+        """
+        return Checked(DataLoader(cast(Any, images), batch_size, num_workers=self.workers), self)
 
     def calibration_batches(self, count: int, batch_size: int, seed: int, description: str) -> Batches:
         """At most `count` plain training images in memory, drawn by `seed`."""
@@ -47,6 +50,34 @@ class Data:
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
         batches = self.loader(Subset(self.calibration, chosen.tolist()), batch_size)
         return [(images, labels) for images, labels in track(batches, description)]
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Refuse labels that are none of the model's classes.
+
+        Raises:
+            InputError: with the first of them.
+        """
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(outside):
+            raise InputError(
+                f"{self.name} has an image of class number {int(outside[0])}, but the model has {self.num_classes} "
+                "classes, 0 and up; give the data the model was trained on"
+            )
+
+
+class Checked:
+    """A loader whose labels are looked at as they come."""
+
+    def __init__(self, loader: DataLoader[tuple[Tensor, Tensor]], data: Data) -> None:
+        self.inner, self.data = loader, data
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self) -> Any:
+        for images, labels in self.inner:
+            self.data.check_labels(labels)
+            yield images, labels
 
 
 def load_data(spec: str, architecture: Architecture, seed: int = 0) -> Data:
@@ -66,15 +97,46 @@ def load_data(spec: str, architecture: Architecture, seed: int = 0) -> Data:
         if dense.img_size != (32, 32) or dense.in_chans != 3:
             raise InputError(f"digits are 3x32x32 images, but {dense.name} takes {dense.in_chans}x{dense.img_size}")
         scenes = (DigitScenes("train", seed=seed + 1), DigitScenes("train", renders=2), DigitScenes("test", renders=2))
-        data = Data("digits", *scenes, num_classes=NUM_CLASSES)
+        names = tuple(str(digit) for digit in range(NUM_CLASSES))
+        data = Data("digits", *scenes, classes=names, num_classes=dense.num_classes)
     else:
         data = _from_timm(spec, architecture, seed)
-    if data.num_classes is not None and data.num_classes != dense.num_classes:
+    if data.classes is not None and len(data.classes) != dense.num_classes:
         raise InputError(
-            f"{spec} has {data.num_classes} classes, but the model has {dense.num_classes}; "
+            f"{spec} has {len(data.classes)} classes, but the model has {dense.num_classes}; "
             "give the data the model was trained on, or weights trained on this data"
         )
     return data
+
+
+def data_in_memory(train: Any, test: Any, architecture: Architecture) -> Data:
+    """Data sets that a program holds, as they are: images are expected ready for the model.
+
+    Args:
+        train: of (image [C, H, W] FP32, normalised; label): a torch data set with a length, or a loader of one.
+        test: the same, to measure the final top-1 on.
+        architecture: of the model that will see the images.
+
+    Raises:
+        InputError: one is no such data set, is empty, or holds images of another shape.
+    """
+    dense = architecture.dense
+    shape = (dense.in_chans, *dense.img_size)
+    parts = []
+    for name, given in (("train", train), ("test", test)):
+        part = given.dataset if isinstance(given, DataLoader) else given
+        if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
+            raise InputError(f"the {name} images are a {type(given).__name__}; give a data set with a length")
+        if not len(part):
+            raise InputError(f"the {name} images are empty")
+        image = part[0][0]
+        if not isinstance(image, Tensor) or tuple(image.shape) != shape:
+            seen = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise InputError(f"the first {name} image is {seen}; {dense.name} takes tensors of {shape}")
+        parts.append(cast(Images, part))
+    names = getattr(parts[0], "classes", None)
+    classes = tuple(map(str, names)) if names is not None and len(names) == dense.num_classes else None
+    return Data("data in memory", parts[0], parts[0], parts[1], classes, dense.num_classes)
 
 
 def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
@@ -99,63 +161,12 @@ def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
             for split in ("train", "val")
         }
         try:
-            return Data(spec, make["train"](augment), make["train"](plain), make["val"](plain), None, _workers())
+            parts = make["train"](augment), make["train"](plain), make["val"](plain)
         except Exception as error:  # whatever the third-party reader raises: the spec is the user's
             raise InputError(f"timm cannot read {spec}: {error}") from None
-
-    root = Path(spec)
-    if not root.is_dir():
-        raise InputError(f"there is no folder {root}; --data takes 'digits', a folder or a timm reader like hfds/NAME")
-    test_root = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-    if (root / "train").is_dir() and test_root is not None:
-        train, calibration, test = (
-            _folder(root / "train", augment, mode),
-            _folder(root / "train", plain, mode),
-            _folder(test_root, plain, mode),
-        )
-        if _classes(train) != _classes(test):
-            odd = sorted(set(_classes(train)) ^ set(_classes(test)))[:3]
-            raise InputError(f"{root / 'train'} and {test_root} hold different classes, such as {', '.join(odd)}")
-        num_classes = len(_classes(train))
-    else:
-        whole, whole_plain = _folder(root, augment, mode), _folder(root, plain, mode)
-        order = torch.randperm(len(cast(Sized, whole)), generator=torch.Generator().manual_seed(seed)).tolist()
-        held_out = max(1, round(HELD_OUT * len(order)))
-        if held_out == len(order):
-            raise InputError(f"{root} holds a single image; some must be held out for testing")
-        num_classes = len(_classes(whole))
-        test, rest = Subset(whole_plain, order[:held_out]), order[held_out:]
-        train, calibration = Subset(whole, rest), Subset(whole_plain, rest)
-    return Data(spec, train, calibration, test, num_classes, _workers())
-
-
-def _folder(root: Path, transform: Any, mode: str) -> Images:
-    """timm's image folder, some of whose images have been opened.
-
-    Raises:
-        InputError: it has no images, or one of them cannot be read.
-    """
-    try:
-        images = create_dataset("", str(root), transform=transform, search_split=False, input_img_mode=mode)
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"{root} holds no images in class folders ({error})") from None
-    names = images.filenames(absolute=True)
-    loose = [name for name in names if Path(name).parent == root.absolute() or Path(name).parent == root]
-    if loose:
-        raise InputError(f"{loose[0]} lies outside any class folder; images belong in {root}/CLASS/")
-    if not names:
-        raise InputError(f"{root} holds no images in class folders")
-    for name in names[:: max(1, len(names) // PROBED)]:
-        try:
-            with Image.open(name) as image:
-                image.load()
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
-            raise InputError(f"cannot read the image {name}: {error}") from None
-    return cast(Images, images)
-
-
-def _classes(images: Images) -> list[str]:
-    return sorted(cast(Any, images).reader.class_to_idx)
+        return Data(spec, *parts, None, dense.num_classes, _workers())
+    split: Split = read_folders(spec, augment, plain, mode, seed)
+    return Data(spec, split.train, split.calibration, split.test, split.classes, dense.num_classes, _workers())
 
 
 def _workers() -> int:

@@ -1,14 +1,13 @@
 """Which channels of a block stay: by a score threshold with head search (the paper's way), or to a given shape."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.sensitivity import ChannelScores
-from lowpass.pipeline.model.architecture import BlockShape
-from lowpass.pipeline.search.shaping import Shaping
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
         ValueError: `n` is negative or leaves nothing.
     """
     pairs, values, hidden = scores.query_key, scores.value, scores.hidden
-    threshold = _threshold(scores, n)
+    threshold = score_threshold(scores, n)
     stays = (hidden >= threshold).nonzero().flatten()
     if not len(stays):
         stays = hidden.argmax(keepdim=True)
@@ -57,31 +56,11 @@ def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
     best_worth = -math.inf
     for heads in range(fewest, len(pairs) + 1):
         qk_dim, v_dim = max(round(num_pairs / heads), 1), max(round(num_values / heads), 1)
-        choice, worth = _best_heads(scores, heads, qk_dim, v_dim, tuple(stays.tolist()))
+        choice, worth = best_heads(scores, heads, qk_dim, v_dim, tuple(stays.tolist()))
         if worth > best_worth:  # what the threshold would keep is the same for every h: most worth loses least
             best, best_worth = choice, worth
     assert best is not None
     return best
-
-
-def choose_shaped(scores: ChannelScores, n: int, shaping: Shaping) -> ChannelChoice:
-    """`choose_channels`, or with whole heads its counterpart: the same threshold, but as many heads as hold the query,
-    key and value rows that stay, and a hidden width that suits; what rounding adds back is the best scored.
-
-    Raises:
-        ValueError: `n` is negative or leaves nothing.
-    """
-    if not shaping.whole_heads:
-        choice = choose_channels(scores, n)
-        width = shaping.width(len(choice.hidden), len(scores.hidden))
-        return replace(choice, hidden=_top(scores.hidden, width))
-    threshold = _threshold(scores, n)
-    qk_dim = scores.query_key.shape[1]
-    v_dim = scores.value.shape[1]
-    rows = 2 * int((scores.query_key >= threshold).sum()) + int((scores.value >= threshold).sum())
-    heads = max(1, math.ceil(rows / (2 * qk_dim + v_dim)))
-    width = shaping.width(max(1, int((scores.hidden >= threshold).sum())), len(scores.hidden))
-    return _best_heads(scores, heads, qk_dim, v_dim, _top(scores.hidden, width))[0]
 
 
 def choose_for_shape(scores: ChannelScores, shape: BlockShape) -> ChannelChoice:
@@ -94,11 +73,11 @@ def choose_for_shape(scores: ChannelScores, shape: BlockShape) -> ChannelChoice:
     want = (shape.heads, shape.qk_dim, shape.v_dim, shape.hidden)
     if any(w > h for w, h in zip(want, have, strict=True)):
         raise ValueError(f"heads, qk_dim, v_dim, hidden = {want} cannot be cut out of {have}")
-    hidden = _top(scores.hidden, shape.hidden)
-    return _best_heads(scores, shape.heads, shape.qk_dim, shape.v_dim, hidden)[0]
+    hidden = best_channels(scores.hidden, shape.hidden)
+    return best_heads(scores, shape.heads, shape.qk_dim, shape.v_dim, hidden)[0]
 
 
-def _threshold(scores: ChannelScores, n: int) -> Tensor:
+def score_threshold(scores: ChannelScores, n: int) -> Tensor:
     """The score below which `n` rows lie, a pair counted for its query and its key."""
     pairs = scores.query_key.flatten()
     everything = torch.cat([pairs, pairs, scores.value.flatten(), scores.hidden]).sort().values
@@ -107,23 +86,23 @@ def _threshold(scores: ChannelScores, n: int) -> Tensor:
     return everything[n]
 
 
-def _best_heads(
+def best_heads(
     scores: ChannelScores, heads: int, qk_dim: int, v_dim: int, hidden: tuple[int, ...]
 ) -> tuple[ChannelChoice, float]:
     """The `heads` heads worth most at the given sizes, and their worth (a pair scores for its query and its key)."""
     pairs, values = scores.query_key.double(), scores.value.double()
     worth = 2 * pairs.topk(qk_dim).values.sum(1) + values.topk(v_dim).values.sum(1)
-    kept = _top(worth, heads)
+    kept = best_channels(worth, heads)
     choice = ChannelChoice(
         heads=kept,
-        query_key=tuple(_top(pairs[h], qk_dim) for h in kept),
-        value=tuple(_top(values[h], v_dim) for h in kept),
+        query_key=tuple(best_channels(pairs[h], qk_dim) for h in kept),
+        value=tuple(best_channels(values[h], v_dim) for h in kept),
         hidden=hidden,
     )
     return choice, float(worth[list(kept)].sum())
 
 
-def _top(scores: Tensor, k: int) -> tuple[int, ...]:
+def best_channels(scores: Tensor, k: int) -> tuple[int, ...]:
     """Indices of the k largest, ascending; the lower index at a tie."""
     order = scores.argsort(descending=True, stable=True)[:k]
     return tuple(order.sort().values.tolist())

@@ -1,7 +1,5 @@
-"""LFE and the token score (paper, eq. 6, 8 and 9), and its rivals: which image tokens a block passes on."""
+"""LFE, low-frequency energy: how much of each token a low-pass along the tokens leaves (paper, eq. 6)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,8 +8,6 @@ from torch import Tensor
 from lowpass.pipeline.method.frequency import token_lowpass_matrix
 
 EnergyNorm = Literal["l2", "l1"]
-TokenScore = Literal["full", "cls"]
-TokenCriterion = Literal["lfe-attention", "attention", "lfe", "random"]
 
 
 def low_frequency_energy(tokens: Tensor, cutoff: float, norm: EnergyNorm = "l2") -> Tensor:
@@ -46,142 +42,3 @@ def filtered_energy(tokens: Tensor, lowpass: Tensor, norm: EnergyNorm) -> Tensor
     if norm == "l1":
         return low.abs().sum(-1) / tokens.abs().sum(-1).mean(-1, keepdim=True).clamp_min(tiny)
     raise ValueError(f"the LFE norm must be 'l2' or 'l1', not {norm!r}")
-
-
-def attention_importance(attention: Tensor, num_prefix_tokens: int) -> Tensor:
-    """The attention factor of the token score (eq. 8): what CLS receives from each image token, directly and through
-    the others.
-
-    Args:
-        attention: softmax attention [B, H, P + N, P + N], row = query, CLS first.
-        num_prefix_tokens: P.
-
-    Returns:
-        [B, N], FP32 or wider.
-    """
-    attention = attention.float()
-    image_rows = attention[:, :, num_prefix_tokens:].mean(2)  # [B, H, P + N], averaged over image queries
-    direct = attention[:, :, 0, num_prefix_tokens:] * image_rows[:, :, :1]
-    indirect = attention[:, :, 0, :1] * image_rows[:, :, num_prefix_tokens:]
-    return (direct + indirect).mean(1)
-
-
-def cls_importance(attention: Tensor, num_prefix_tokens: int) -> Tensor:
-    """The direct half of `attention_importance` alone: what CLS itself attends to, averaged over the heads (EViT's
-    score). It needs one row of the attention matrix, so that attention can run fused.
-
-    Args:
-        attention: [B, H, 1 or P + N, P + N]; only the CLS row is read.
-        num_prefix_tokens: P.
-
-    Returns:
-        [B, N], FP32 or wider.
-    """
-    return attention[:, :, 0, num_prefix_tokens:].float().mean(1)
-
-
-IMPORTANCE: dict[TokenScore, Callable[[Tensor, int], Tensor]] = {"full": attention_importance, "cls": cls_importance}
-
-
-def token_scores(
-    tokens: Tensor, attention: Tensor, cutoff: float, norm: EnergyNorm = "l2", num_prefix_tokens: int = 1
-) -> Tensor:
-    """Attention importance times LFE (eq. 8-9).
-
-    Args:
-        tokens: image tokens [B, N, C] as they leave the attention residual, or [B, P + N, C] with the prefix tokens.
-        attention: the block's softmax attention [B, H, P + N, P + N].
-        cutoff: token cutoff in (0, 1).
-        norm: the LFE norm.
-        num_prefix_tokens: P where `tokens` holds the prefix tokens too; they are not scored.
-
-    Returns:
-        [B, N].
-
-    Raises:
-        ValueError: `attention` covers fewer tokens than are given.
-    """
-    length, count = attention.shape[-1], tokens.shape[1]
-    if count > length:
-        raise ValueError(f"attention covers {length} tokens, but {count} are given")
-    if count == length:
-        tokens = tokens[:, num_prefix_tokens:]
-    else:
-        num_prefix_tokens = length - count
-    return attention_importance(attention, num_prefix_tokens) * low_frequency_energy(tokens, cutoff, norm)
-
-
-@dataclass(frozen=True)
-class SeenTokens:
-    """What a block knows of its image tokens when it has to choose."""
-
-    tokens: Tensor  # [B, N, C], as they leave the attention residual
-    attention: Tensor  # as much of it as `token_score` reads; empty where the criterion reads none
-    num_prefix_tokens: int
-    lowpass: Tensor  # [N, N]; empty where the criterion reads no energy
-    chance: Tensor  # [N]; empty unless tokens are drawn
-    energy_norm: EnergyNorm
-    token_score: TokenScore
-
-    def importance(self) -> Tensor:
-        """The attention factor [B, N] (eq. 8, or its direct half)."""
-        return IMPORTANCE[self.token_score](self.attention, self.num_prefix_tokens)
-
-    def energy(self) -> Tensor:
-        """LFE [B, N] (eq. 6)."""
-        return filtered_energy(self.tokens, self.lowpass, self.energy_norm)
-
-
-def energy_and_attention(seen: SeenTokens) -> Tensor:
-    """The paper's score (eq. 9)."""
-    return seen.importance() * seen.energy()
-
-
-def attention_alone(seen: SeenTokens) -> Tensor:
-    """With the `cls` score what EViT keeps (Liang et al., ICLR 2022)."""
-    return seen.importance()
-
-
-def energy_alone(seen: SeenTokens) -> Tensor:
-    """LFE, whatever attends to it."""
-    return seen.energy()
-
-
-def drawn(seen: SeenTokens) -> Tensor:
-    """The same positions of every image, drawn once for each block: the floor for any criterion."""
-    return seen.chance.float().expand(seen.tokens.shape[0], -1)
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A token score [B, N], higher stays, and what it reads: the attention decides whether attention can run fused,
-    the energy costs MACs."""
-
-    score: Callable[[SeenTokens], Tensor]
-    reads_attention: bool = False
-    reads_energy: bool = False
-    draws: bool = False
-
-
-TOKEN_CRITERIA: dict[TokenCriterion, Criterion] = {
-    "lfe-attention": Criterion(energy_and_attention, reads_attention=True, reads_energy=True),
-    "attention": Criterion(attention_alone, reads_attention=True),
-    "lfe": Criterion(energy_alone, reads_energy=True),
-    "random": Criterion(drawn, draws=True),
-}
-
-
-def keep_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:
-    """Prefix tokens and the `keep` best-scored image tokens in raster order: [B, P + N, C], [B, N] -> [B, P + keep, C].
-
-    The next block filters along the token axis, so the order must stay.
-    """
-    num_prefix_tokens = tokens.shape[1] - scores.shape[1]
-    index = kept_indices(scores, keep)[..., None].expand(-1, -1, tokens.shape[2])
-    return torch.cat([tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:].gather(1, index)], 1)
-
-
-def kept_indices(scores: Tensor, keep: int) -> Tensor:
-    """Indices [B, keep] of the best-scored image tokens, ascending. Sorted as FP32, which TensorRT's TopK takes."""
-    best = scores.topk(keep, sorted=False).indices.float()
-    return best.topk(keep, largest=False, sorted=True).values.long()

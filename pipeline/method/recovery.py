@@ -4,9 +4,7 @@ The projection and the second MLP layer of a pruned block are fitted by ridge re
 comes as near as it can to the dense model's on the same images; the ridge pulls towards the weights that are there, and
 is chosen on held-out images. A refit that does not lower the held-out error is not taken. Everything is in FP64.
 
-Thinned query/key heads are refitted by the logits they must reproduce: with the queries given, the keys that do so best
-are a least-squares solution too, and the other way round. Related: CORP (arXiv 2602.05243), Variance-Based Pruning
-(arXiv 2507.12988).
+Related: CORP (arXiv 2602.05243), Variance-Based Pruning (arXiv 2507.12988).
 """
 
 from collections.abc import Iterable
@@ -15,10 +13,7 @@ from typing import cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from timm.layers import LayerScale
 from torch import Tensor, nn
-
-from lowpass.pipeline.model.slim import SlimBlock
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the mean square of a feature
 HELD_OUT_EVERY = 4  # every fourth image judges
@@ -127,12 +122,11 @@ def refit(layer: nn.Linear, name: str, fitted: Moments, judged: Moments) -> Refi
     return Refit(layer=name, before=before, after=best_error, ridge=best_ridge)
 
 
-def unscaled(difference: Tensor, scale: nn.Module, layer: nn.Module, features: Tensor) -> Tensor:
-    """What `layer` must give so that `scale` of it is `difference`; where layer scale has switched a channel off, what
-    it gives now."""
-    if not isinstance(scale, LayerScale):
+def unscaled(difference: Tensor, gamma: Tensor | None, layer: nn.Module, features: Tensor) -> Tensor:
+    """What `layer` must give of `features` so that it is `difference` [B, T, C] once scaled by layer scale `gamma` [C]
+    (None: there is none); where that has switched a channel off, what the layer gives now."""
+    if gamma is None:
         return difference
-    gamma = scale.gamma.detach()
     usable = gamma.abs() > SMALLEST_SCALE
     return torch.where(usable, difference / torch.where(usable, gamma, 1), layer(features))
 
@@ -143,55 +137,3 @@ def token_weights(tokens: int, num_prefix_tokens: int, last: bool, like: Tensor)
     weights = torch.full((tokens,), 0.0 if last else 1.0, device=like.device)
     weights[:num_prefix_tokens] = 1.0 if last else max(1.0, (tokens - num_prefix_tokens) / num_prefix_tokens)
     return weights
-
-
-def refit_pairing(block: SlimBlock, inputs: Iterable[Tensor], dense: SlimBlock, heads: tuple[int, ...]) -> Refit:
-    """Refit thinned queries and keys so that their logits come near the dense heads'.
-
-    Args:
-        block: pruned; its head i was `heads[i]` of `dense`.
-        inputs: what enters its attention, normalised [B, T, C].
-        dense: the block before it was thinned.
-        heads: see above.
-    """
-    fitted, judged = moments((x, x[..., :1], torch.ones(x.shape[1], device=x.device)) for x in inputs)
-    attention, whole = block.attn, dense.attn
-    query, key = (_per_head(layer, attention.num_heads) for layer in (attention.query, attention.key))
-    wanted = [_per_head(layer, whole.num_heads)[list(heads)] for layer in (whole.query, whole.key)]
-    before = _logit_error(query, key, wanted, judged.gram)
-    new_key = _match(query, wanted[0], wanted[1], fitted.gram)
-    new_query = _match(new_key, wanted[1], wanted[0], fitted.gram)
-    after = _logit_error(new_query, new_key, wanted, judged.gram)
-    if not after < before or attention.query.bias is None:
-        return Refit(layer="query/key", before=before, after=before, ridge=None)
-    for layer, solution in ((attention.query, new_query), (attention.key, new_key)):
-        rows = solution.flatten(0, 1)
-        with torch.no_grad():
-            layer.weight.copy_(rows[:, :-1])
-            layer.bias.copy_(rows[:, -1])
-    return Refit(layer="query/key", before=before, after=after, ridge=PAIRING_RIDGE)
-
-
-PAIRING_RIDGE = 1e-6
-
-
-def _per_head(layer: nn.Linear, heads: int) -> Tensor:
-    """[H, d, C + 1], the bias last, FP64."""
-    bias = torch.zeros(layer.out_features, device=layer.weight.device) if layer.bias is None else layer.bias
-    return torch.cat([layer.weight, bias[:, None]], 1).detach().double().unflatten(0, (heads, -1))
-
-
-def _match(given: Tensor, given_whole: Tensor, other_whole: Tensor, gram: Tensor) -> Tensor:
-    """The other side [H, d, C + 1] for which `given^T other` comes nearest to `given_whole^T other_whole` over tokens
-    with second moments `gram`: `(G S G^T)^-1 G S W^T V` for each head."""
-    weighted = given @ gram
-    square = weighted @ given.transpose(1, 2)
-    square.diagonal(dim1=1, dim2=2).add_(PAIRING_RIDGE * square.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
-    return torch.linalg.solve(square, weighted @ given_whole.transpose(1, 2) @ other_whole)
-
-
-def _logit_error(query: Tensor, key: Tensor, wanted: list[Tensor], gram: Tensor) -> float:
-    """Mean squared error of the logits between independent tokens with second moments `gram`."""
-    root = torch.linalg.cholesky(gram / gram[-1, -1] + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram))
-    now, then = ((q @ root).transpose(1, 2) @ (k @ root) for q, k in ((query, key), (wanted[0], wanted[1])))
-    return float((now - then).square().sum() / len(query))

@@ -1,18 +1,13 @@
-"""LFS: how much each channel matters to low-frequency images (paper, eq. 3-5), and its rivals."""
+"""LFS, low-frequency sensitivity: how much each channel matters to low-frequency images (paper, eq. 3-5).
 
-from collections.abc import Callable, Iterable, Iterator
+What runs it on a model is `search/channel_criteria.py`.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-
-from lowpass.pipeline.method.frequency import lowpass_images
-from lowpass.pipeline.model.slim import SlimViT
-
-ChannelCriterion = Literal["lfs", "taylor", "magnitude", "random"]
-Stream = tuple[Tensor, Tensor, Tensor]  # tokens of clean images, tokens of low-passed images, labels
 
 
 @dataclass(frozen=True)
@@ -28,127 +23,31 @@ class ChannelScores:
     hidden: Tensor
 
 
-def low_frequency_sensitivity(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    block: int,
-    cutoff: float = 0.1,
-    weight: float = 0.1,
-) -> ChannelScores:
-    """LFS of one block of the model as it stands now.
-
-    With low-passed images X~, `g` is the gradient of `weight * CE(model(X~), y) + (1 - weight) * KL(softmax(T) ||
-    softmax(T~))`, where T and T~ are the CLS token leaving the block for X (no gradient) and for X~ and KL is summed
-    and divided by the number of elements (eq. 3-4). Gradients are averaged over the batches; a channel's score is the
-    sum over its weight row of `(g * weight)^2`, bias left out (eq. 5).
+def sensitivity_loss(
+    low_logits: Tensor, labels: Tensor, clean_token: Tensor, low_token: Tensor, weight: float
+) -> Tensor:
+    """The loss whose gradient LFS takes: `w CE(model(X~), y) + (1 - w) KL(softmax(T) || softmax(T~))` (eq. 3-4), with
+    KL summed and divided by the number of elements.
 
     Args:
-        model: a SlimViT, or a plain dense timm ViT.
-        batches: (images [B, C, H, W], labels [B]); moved to the model's device.
-        block: index of the block to score, from the bottom.
-        cutoff: image cutoff in cycles per pixel.
-        weight: share of the cross-entropy, in [0, 1].
-
-    Raises:
-        ValueError: there are no batches.
-        InputError: `model` is not a plain ViT.
+        low_logits: [B, classes] of low-passed images X~.
+        labels: y [B].
+        clean_token: T [B, C], the CLS token that leaves the scored block for the images X; no gradient flows into it.
+        low_token: T~ [B, C], the same for X~.
+        weight: w, the share of the cross-entropy, in [0, 1].
     """
-    slim = model if isinstance(model, SlimViT) else SlimViT.from_timm(model)
-    device = next(slim.parameters()).device
-
-    def streams() -> Iterator[Stream]:
-        for images, labels in batches:
-            images = images.to(device)
-            with torch.no_grad():
-                clean, low = (_below(slim, seen, block) for seen in (images, lowpass_images(images, cutoff)))
-            yield clean, low, labels.to(device)
-
-    training = slim.training
-    scores = sensitivity_from(slim.eval(), streams(), block, weight)
-    slim.train(training)
-    return scores
+    divergence = F.kl_div(low_token.log_softmax(-1), clean_token.softmax(-1), reduction="sum") / clean_token.numel()
+    return weight * F.cross_entropy(low_logits, labels) + (1 - weight) * divergence
 
 
-def sensitivity_from(slim: SlimViT, streams: Iterable[Stream], block: int, weight: float) -> ChannelScores:
-    """`low_frequency_sensitivity` from what enters the block: a search keeps it, since the blocks below are final.
+def channel_scores(saliency: Iterable[Tensor], num_heads: int) -> ChannelScores:
+    """The sum of squares over each row (eq. 5).
 
     Args:
-        slim: in evaluation mode.
-        streams: tokens [B, P + N, C] of the images and of the low-passed images, and labels [B], on the model's device.
-        block: index of the block to score.
-        weight: share of the cross-entropy, in [0, 1].
-
-    Raises:
-        ValueError: there are no batches.
+        saliency: a matrix for each of query [H * Dqk, C], key [H * Dqk, C], value [H * Dv, C] and hidden [M, C]. For
+            LFS and Taylor it is gradient times weight; biases are left out.
+        num_heads: H.
     """
-    layers = _layers(slim, block)
-    total = [torch.zeros_like(layer.weight) for layer in layers]
-    count = 0
-    for clean, low, labels in streams:
-        loss = _loss(slim, clean, low, labels, block, weight)
-        for sum_, gradient in zip(total, torch.autograd.grad(loss, [layer.weight for layer in layers]), strict=True):
-            sum_ += gradient
-        count += 1
-    if not count:
-        raise ValueError("channel sensitivity needs at least one batch")
-    products = (gradient / count * layer.weight.detach() for gradient, layer in zip(total, layers, strict=True))
-    return _by_row(products, slim.blocks[block].attn.num_heads)
-
-
-def taylor(slim: SlimViT, streams: Iterable[Stream], block: int) -> ChannelScores:
-    """First-order Taylor saliency as in NViT (Yang et al., 2023): LFS's sum with the gradient of the cross-entropy on
-    unfiltered images. See `sensitivity_from`."""
-    unfiltered = ((clean, clean, labels) for clean, _, labels in streams)
-    return sensitivity_from(slim, unfiltered, block, weight=1.0)
-
-
-def magnitude(slim: SlimViT, block: int) -> ChannelScores:
-    """The squared L2 norm of each weight row."""
-    return _by_row((layer.weight.detach() for layer in _layers(slim, block)), slim.blocks[block].attn.num_heads)
-
-
-def drawn(slim: SlimViT, block: int, seed: int) -> ChannelScores:
-    """Uniform noise: the floor for any criterion."""
-    generator = torch.Generator().manual_seed(seed * len(slim.blocks) + block)
-    attention, hidden = slim.blocks[block].attn, cast(nn.Linear, slim.blocks[block].mlp.fc1)
-    sizes = ((attention.num_heads, attention.qk_dim), (attention.num_heads, attention.v_dim), (hidden.out_features,))
-    return ChannelScores(*(torch.rand(size, generator=generator) for size in sizes))
-
-
-# From the model, what enters the block, the block's index, the share of the cross-entropy (LFS) and a seed.
-CHANNEL_CRITERIA: dict[ChannelCriterion, Callable[[SlimViT, Iterable[Stream], int, float, int], ChannelScores]] = {
-    "lfs": lambda slim, streams, block, weight, _seed: sensitivity_from(slim, streams, block, weight),
-    "taylor": lambda slim, streams, block, _weight, _seed: taylor(slim, streams, block),
-    "magnitude": lambda slim, _streams, block, _weight, _seed: magnitude(slim, block),
-    "random": lambda slim, _streams, block, _weight, seed: drawn(slim, block, seed),
-}
-
-
-def _layers(slim: SlimViT, block: int) -> list[nn.Linear]:
-    attention = slim.blocks[block].attn
-    return [attention.query, attention.key, attention.value, cast(nn.Linear, slim.blocks[block].mlp.fc1)]
-
-
-def _by_row(matrices: Iterable[Tensor], heads: int) -> ChannelScores:
-    """Sums of squares over the rows of query, key, value and hidden matrices."""
-    query, key, value, hidden = (matrix.square().sum(1).float().cpu() for matrix in matrices)
-    return ChannelScores((query + key).unflatten(0, (heads, -1)), value.unflatten(0, (heads, -1)), hidden)
-
-
-def _loss(slim: SlimViT, clean: Tensor, low: Tensor, labels: Tensor, block: int, weight: float) -> Tensor:
-    """Eq. 3-4 for one batch; only what lies above the scored block is differentiated."""
-    with torch.no_grad():
-        cls_token = slim.blocks[block](clean)[:, 0]
-    low = slim.blocks[block](low)
-    divergence = F.kl_div(low[:, 0].log_softmax(-1), cls_token.softmax(-1), reduction="sum") / cls_token.numel()
-    for later in slim.blocks[block + 1 :]:
-        low = later(low)
-    return weight * F.cross_entropy(slim.classify(low), labels) + (1 - weight) * divergence
-
-
-def _below(slim: SlimViT, images: Tensor, block: int) -> Tensor:
-    """Tokens that enter `block`."""
-    tokens = slim.embed(images)
-    for earlier in slim.blocks[:block]:
-        tokens = earlier(tokens)
-    return tokens
+    query, key, value, hidden = (matrix.square().sum(1).float().cpu() for matrix in saliency)
+    heads = (num_heads, -1)
+    return ChannelScores((query + key).unflatten(0, heads), value.unflatten(0, heads), hidden)

@@ -5,24 +5,14 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.method.energy import TOKEN_CRITERIA, EnergyNorm, TokenCriterion, TokenScore
-
-Positive = Annotated[int, Field(ge=1)]
+from lowpass.pipeline.base.errors import InputError, first_problem
+from lowpass.pipeline.method.block_shape import BlockShape, Positive
+from lowpass.pipeline.method.energy import EnergyNorm
+from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, TokenCriterion, TokenScore
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BlockShape(_Frozen):
-    """One block. `keep` counts the image tokens that leave it; prefix tokens (CLS, distillation, ...) come on top."""
-
-    heads: Positive
-    qk_dim: Positive
-    v_dim: Positive
-    hidden: Positive
-    keep: Positive
 
 
 class DenseViT(_Frozen):
@@ -186,10 +176,3 @@ def read_architecture(path: Path) -> Architecture:
         raise InputError(f"cannot read {path}: {error.strerror}; is {path.parent} a run directory?") from None
     except ValidationError as error:
         raise InputError(f"{path} is not an architecture: {first_problem(error)}") from None
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first complaint of a pydantic error, on one line, with where it stands."""
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"{where}: {problem['msg']}" if where else problem["msg"]

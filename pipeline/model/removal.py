@@ -7,7 +7,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.channels import ChannelChoice
-from lowpass.pipeline.model.slim import AttentionWeights, SlimBlock
+from lowpass.pipeline.model.slim_block import AttentionWeights, SlimBlock
 
 
 class _QueryKeyPairing(tp.BasePruningFunc):

@@ -5,10 +5,12 @@ import math
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from lowpass.pipeline.model.architecture import Architecture, BlockShape
-from lowpass.pipeline.run.recipe import FinetuneSettings, Recipe
-from lowpass.pipeline.search.state import REFIT_ROWS
-from lowpass.pipeline.search.target import POINTS, PROFILED_IMAGES, THRESHOLDS
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.loss_curves import POINTS, PROFILED_IMAGES, THRESHOLDS
+from lowpass.pipeline.search.recovery_targets import REFIT_ROWS
+from lowpass.pipeline.train.settings import FinetuneSettings
 
 # Of a block, tokens and channels each, in a search to an allowable drop; in passes over all measuring images. There are
 # more, but those that fail stop early. As counted on the digits.
@@ -17,7 +19,7 @@ REFIT_BLOCKS = 4  # forwards of one image through a block that a refit takes: it
 BACKWARD = 2  # of training, in forwards
 
 
-class Forecast(BaseModel):
+class Estimate(BaseModel):
     """What is going to be done, and what it takes.
 
     `weights`: None where a run would still need `--weights`. `dense_macs` and `slim_macs` are of one image (None: the
@@ -46,7 +48,7 @@ class Forecast(BaseModel):
     total_macs: int
 
 
-def forecast(
+def estimate(
     recipe: Recipe,
     dense: Architecture,
     table: tuple[BlockShape, ...] | None,
@@ -54,8 +56,8 @@ def forecast(
     test_images: int,
     settings: FinetuneSettings,
     weights: str | None,
-) -> Forecast:
-    """The forecast of a sound recipe.
+) -> Estimate:
+    """The estimate of a sound recipe.
 
     Args:
         recipe: what to do.
@@ -82,7 +84,7 @@ def forecast(
     test = test_images * (macs + after)
     seen = train_images // settings.batch_size * settings.batch_size * settings.epochs
     tuning = seen * ((1 + BACKWARD) * after + (macs if settings.distill_weight else 0))
-    return Forecast(
+    return Estimate(
         model=recipe.model,
         goal=goal,
         weights=weights,
@@ -103,8 +105,8 @@ def forecast(
     )
 
 
-def as_table(done: Forecast) -> Table:
-    """The forecast for people: what, on which images, and its MACs."""
+def as_table(done: Estimate) -> Table:
+    """The estimate for people: what, on which images, and its MACs."""
     table = Table(
         "", "images", "MACs", min_width=90, title=f"{done.model} to {done.goal}", caption="nothing was run or written"
     )

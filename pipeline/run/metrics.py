@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import write_json
-from lowpass.pipeline.model.slim import WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.model.slim_vit import WEIGHTS_FILE, SlimViT
 
 METRICS_FILE = "metrics.json"
 

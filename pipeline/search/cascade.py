@@ -9,74 +9,51 @@ how far: a MACs or latency target.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.method.channels import ChannelChoice, choose_shaped
+from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.model.slim import SlimBlock, SlimViT
-from lowpass.pipeline.search.decisions import ChannelDecision, Curve, Decision, Plan, TokenDecision, Trial
-from lowpass.pipeline.search.shaping import Prune, Shaping
-from lowpass.pipeline.search.state import Standing
+from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.search.log import SearchLog
+from lowpass.pipeline.search.log_entries import ChannelDecision, TokenDecision, Trial
+from lowpass.pipeline.search.shaping import Prune, Shaping, choose_shaped
+from lowpass.pipeline.search.state import SearchState
 
 FIRST_BLOCK_KEEP = 0.97  # the paper: block 0 keeps at least this share of its tokens
-D = TypeVar("D", TokenDecision, ChannelDecision, Curve, Plan)
 RESOLUTION = 0.03  # an amount is found to this share of what the block has
 
 
-class Log:
-    """Decisions of an interrupted search first, then new ones, each recorded before it is acted on."""
-
-    def __init__(self, decided: list[Decision], record: Callable[[Decision], None]) -> None:
-        self._replay, self._record = iter(decided), record
-        self.fresh = not decided
-
-    def next(self, kind: type[D], decide: Callable[..., D], *arguments: Any) -> D:
-        """The next decision: replayed, or `decide(*arguments)`.
-
-        Raises:
-            InputError: the interrupted search went another way.
-        """
-        decision = next(self._replay, None)
-        if decision is None:
-            made = decide(*arguments)
-            self._record(made)
-            return made
-        if not isinstance(decision, kind):
-            raise InputError(f"the search log holds a {decision.kind} decision out of order; give another --out")
-        return decision
-
-
-def search_to_drop(standing: Standing, allowance: float, log: Log) -> None:
+def search_to_drop(state: SearchState, allowance: float, log: SearchLog) -> None:
     """Prune in place, allowing `allowance` points of top-1 in all."""
-    model, recipe = standing.model, standing.recipe
-    shaping, depth = recipe.shaping, len(model.blocks)
-    stages = shaping.stages(depth) if recipe.prune != "channels" else ()
-    token_share = {"both": recipe.token_share, "tokens": 1.0, "channels": 0.0}[recipe.prune]
-    top1 = standing.top1(model.blocks)
+    model, settings = state.model, state.settings
+    shaping, depth = settings.shaping, len(model.blocks)
+    stages = shaping.stages(depth) if settings.prune != "channels" else ()
+    token_share = {"both": settings.token_share, "tokens": 1.0, "channels": 0.0}[settings.prune]
+    top1 = state.top1(model.blocks)
     guesses = {"tokens": 0.1, "channels": 0.3}  # shares; once a block is done, what it came to
     for index in range(depth):
         floor = top1
         if index in stages:
             floor -= allowance * token_share / len(stages)
-            tokens = log.next(TokenDecision, _drop_tokens, standing, floor, top1, guesses)
+            tokens = log.next(TokenDecision, _drop_tokens, state, floor, top1, guesses)
             guesses["tokens"] = 1 - tokens.keep / model.blocks[index].tokens_in
             model.set_keep(index, tokens.keep)
             top1 = tokens.top1
-        if recipe.prune != "tokens":
+        if settings.prune != "tokens":
             floor -= allowance * (1 - token_share) / depth
-            channels = log.next(ChannelDecision, _drop_channels, standing, floor, top1, guesses)
+            channels = log.next(ChannelDecision, _drop_channels, state, floor, top1, guesses)
             guesses["channels"] = channels.dropped / _rows(model.blocks[index])
-            apply(standing, channels)
+            apply(state, channels)
             top1 = channels.top1
-        standing.ascend()
+        state.ascend()
 
 
-def apply(standing: Standing, decision: ChannelDecision) -> None:
+def apply(state: SearchState, decision: ChannelDecision) -> None:
     """Cut the block at hand as decided."""
     if decision.choice is not None:
-        block, _ = standing.cut(decision.choice)
-        standing.model.vit.blocks[standing.index] = block
+        block, _ = state.cut(decision.choice)
+        state.model.vit.blocks[state.index] = block
 
 
 def first_keep(architecture: Architecture) -> int:
@@ -84,9 +61,9 @@ def first_keep(architecture: Architecture) -> int:
     return max(1, round(FIRST_BLOCK_KEEP * architecture.dense.num_tokens))
 
 
-def _drop_tokens(standing: Standing, floor: float, before: float, guesses: dict[str, float]) -> TokenDecision:
+def _drop_tokens(state: SearchState, floor: float, before: float, guesses: dict[str, float]) -> TokenDecision:
     """The fewest tokens that leave top-1 at or above `floor`; the count holds for all later blocks."""
-    model, index, shaping = standing.model, standing.index, standing.recipe.shaping
+    model, index, shaping = state.model, state.index, state.settings.shaping
     architecture = model.architecture
     have = architecture.blocks[index].keep
     fewest = min(have, first_keep(architecture)) if index == 0 else 1
@@ -96,7 +73,7 @@ def _drop_tokens(standing: Standing, floor: float, before: float, guesses: dict[
 
     def top1(dropped: int) -> float:
         with keeping(model, index, left(dropped)):
-            return standing.top1(model.blocks[index:], floor)
+            return state.top1(model.blocks[index:], floor)
 
     dropped, trials = largest(have - fewest, have, guesses["tokens"], floor, top1)
     if architecture.with_keep(index, left(dropped)).macs() > architecture.macs():
@@ -111,21 +88,21 @@ def _drop_tokens(standing: Standing, floor: float, before: float, guesses: dict[
     )
 
 
-def _drop_channels(standing: Standing, floor: float, before: float, guesses: dict[str, float]) -> ChannelDecision:
+def _drop_channels(state: SearchState, floor: float, before: float, guesses: dict[str, float]) -> ChannelDecision:
     """The most channels, lowest LFS first, that leave top-1 at or above `floor`."""
-    model, index = standing.model, standing.index
-    scores = standing.sensitivity()
+    model, index = state.model, state.index
+    scores = state.sensitivity()
     have = _rows(model.blocks[index])
 
     def choice(n: int) -> ChannelChoice:
-        return choose_shaped(scores, n, standing.recipe.shaping)
+        return choose_shaped(scores, n, state.settings.shaping)
 
     cuts = {}
 
     def top1(n: int) -> float:
-        block, refits = standing.cut(choice(n))
+        block, refits = state.cut(choice(n))
         cuts[n] = refits
-        return standing.top1([block, *model.blocks[index + 1 :]], floor)
+        return state.top1([block, *model.blocks[index + 1 :]], floor)
 
     n, trials = largest(have - 1, have, guesses["channels"], floor, top1)
     architecture = model.architecture

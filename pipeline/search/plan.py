@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.model.architecture import Architecture, BlockShape
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.search.costs import Costs, total
 
 BINS = 8192  # of the target, in which costs are counted

@@ -1,29 +1,38 @@
-"""How far a recipe wants to go decides how it is searched: to an allowable drop, or to a target."""
+"""How far a search is to go decides how: to an allowable drop (the paper's cascade), or to a target.
+
+Read on: `cascade.py`, or `loss_curves.py`, `plan.py` and `target.py`.
+"""
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
 
-from lowpass.pipeline.data.datasets import Batches
+from lowpass.pipeline.base.files import sha256
+from lowpass.pipeline.base.progress import logger
+from lowpass.pipeline.base.version import __version__
+from lowpass.pipeline.data.datasets import Batches, Data
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.cascade import Log, search_to_drop
+from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB
+from lowpass.pipeline.search.cascade import search_to_drop
 from lowpass.pipeline.search.costs import Macs
-from lowpass.pipeline.search.state import DEFAULT_BUDGET_GIB, Standing
-from lowpass.pipeline.search.target import Goal, check_measured_target, profile, search_to_target
+from lowpass.pipeline.search.log import SEARCH_FILE, SearchLog, digest, open_log
+from lowpass.pipeline.search.loss_curves import measure_loss_curves
+from lowpass.pipeline.search.settings import SearchSettings
+from lowpass.pipeline.search.state import SearchState
+from lowpass.pipeline.search.target import CostTarget, check_measured_target, search_to_target
 
-GoalOf = Callable[[Architecture], Goal]
+CostTargetOf = Callable[[Architecture], CostTarget]
 
 
 def search(
     model: SlimViT,
     scoring: Batches,
     measuring: Batches,
-    recipe: Recipe,
+    settings: SearchSettings,
     directory: Path,
-    log: Log,
-    goal_of: GoalOf | None = None,
+    log: SearchLog,
+    cost_target_of: CostTargetOf | None = None,
     budget_gib: float = DEFAULT_BUDGET_GIB,
 ) -> None:
     """Prune `model` in place.
@@ -32,30 +41,68 @@ def search(
         model: the dense model as a SlimViT, in evaluation mode.
         scoring: batches for LFS, recovery and the loss of a cut.
         measuring: batches for top-1.
-        recipe: the goal and the criteria's settings.
+        settings: how far to go, and the criteria's settings.
         directory: where activations past the memory budget lie.
         log: decisions of an interrupted run, and where new ones go.
-        goal_of: makes a latency target's goal for the dense model; only a recipe with `target_latency` needs it.
+        cost_target_of: makes a latency target for the dense model; only settings with `target_latency` need it.
         budget_gib: memory for activations.
 
     Raises:
         InputError: the target is out of reach.
     """
 
-    def standing(pruned: SlimViT) -> Standing:
-        return Standing(pruned, scoring, measuring, recipe, directory, budget_gib)
+    def state_of(pruned: SlimViT) -> SearchState:
+        return SearchState(pruned, scoring, measuring, settings, directory, budget_gib)
 
-    if recipe.allowable_drop is not None:
-        search_to_drop(standing(model), recipe.allowable_drop, log)
+    if settings.allowable_drop is not None:
+        search_to_drop(state_of(model), settings.allowable_drop, log)
         return
     dense = model.architecture
-    if recipe.target_macs is not None:
-        goal = Goal(recipe.target_macs * dense.macs(), Macs(dense), "MACs")
-    elif goal_of is not None:
-        goal = goal_of(dense)
+    if settings.target_macs is not None:
+        target = CostTarget(settings.target_macs * dense.macs(), Macs(dense), "MACs")
+    elif cost_target_of is not None:
+        target = cost_target_of(dense)
     else:
         raise ValueError("a latency target needs a way to measure")
     if log.fresh:
-        check_measured_target(goal, dense, recipe.shaping, recipe.prune)
-    curves = profile(standing(copy.deepcopy(model)), log)
-    search_to_target(curves, standing(model), goal, log)
+        check_measured_target(target, dense, settings.shaping, settings.prune)
+    curves = measure_loss_curves(state_of(copy.deepcopy(model)), log)
+    search_to_target(curves, state_of(model), target, log)
+
+
+def logged_search(
+    slim: SlimViT,
+    data: Data,
+    settings: SearchSettings,
+    directory: Path,
+    cost_target_of: CostTargetOf | None,
+    budget_gib: float,
+) -> None:
+    """`search` in place, with every decision kept in `search.jsonl` before it is acted on, and taken up from there.
+
+    Args:
+        slim: the dense model as a SlimViT.
+        data: where the images that score and measure are drawn from.
+        settings: see `search`.
+        directory: a run that holds its dense weights.
+        cost_target_of: see `search`.
+        budget_gib: see `search`.
+
+    Raises:
+        InputError: the log is damaged or of other inputs, or the target is out of reach.
+    """
+    size, seed = settings.batch_size, settings.seed
+    scoring = data.calibration_batches(settings.score_images, size, seed, "reading images to score")
+    measuring = data.calibration_batches(settings.measure_images, size, seed + 1, "reading images to measure")
+    header = {
+        "lowpass": __version__,
+        "dense_sha256": sha256(directory / DENSE_WEIGHTS_FILE),
+        "scored_images": sum(len(labels) for _, labels in scoring),
+        "scored_sha256": digest(scoring),
+        "measured_images": sum(len(labels) for _, labels in measuring),
+        "measured_sha256": digest(measuring),
+    }
+    log = open_log(directory / SEARCH_FILE, header, slim)
+    if not log.fresh:
+        logger.info("resuming after the decisions in %s", directory / SEARCH_FILE)
+    search(slim, scoring, measuring, settings, directory, log, cost_target_of, budget_gib)

@@ -4,14 +4,26 @@ What stays is decided by importance (LFS, LFE); a shaping only says in which amo
 time when matrix products keep full tiles, attention keeps one head size, and tokens are scored in few blocks.
 """
 
+import math
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lowpass.pipeline.method.energy import TokenScore
-from lowpass.pipeline.model.architecture import BlockShape, DenseViT
+from lowpass.pipeline.base.errors import InputError, first_problem
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.method.channels import (
+    ChannelChoice,
+    best_channels,
+    best_heads,
+    choose_channels,
+    score_threshold,
+)
+from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.method.token_scores import TokenScore
+from lowpass.pipeline.model.architecture import DenseViT
 
-Target = Literal["onnxruntime", "openvino", "tensorrt"]
+TunedFor = Literal["onnxruntime", "openvino", "tensorrt"]
 Prune = Literal["both", "channels", "tokens"]
 
 
@@ -71,8 +83,41 @@ CACHE_WIDTH = 1024
 AS_PUBLISHED = Shaping(align=1, whole_heads=False, token_stages=0, token_score="full")
 # Whole heads and few stages save most time per MAC on CPUs; three stages lose no accuracy on the digits, where two did.
 # What each alignment gains on a GPU is not measured yet; 64 suits its tiles.
-SHAPINGS: dict[Target, Shaping] = {
+SHAPINGS: dict[TunedFor, Shaping] = {
     "onnxruntime": Shaping(align=32, avoid=CACHE_WIDTH, whole_heads=True, token_stages=3, token_score="cls"),
     "openvino": Shaping(align=32, avoid=CACHE_WIDTH, whole_heads=True, token_stages=3, token_score="cls"),
     "tensorrt": Shaping(align=64, whole_heads=True, token_stages=3, token_score="cls"),
 }
+
+
+def choose_shaped(scores: ChannelScores, n: int, shaping: Shaping) -> ChannelChoice:
+    """`choose_channels`, or with whole heads its counterpart: the same threshold, but as many heads as hold the query,
+    key and value rows that stay, and a hidden width that suits; what rounding adds back is the best scored.
+
+    Raises:
+        ValueError: `n` is negative or leaves nothing.
+    """
+    if not shaping.whole_heads:
+        choice = choose_channels(scores, n)
+        width = shaping.width(len(choice.hidden), len(scores.hidden))
+        return replace(choice, hidden=best_channels(scores.hidden, width))
+    threshold = score_threshold(scores, n)
+    qk_dim = scores.query_key.shape[1]
+    v_dim = scores.value.shape[1]
+    rows = 2 * int((scores.query_key >= threshold).sum()) + int((scores.value >= threshold).sum())
+    heads = max(1, math.ceil(rows / (2 * qk_dim + v_dim)))
+    width = shaping.width(max(1, int((scores.hidden >= threshold).sum())), len(scores.hidden))
+    return best_heads(scores, heads, qk_dim, v_dim, best_channels(scores.hidden, width))[0]
+
+
+def make_shaping(target: TunedFor, as_published: bool, **changes: object) -> Shaping:
+    """The shaping for a runtime (or the paper's own), with what differs; None changes nothing.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    base = AS_PUBLISHED if as_published else SHAPINGS[target]
+    try:
+        return Shaping.model_validate(base.model_dump() | {k: v for k, v in changes.items() if v is not None})
+    except ValidationError as error:
+        raise InputError(first_problem(error)) from None

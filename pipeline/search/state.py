@@ -1,5 +1,5 @@
-"""The model as it stands in a search, and what enters the block at hand: the blocks below are final, so what leaves
-them is kept and only the rest is run."""
+"""Where a search stands: the model as cut so far, and what enters the block at hand. The blocks below are final, so
+what leaves them is kept and only the rest is run."""
 
 import copy
 import math
@@ -12,35 +12,23 @@ from torch.nn import functional as F
 
 from lowpass.pipeline.data.datasets import Batches
 from lowpass.pipeline.method.channels import ChannelChoice
-from lowpass.pipeline.method.energy import kept_indices
 from lowpass.pipeline.method.frequency import lowpass_images
-from lowpass.pipeline.method.recovery import (
-    Moments,
-    Refit,
-    Rows,
-    moments,
-    refit,
-    refit_pairing,
-    token_weights,
-    unscaled,
-)
-from lowpass.pipeline.method.sensitivity import CHANNEL_CRITERIA, ChannelScores, Stream
+from lowpass.pipeline.method.recovery import Moments, Refit
+from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.removal import remove_channels
-from lowpass.pipeline.model.slim import SlimBlock, SlimViT
-from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.activations import holder
+from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB, activation_store
+from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, Stream
+from lowpass.pipeline.search.recovery_targets import REFIT_ROWS, RecoveryTargets
+from lowpass.pipeline.search.settings import SearchSettings
 
-REFIT_ROWS = 131_072  # tokens that recovery looks at: some hundred for each unknown of a row
-DEFAULT_BUDGET_GIB = 8.0
 
-
-class Standing:
+class SearchState:
     """Blocks below `index` are final. All activations are on the CPU, and visit the model's device a batch at a time.
 
     `measured` enters the block from the images that measure top-1, those that the dense model is least sure of first,
     so that a trial that fails does so early. `clean` and `low` come from the scoring images and their low-pass (LFS).
-    `dense_in` is what enters the same block of the dense model from the first of the scoring images, `alive` [B, P + n]
-    which of its tokens are still there: what recovery aims at.
     """
 
     def __init__(
@@ -48,35 +36,30 @@ class Standing:
         model: SlimViT,
         scoring: Batches,
         measuring: Batches,
-        recipe: Recipe,
+        settings: SearchSettings,
         directory: Path,
         budget_gib: float = DEFAULT_BUDGET_GIB,
     ) -> None:
-        self.model, self.recipe, self.index = model, recipe, 0
+        self.model, self.settings, self.index = model, settings, 0
         self._cuts = dict[ChannelChoice, tuple[SlimBlock, tuple[Refit, ...]]]()
         self.device = next(model.parameters()).device
         self.labels = [labels for _, labels in scoring]
-        tokens = model.architecture.dense.num_tokens + model.architecture.dense.num_prefix_tokens
-        refitted = math.ceil(REFIT_ROWS / tokens) if recipe.recovery else 0
+        dense = model.architecture.dense
+        tokens = dense.num_tokens + dense.num_prefix_tokens
+        refitted = math.ceil(REFIT_ROWS / tokens) if settings.recovery else 0
         images = sum(len(labels) for _, labels in measuring) + 2 * sum(map(len, self.labels)) + 3 * refitted
-        width = model.architecture.dense.embed_dim
-        self.hold = holder(images * tokens * width * 4, round(budget_gib * 2**30), directory)
+        self.store = activation_store(images * tokens * dense.embed_dim * 4, round(budget_gib * 2**30), directory)
         with torch.no_grad():
             self.clean = [self._embedded(images) for images, _ in scoring]
-            self.low = [self._embedded(lowpass_images(images, recipe.image_cutoff)) for images, _ in scoring]
+            self.low = [self._embedded(lowpass_images(images, settings.image_cutoff)) for images, _ in scoring]
             ordered = self._least_sure_first(measuring)
             self.measured = [self._embedded(images) for images, _ in ordered]
         self.measured_labels = [labels for _, labels in ordered]
-        self.dense_in, self.alive = list[Tensor](), list[Tensor]()
-        self.dense = copy.deepcopy(model.blocks) if recipe.recovery else []
-        while sum(map(len, self.dense_in)) < refitted and len(self.dense_in) < len(self.clean):
-            batch = self.clean[len(self.dense_in)]
-            self.dense_in.append(batch)
-            self.alive.append(torch.arange(tokens).expand(len(batch), -1))
-        self._enter()
+        blocks = copy.deepcopy(model.blocks) if settings.recovery else []
+        self.targets = RecoveryTargets(blocks, first_images(self.clean, refitted), self.store, self.device)
 
     def _embedded(self, images: Tensor) -> Tensor:
-        return self.hold(self.model.embed(images.to(self.device)).float())
+        return self.store(self.model.embed(images.to(self.device)).float())
 
     def _least_sure_first(self, batches: Batches) -> Batches:
         """The same images in batches of the same size, by what the true class leads the others by."""
@@ -94,29 +77,16 @@ class Standing:
         chunks = [order[start : start + size] for start in range(0, len(order), size)]
         return [(torch.stack([every[i] for i in chunk]), true_classes[chunk]) for chunk in chunks]
 
-    def _enter(self) -> None:
-        """The dense model's tokens after the attention of this block, and after all of it."""
-        self.dense_middle, self.dense_out = list[Tensor](), list[Tensor]()
-        for tokens in self.dense_in if self.index < len(self.dense) else ():
-            block = self.dense[self.index]
-            with torch.no_grad():
-                middle, _ = block.mix(tokens.to(self.device))
-                self.dense_middle.append(self.hold(middle))
-                self.dense_out.append(self.hold(middle + block.ls2(block.mlp(block.norm2(middle)))))
-
     @torch.no_grad()
     def ascend(self) -> None:
         """Move past the block at hand, which is final now."""
         block = self.model.blocks[self.index]
-        for i, alive in enumerate(self.alive):
-            self.alive[i] = self._selected(block, self.clean[i].to(self.device), alive.to(self.device))[1].cpu()
+        self.targets.ascend(block, self.clean)
         for stream in (self.clean, self.low, self.measured):
             for i, tokens in enumerate(stream):
-                stream[i] = self.hold(self._run([block], tokens))
-        self.dense_in = self.dense_out
+                stream[i] = self.store(self._run([block], tokens))
         self.index += 1
         self._cuts.clear()
-        self._enter()
 
     def _run(self, blocks: list[SlimBlock], tokens: Tensor) -> Tensor:
         with self._precision():
@@ -126,9 +96,9 @@ class Standing:
             return tokens.float()
 
     def _precision(self) -> torch.autocast:
-        """Mixed precision where the recipe asks for it: FP16 on a GPU, BF16 on a CPU."""
+        """Mixed precision where the settings ask for it: FP16 on a GPU, BF16 on a CPU."""
         kind = self.device.type
-        return torch.autocast(kind, torch.bfloat16 if kind == "cpu" else torch.float16, self.recipe.mixed_precision)
+        return torch.autocast(kind, torch.bfloat16 if kind == "cpu" else torch.float16, self.settings.mixed_precision)
 
     @torch.no_grad()
     def logits(self, blocks: list[SlimBlock], tokens: Tensor) -> Tensor:
@@ -160,13 +130,13 @@ class Standing:
             yield clean.to(self.device), low.to(self.device), labels.to(self.device)
 
     def sensitivity(self) -> ChannelScores:
-        """Of the block at hand, by the recipe's criterion."""
+        """Of the block at hand, by the criterion asked for."""
         return self.scores_of(self.model, self.streams(), self.index)
 
     def scores_of(self, model: SlimViT, streams: Iterable[Stream], index: int) -> ChannelScores:
-        """Of any block of any model, by the recipe's criterion."""
-        score = CHANNEL_CRITERIA[self.recipe.channel_criterion]
-        return score(model, streams, index, self.recipe.lfs_weight, self.recipe.seed)
+        """Of any block of any model, by the criterion asked for."""
+        score = CHANNEL_CRITERIA[self.settings.channel_criterion]
+        return score(model, streams, index, self.settings.lfs_weight, self.settings.seed)
 
     def cut(self, choice: ChannelChoice) -> tuple[SlimBlock, tuple[Refit, ...]]:
         """A copy of the block at hand with the chosen channels alone, refitted; the model stays as it is. The same
@@ -176,58 +146,22 @@ class Standing:
         return self._cuts[choice]
 
     def _cut(self, choice: ChannelChoice) -> tuple[SlimBlock, tuple[Refit, ...]]:
-        block = copy.deepcopy(self.model.blocks[self.index])
-        before = block.attn.qk_dim
+        before = self.model.blocks[self.index]
+        block = copy.deepcopy(before)
         remove_channels(block, choice)
-        if not self.dense_in:
+        if not self.targets.batches:
             return block, ()
         with torch.no_grad():
-            done = []
-            if block.attn.qk_dim < before:
-                inputs = (block.norm1(tokens) for tokens in self._inputs())
-                done.append(refit_pairing(block, inputs, self.model.blocks[self.index], choice.heads))
-            done.append(refit(block.attn.proj, "attn.proj", *moments(self.attention_rows(block))))
-            done.append(refit(block.mlp.fc2, "mlp.fc2", *moments(self.mlp_rows(block))))
-        return block, tuple(done)
-
-    def _inputs(self) -> Iterator[Tensor]:
-        for tokens in self.clean[: len(self.dense_in)]:
-            yield tokens.to(self.device)
-
-    def attention_rows(self, block: SlimBlock) -> Iterator[Rows]:
-        """What the projection reads, and what it should give."""
-        for tokens, alive, middle in zip(self._inputs(), self.alive, self.dense_middle, strict=True):
-            features, _ = block.attn.features(block.norm1(tokens), block.reads_attention)
-            wanted = _pick(middle.to(self.device), alive.to(self.device)) - tokens
-            yield features, unscaled(wanted, block.ls1, block.attn.proj, features), self._weights(tokens)
-
-    def mlp_rows(self, block: SlimBlock) -> Iterator[Rows]:
-        """What the second MLP layer reads, and what it should give."""
-        for tokens, alive, out in zip(self._inputs(), self.alive, self.dense_out, strict=True):
-            middle, left = self._selected(block, tokens, alive.to(self.device))
-            hidden = block.mlp.act(block.mlp.fc1(block.norm2(middle)))
-            wanted = _pick(out.to(self.device), left) - middle
-            yield hidden, unscaled(wanted, block.ls2, block.mlp.fc2, hidden), self._weights(middle)
-
-    def _weights(self, tokens: Tensor) -> Tensor:
-        last = self.index == len(self.model.blocks) - 1
-        return token_weights(tokens.shape[1], self.model.architecture.dense.num_prefix_tokens, last, tokens)
-
-    def _selected(self, block: SlimBlock, tokens: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens after attention and selection, and which of the dense model's tokens they are."""
-        middle, weights = block.mix(tokens)
-        if not block.scores_tokens:
-            return middle, alive
-        prefix = torch.arange(block.num_prefix_tokens, device=tokens.device).expand(len(tokens), -1)
-        kept = kept_indices(block.scores(middle, weights), block.keep) + block.num_prefix_tokens
-        index = torch.cat([prefix, kept], 1)
-        return _pick(middle, index), alive.gather(1, index)
+            return block, self.targets.refit(block, before, choice.heads, self.clean)
 
     def refit_moments(self, block: SlimBlock) -> tuple[tuple[Moments, Moments], tuple[Moments, Moments]]:
-        """Of what the projection and the second MLP layer read in an uncut block, of which any cut is a part."""
-        return moments(self.attention_rows(block)), moments(self.mlp_rows(block))
+        """See `RecoveryTargets.moments_of`."""
+        return self.targets.moments_of(block, self.clean)
 
 
-def _pick(tokens: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, n] of tokens [B, T, C]."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+def first_images(batches: list[Tensor], images: int) -> list[Tensor]:
+    """As many of the first batches as hold that many images."""
+    chosen = list[Tensor]()
+    while sum(map(len, chosen)) < images and len(chosen) < len(batches):
+        chosen.append(batches[len(chosen)])
+    return chosen

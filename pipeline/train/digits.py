@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lowpass.pipeline.base.files import write_bytes
 from lowpass.pipeline.base.progress import track
-from lowpass.pipeline.checkpoints.dense import initialise_digits_deit
+from lowpass.pipeline.checkpoints.digits_deit import initialise_digits_deit
 from lowpass.pipeline.data.digits import DigitScenes
 from lowpass.pipeline.train.evaluate import top1
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.data.datasets import Data
-from lowpass.pipeline.model.slim import SlimViT
-from lowpass.pipeline.run.recipe import FinetuneSettings
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.train.settings import FinetuneSettings
 
 WARMUP = 0.05  # of all steps
 CLIP = 1.0  # gradient norm
@@ -69,6 +69,8 @@ def finetune(slim: SlimViT, dense: SlimViT | None, data: Data, settings: Finetun
         if hasattr(data.train, "epoch"):
             data.train.epoch = epoch  # new digit scenes
         for images, labels in loader:
+            if data.classes is None:  # where the classes are known, so are the labels
+                data.check_labels(labels)
             logits = model(images)
             loss = (1 - settings.distill_weight) * F.cross_entropy(logits, labels)
             if teacher is not None:

@@ -4,24 +4,21 @@ The released file holds the slim model alone. Without the dense one as well ther
 is unknown, and there is nothing to distil; dense MACs and parameters are those of the DeiT that the slim one implies.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.checkpoints.released import read_released
-from lowpass.pipeline.data.datasets import Data, load_data
-from lowpass.pipeline.model.architecture import Architecture, DenseViT, check_blocks
-from lowpass.pipeline.model.slim import ARCHITECTURE_FILE, DENSE_WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.data.datasets import load_data
+from lowpass.pipeline.model.architecture import DenseViT, check_blocks
+from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.run.classes import save_classes
+from lowpass.pipeline.run.dense import untrained_dense
+from lowpass.pipeline.run.evaluate import measured_top1
 from lowpass.pipeline.run.metrics import Figures, Metrics, count_parameters, slim_figures
-from lowpass.pipeline.run.recipe import Recipe, make_recipe
-from lowpass.pipeline.run.run import best_device, has_dense
+from lowpass.pipeline.run.recipe import make_recipe
 from lowpass.pipeline.search.shaping import AS_PUBLISHED
-from lowpass.pipeline.train.evaluate import top1
 
 
 def import_released(
@@ -64,13 +61,15 @@ def import_released(
         shaping=AS_PUBLISHED,
     )
     images = load_data(data, architecture, recipe.seed) if data else None
-    slim_top1 = _tested(slim, images, recipe.batch_size, "testing slim")
-    dense_top1 = slim_top1 if dense is slim else _tested(dense, images, recipe.batch_size, "testing dense")
+    slim_top1 = measured_top1(slim, images, recipe.batch_size, "testing slim")
+    dense_top1 = slim_top1 if dense is slim else measured_top1(dense, images, recipe.batch_size, "testing dense")
     stored = dense or untrained_dense(architecture)
     recipe.save(directory)
     if dense is not None:
         dense.save(directory, DENSE_WEIGHTS_FILE)
     slim.save(directory)
+    if images is not None and images.classes is not None:
+        save_classes(directory, images.classes)
     metrics = Metrics(
         dense=Figures(
             top1=dense_top1,
@@ -83,38 +82,6 @@ def import_released(
     )
     metrics.save(directory)
     return metrics
-
-
-def untrained_dense(architecture: Architecture) -> SlimViT:
-    """The dense model of an architecture with random weights, the same each time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return SlimViT(architecture.model_copy(update={"blocks": architecture.dense.blocks()})).eval()
-
-
-@contextmanager
-def dense_run(directory: Path) -> Iterator[Path]:
-    """A run that holds the dense weights of the run in `directory`: that run itself, or where it has none a temporary
-    one with random weights, which take as long."""
-    if has_dense(directory):
-        yield directory
-        return
-    console.print(f"{directory} has no dense weights: dense is timed with random ones")
-    dense = untrained_dense(SlimViT.load(directory).architecture)
-    with TemporaryDirectory() as folder:
-        stand_in = Path(folder)
-        Recipe(
-            model=dense.architecture.dense.name, random_weights=True, architecture=directory / ARCHITECTURE_FILE
-        ).save(stand_in)
-        dense.save(stand_in)
-        dense.save(stand_in, DENSE_WEIGHTS_FILE)
-        yield stand_in
-
-
-def _tested(model: SlimViT | None, data: Data | None, batch_size: int, description: str) -> float | None:
-    if model is None or data is None:
-        return None
-    return top1(model.to(best_device()), data.loader(data.test, batch_size), description)
 
 
 def _pair(slim: SlimViT, dense: SlimViT, slim_path: Path, dense_path: Path) -> tuple[SlimViT, SlimViT]:

@@ -4,9 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.recovery import Refit
-from lowpass.pipeline.model.architecture import BlockShape
+from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.search.plan import BlockCurve
 
 
@@ -63,4 +64,28 @@ class Plan(_Record):
     cost: float
 
 
-Decision = Annotated[TokenDecision | ChannelDecision | Curve | Plan, Field(discriminator="kind")]
+Entry = Annotated[TokenDecision | ChannelDecision | Curve | Plan, Field(discriminator="kind")]
+
+
+def in_a_line(entry: Entry, before: Architecture, dense_macs: int) -> str:
+    """For people: what an entry does to the model as it stood before."""
+    if isinstance(entry, Curve):
+        least = entry.losses.attention[0]
+        return f"profiled block {entry.block}: one head would lose {least.loss:.3g}"
+    if isinstance(entry, Plan):
+        return "plan: " + ", ".join(f"{b.heads}x{b.qk_dim}/{b.v_dim}+{b.hidden}@{b.keep}" for b in entry.blocks)
+    index = entry.block
+    had = before.blocks[index]
+    if not isinstance(entry, ChannelDecision):
+        tokens = before.tokens_in(index)
+        what = f"tokens {tokens} -> {entry.keep}" if entry.keep < tokens else f"keeps its {tokens} tokens"
+    elif entry.choice is None:
+        what = "keeps its channels"
+    else:
+        now = entry.choice.shape(had.keep)
+        what = (
+            f"heads {had.heads} -> {now.heads}, query/key {had.qk_dim} -> {now.qk_dim}, "
+            f"value {had.v_dim} -> {now.v_dim}, hidden {had.hidden} -> {now.hidden}"
+        )
+    trials = f" ({len(entry.trials)} trials)" if entry.trials else ""
+    return f"block {index}: {what}; top-1 {entry.top1:.2f}, MACs {entry.macs / dense_macs:.3f}{trials}"

@@ -1,0 +1,108 @@
+"""From a recipe to a finished run: search or apply a table, keep what was decided, measure."""
+
+from pathlib import Path
+
+from torch import nn
+
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.files import remove_parts, write_bytes
+from lowpass.pipeline.data.datasets import Batches, Data, made_batches
+from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.run.classes import save_classes
+from lowpass.pipeline.run.evaluate import best_device, measured_top1
+from lowpass.pipeline.run.images import MADE_IMAGES
+from lowpass.pipeline.run.inputs import Inputs, check_budget, claim, read_inputs
+from lowpass.pipeline.run.metrics import Figures, Metrics, count_parameters, slim_figures
+from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB
+from lowpass.pipeline.search.search import CostTargetOf, logged_search
+from lowpass.pipeline.search.state import SearchState
+from lowpass.pipeline.search.table import apply_table
+
+
+def compress(
+    recipe: Recipe,
+    directory: Path,
+    resume: bool = False,
+    cost_target_of: CostTargetOf | None = None,
+    budget_gib: float = DEFAULT_BUDGET_GIB,
+    dense_top1: float | None = None,
+    model: nn.Module | None = None,
+    data: Data | None = None,
+) -> Metrics:
+    """Search (or apply the recipe's table), remove, measure and save into `directory`.
+
+    Args:
+        recipe: what to do.
+        directory: new or empty; with `resume` it may hold the same run, interrupted or finished.
+        resume: take up the decisions already made; the outcome is that of a run that was never interrupted.
+        cost_target_of: makes a latency target for the dense model; only a recipe with `target_latency` needs it.
+        budget_gib: memory for activations; past it they are memory-mapped files in `directory`.
+        dense_top1: of the dense model on the test split, where it is known; None: to be measured.
+        model: the dense model, where it is in memory; None: the recipe's.
+        data: the images, where they are in memory; None: the recipe's.
+
+    Raises:
+        InputError: some input cannot be used, found before anything is written.
+    """
+    check_budget(budget_gib)
+    finished = claim(recipe, directory, resume)
+    inputs = read_inputs(recipe, model, data)
+    if resume:
+        remove_parts(directory)  # what a kill left half-written
+    recipe.save(directory)
+    _keep_dense(inputs.dense, directory)
+    if finished:
+        return Metrics.load(directory)
+    if inputs.data is not None and inputs.data.classes is not None:
+        save_classes(directory, inputs.data.classes)
+    dense = inputs.dense.to(best_device())
+    if dense_top1 is None:
+        dense_top1 = measured_top1(dense, inputs.data, recipe.batch_size, "testing dense")
+    parameters, macs = count_parameters(dense), dense.architecture.macs()
+    slim = dense  # pruned in place: the dense weights are on disk
+    _prune(slim, inputs, directory, cost_target_of, budget_gib)
+    slim_top1 = measured_top1(slim, inputs.data, recipe.batch_size, "testing slim")
+    slim.save(directory)
+    metrics = Metrics(
+        dense=Figures(
+            top1=dense_top1, macs=macs, parameters=parameters, bytes=(directory / DENSE_WEIGHTS_FILE).stat().st_size
+        ),
+        slim=slim_figures(slim, slim_top1, directory),
+        pruned_top1=slim_top1,
+    )
+    metrics.save(directory)
+    return metrics
+
+
+def _prune(
+    slim: SlimViT, inputs: Inputs, directory: Path, cost_target_of: CostTargetOf | None, budget_gib: float
+) -> None:
+    recipe = inputs.recipe
+    if inputs.blocks is None:
+        assert inputs.data is not None  # a recipe without a table has images
+        logged_search(slim, inputs.data, recipe, directory, cost_target_of, budget_gib)
+        return
+    # Noise has nothing to recover by.
+    settings = recipe if inputs.data is not None else recipe.model_copy(update={"recovery": False})
+    apply_table(SearchState(slim, _scoring(inputs), [], settings, directory, budget_gib), inputs.blocks)
+
+
+def _scoring(inputs: Inputs) -> Batches:
+    recipe = inputs.recipe
+    if inputs.data is None:
+        return made_batches(inputs.dense.architecture, MADE_IMAGES, recipe.batch_size, recipe.seed)
+    return inputs.data.calibration_batches(recipe.score_images, recipe.batch_size, recipe.seed, "reading images")
+
+
+def _keep_dense(dense: SlimViT, directory: Path) -> None:
+    """Save the dense model, or make sure that it is the one an interrupted run began with.
+
+    Raises:
+        InputError: it is another.
+    """
+    path, content = directory / DENSE_WEIGHTS_FILE, dense.serialised()
+    if not path.exists():
+        write_bytes(path, content)
+    elif path.read_bytes() != content:
+        raise InputError(f"{directory} was started from other dense weights; give another --out")

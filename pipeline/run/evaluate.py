@@ -1,0 +1,39 @@
+"""Top-1 of a run's models."""
+
+from pathlib import Path
+
+import torch
+
+from lowpass.pipeline.data.datasets import Data
+from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.run.dense import has_dense
+from lowpass.pipeline.run.images import DataSource, run_data
+from lowpass.pipeline.run.metrics import Metrics
+from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.train.evaluate import top1
+
+
+def evaluate_run(directory: Path, data: DataSource) -> Metrics:
+    """Measure top-1 of a run's slim model, and of its dense one if it has that, on the test split of `data` (None: the
+    run's own). Nothing is written: the images may be others than the run's."""
+    recipe, metrics, images = Recipe.load(directory), Metrics.load(directory), run_data(directory, data)
+    measured = {}
+    for field, file in (("dense", DENSE_WEIGHTS_FILE), ("slim", WEIGHTS_FILE)):
+        if field == "dense" and not has_dense(directory):
+            continue
+        model = SlimViT.load(directory, file)
+        accuracy = measured_top1(model, images, recipe.batch_size, f"testing {field}")
+        measured[field] = getattr(metrics, field).model_copy(update={"top1": accuracy})
+    return metrics.model_copy(update=measured)
+
+
+def measured_top1(model: SlimViT | None, data: Data | None, batch_size: int, description: str) -> float | None:
+    """Top-1 (percent) on the test split, on a GPU where there is one; None without a model or images."""
+    if model is None or data is None:
+        return None
+    return top1(model.to(best_device()), data.loader(data.test, batch_size), description)
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

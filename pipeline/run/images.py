@@ -1,0 +1,65 @@
+"""The images of a run: its own or others, to test on, to verify exports on, and to quantise by."""
+
+from collections.abc import Sized
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Subset
+
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.progress import track
+from lowpass.pipeline.data.datasets import Batches, Data, load_data, made_batches
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.recipe import IN_MEMORY, Recipe
+
+DataSource = str | Data | None  # what --data takes, or images in memory; None: the run's own
+VERIFIED_IMAGES = 1000  # at most
+CALIBRATED_IMAGES, JUDGED_IMAGES, INT8_BATCH = 256, 768, 32  # at most, for INT8
+MADE_IMAGES = 32  # noise, where there are no images
+
+
+def run_data(directory: Path, data: DataSource) -> Data:
+    """The images `data` names or is, or those of the run's recipe, made ready for its model.
+
+    Raises:
+        InputError: neither names any.
+    """
+    if isinstance(data, Data):
+        return data
+    recipe = Recipe.load(directory)
+    spec = data or recipe.data
+    if spec is None or spec == IN_MEMORY:
+        how = "without images" if spec is None else "with images in memory"
+        raise InputError(f"{directory} was made {how}; give `evaluate`, `finetune` or `export` --data")
+    return load_data(spec, SlimViT.load(directory).architecture, recipe.seed)
+
+
+def verification_batches(directory: Path, data: DataSource) -> tuple[Batches, bool]:
+    """Test images to compare an export on, in memory, and whether they are made: a run with random weights, or one that
+    was imported without images, has none."""
+    recipe = Recipe.load(directory)
+    if data is None and (recipe.random_weights or recipe.data is None):
+        return made_batches(SlimViT.load(directory).architecture, MADE_IMAGES, recipe.batch_size, recipe.seed), True
+    images = run_data(directory, data)
+    chosen = Subset(images.test, range(min(VERIFIED_IMAGES, len(cast(Sized, images.test)))))
+    return list(track(images.loader(chosen, recipe.batch_size), "reading images to verify on")), False
+
+
+def quantization_batches(
+    directory: Path, data: DataSource
+) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
+    """Training images [B, C, H, W], normalised, not augmented, to calibrate INT8 on, and others to judge it on. A run
+    with random weights has made ones to calibrate on and none to judge it on: its top-1 says nothing."""
+    recipe = Recipe.load(directory)
+    if recipe.random_weights and data is None:
+        made = made_batches(SlimViT.load(directory).architecture, MADE_IMAGES, 8, recipe.seed + 2)
+        return [images.numpy() for images, _ in made], []
+    count = CALIBRATED_IMAGES + JUDGED_IMAGES
+    batches = run_data(directory, data).calibration_batches(
+        count, INT8_BATCH, recipe.seed + 2, "reading images to quantise by"
+    )
+    images = [batch.numpy() for batch, _ in batches]
+    share = max(1, len(images) * CALIBRATED_IMAGES // count)
+    return images[:share], images[share:] or images[:share]

@@ -1,0 +1,139 @@
+"""What channels are scored by, run on a model: LFS (the method, eq. 3-5) and its rivals.
+
+A new criterion is one function here and one line of `CHANNEL_CRITERIA`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowpass.pipeline.method.frequency import lowpass_images
+from lowpass.pipeline.method.sensitivity import ChannelScores, channel_scores, sensitivity_loss
+from lowpass.pipeline.model.slim_vit import SlimViT
+
+ChannelCriterion = Literal["lfs", "taylor", "magnitude", "random"]
+
+
+Stream = tuple[Tensor, Tensor, Tensor]  # tokens of clean images, tokens of low-passed images, labels
+
+
+def low_frequency_sensitivity(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    block: int,
+    cutoff: float = 0.1,
+    weight: float = 0.1,
+) -> ChannelScores:
+    """LFS of one block of the model as it stands now.
+
+    With low-passed images X~, `g` is the gradient of `weight * CE(model(X~), y) + (1 - weight) * KL(softmax(T) ||
+    softmax(T~))`, where T and T~ are the CLS token leaving the block for X (no gradient) and for X~ and KL is summed
+    and divided by the number of elements (eq. 3-4). Gradients are averaged over the batches; a channel's score is the
+    sum over its weight row of `(g * weight)^2`, bias left out (eq. 5).
+
+    Args:
+        model: a SlimViT, or a plain dense timm ViT.
+        batches: (images [B, C, H, W], labels [B]); moved to the model's device.
+        block: index of the block to score, from the bottom.
+        cutoff: image cutoff in cycles per pixel.
+        weight: share of the cross-entropy, in [0, 1].
+
+    Raises:
+        ValueError: there are no batches.
+        InputError: `model` is not a plain ViT.
+    """
+    slim = model if isinstance(model, SlimViT) else SlimViT.from_timm(model)
+    device = next(slim.parameters()).device
+
+    def streams() -> Iterator[Stream]:
+        for images, labels in batches:
+            images = images.to(device)
+            with torch.no_grad():
+                clean, low = (_below(slim, seen, block) for seen in (images, lowpass_images(images, cutoff)))
+            yield clean, low, labels.to(device)
+
+    training = slim.training
+    scores = sensitivity_from(slim.eval(), streams(), block, weight)
+    slim.train(training)
+    return scores
+
+
+def sensitivity_from(slim: SlimViT, streams: Iterable[Stream], block: int, weight: float) -> ChannelScores:
+    """`low_frequency_sensitivity` from what enters the block: a search keeps it, since the blocks below are final.
+
+    Args:
+        slim: in evaluation mode.
+        streams: tokens [B, P + N, C] of the images and of the low-passed images, and labels [B], on the model's device.
+        block: index of the block to score.
+        weight: share of the cross-entropy, in [0, 1].
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    layers = _layers(slim, block)
+    total = [torch.zeros_like(layer.weight) for layer in layers]
+    count = 0
+    for clean, low, labels in streams:
+        loss = _loss(slim, clean, low, labels, block, weight)
+        for sum_, gradient in zip(total, torch.autograd.grad(loss, [layer.weight for layer in layers]), strict=True):
+            sum_ += gradient
+        count += 1
+    if not count:
+        raise ValueError("channel sensitivity needs at least one batch")
+    products = (gradient / count * layer.weight.detach() for gradient, layer in zip(total, layers, strict=True))
+    return channel_scores(products, slim.blocks[block].attn.num_heads)
+
+
+def taylor(slim: SlimViT, streams: Iterable[Stream], block: int) -> ChannelScores:
+    """First-order Taylor saliency as in NViT (Yang et al., 2023): LFS's sum with the gradient of the cross-entropy on
+    unfiltered images. See `sensitivity_from`."""
+    unfiltered = ((clean, clean, labels) for clean, _, labels in streams)
+    return sensitivity_from(slim, unfiltered, block, weight=1.0)
+
+
+def magnitude(slim: SlimViT, block: int) -> ChannelScores:
+    """The squared L2 norm of each weight row."""
+    return channel_scores((layer.weight.detach() for layer in _layers(slim, block)), slim.blocks[block].attn.num_heads)
+
+
+def random_scores(slim: SlimViT, block: int, seed: int) -> ChannelScores:
+    """Uniform noise: the floor for any criterion."""
+    generator = torch.Generator().manual_seed(seed * len(slim.blocks) + block)
+    attention, hidden = slim.blocks[block].attn, cast(nn.Linear, slim.blocks[block].mlp.fc1)
+    sizes = ((attention.num_heads, attention.qk_dim), (attention.num_heads, attention.v_dim), (hidden.out_features,))
+    return ChannelScores(*(torch.rand(size, generator=generator) for size in sizes))
+
+
+# From the model, what enters the block, the block's index, the share of the cross-entropy (LFS) and a seed.
+CHANNEL_CRITERIA: dict[ChannelCriterion, Callable[[SlimViT, Iterable[Stream], int, float, int], ChannelScores]] = {
+    "lfs": lambda slim, streams, block, weight, _seed: sensitivity_from(slim, streams, block, weight),
+    "taylor": lambda slim, streams, block, _weight, _seed: taylor(slim, streams, block),
+    "magnitude": lambda slim, _streams, block, _weight, _seed: magnitude(slim, block),
+    "random": lambda slim, _streams, block, _weight, seed: random_scores(slim, block, seed),
+}
+
+
+def _layers(slim: SlimViT, block: int) -> list[nn.Linear]:
+    attention = slim.blocks[block].attn
+    return [attention.query, attention.key, attention.value, cast(nn.Linear, slim.blocks[block].mlp.fc1)]
+
+
+def _loss(slim: SlimViT, clean: Tensor, low: Tensor, labels: Tensor, block: int, weight: float) -> Tensor:
+    """Eq. 3-4 for one batch; only what lies above the scored block is differentiated."""
+    with torch.no_grad():
+        cls_token = slim.blocks[block](clean)[:, 0]
+    low = slim.blocks[block](low)
+    leaving = low[:, 0]
+    for later in slim.blocks[block + 1 :]:
+        low = later(low)
+    return sensitivity_loss(slim.classify(low), labels, cls_token, leaving, weight)
+
+
+def _below(slim: SlimViT, images: Tensor, block: int) -> Tensor:
+    """Tokens that enter `block`."""
+    tokens = slim.embed(images)
+    for earlier in slim.blocks[:block]:
+        tokens = earlier(tokens)
+    return tokens

@@ -1,0 +1,132 @@
+"""What every part of every block of the dense model loses when it is cut alone."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+
+from lowpass.pipeline.base.progress import track
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.method.channels import choose_channels, choose_for_shape
+from lowpass.pipeline.method.recovery import refit
+from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.model.removal import remove_channels
+from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.search.cascade import first_keep, keeping
+from lowpass.pipeline.search.log import SearchLog
+from lowpass.pipeline.search.log_entries import Curve
+from lowpass.pipeline.search.plan import AttentionOption, BlockCurve, SizeOption, interpolated
+from lowpass.pipeline.search.shaping import Shaping
+from lowpass.pipeline.search.state import SearchState, first_images
+
+PROFILED_IMAGES = 512  # on which losses are measured
+
+
+POINTS = 8  # sizes measured of a hidden width or of a token count; in between is interpolated
+
+
+LEVELS = 32  # counts of tokens that a plan may choose from
+
+
+THRESHOLDS = 12  # cuts of the attention measured where heads are thinned
+
+
+def measure_loss_curves(state: SearchState, log: SearchLog) -> list[BlockCurve]:
+    """The loss curves of all blocks of a dense model."""
+    batches = first_images(state.clean, PROFILED_IMAGES)
+    wanted = [state.logits(state.model.blocks, tokens).log_softmax(-1).cpu() for tokens in batches]
+    curves = []
+    for _ in track(state.model.blocks, "profiling blocks"):
+        curves.append(log.next(Curve, _curve, state, wanted).losses)
+        state.ascend()
+    return curves
+
+
+def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
+    """Every part of the block at hand, cut alone."""
+    model, index, shaping = state.model, state.index, state.settings.shaping
+    block, above = model.blocks[index], model.blocks[index + 1 :]
+    batches = state.clean[: len(wanted)]
+    scores = state.sensitivity()
+    moments = state.refit_moments(block) if state.settings.recovery else None
+
+    def loss(candidate: SlimBlock) -> float:
+        return state.divergence([candidate, *above], batches, wanted)
+
+    def cut(shape: BlockShape) -> SlimBlock:
+        candidate, choice = copy.deepcopy(block), choose_for_shape(scores, shape)
+        remove_channels(candidate, choice)
+        if moments is not None:
+            (fitted, judged), (mlp_fitted, mlp_judged) = moments
+            if shape.hidden < block.shape.hidden:
+                refit(candidate.mlp.fc2, "mlp.fc2", mlp_fitted.take(choice.hidden), mlp_judged.take(choice.hidden))
+            elif shape.qk_dim < block.attn.qk_dim:
+                return state.cut(choice)[0]  # thinned heads attend differently
+            else:
+                size = block.attn.v_dim
+                rows = [h * size + i for h, kept in zip(choice.heads, choice.value, strict=True) for i in kept]
+                refit(candidate.attn.proj, "attn.proj", fitted.take(rows), judged.take(rows))
+        return candidate
+
+    whole = block.shape
+    prune = state.settings.prune
+    attention = [
+        AttentionOption(heads=s.heads, qk_dim=s.qk_dim, v_dim=s.v_dim, loss=0.0 if s == whole else loss(cut(s)))
+        for s in ([whole] if prune == "tokens" else attention_shapes(whole, scores, shaping))
+    ]
+    widths = [whole.hidden] if prune == "tokens" else widths_of(whole.hidden, shaping)
+    hidden = [
+        SizeOption(
+            size=width,
+            loss=0.0 if width == whole.hidden else loss(cut(whole.model_copy(update={"hidden": width}))),
+        )
+        for width in spread(widths, POINTS)
+    ]
+    tokens = []
+    if prune != "channels" and index in shaping.stages(len(model.blocks)):
+        counts = token_counts(model.architecture, index, shaping)
+        for keep in spread(counts, POINTS):
+            with keeping(model, index, keep):
+                divergence = 0.0 if keep == whole.keep else loss(model.blocks[index])
+            tokens.append(SizeOption(size=keep, loss=divergence))
+        tokens = list(interpolated(tokens, counts))
+    losses = BlockCurve(attention=tuple(attention), hidden=interpolated(hidden, widths), tokens=tuple(tokens))
+    return Curve(block=index, losses=losses)
+
+
+def attention_shapes(whole: BlockShape, scores: ChannelScores, shaping: Shaping) -> list[BlockShape]:
+    """What the attention of a block may be cut to: whole heads, or what the paper's head search makes of thresholds."""
+    if shaping.whole_heads:
+        return [whole.model_copy(update={"heads": heads}) for heads in range(1, whole.heads + 1)]
+    have = 2 * scores.query_key.numel() + scores.value.numel() + len(scores.hidden)
+    found = {
+        whole: None,
+        whole.model_copy(update={"qk_dim": 1, "v_dim": 1}): None,
+    }
+    for step in range(1, THRESHOLDS + 1):
+        choice = choose_channels(scores, min(have - 1, have * step // THRESHOLDS))
+        found[choice.shape(whole.keep).model_copy(update={"hidden": whole.hidden})] = None
+    return list(found)
+
+
+def widths_of(whole: int, shaping: Shaping) -> list[int]:
+    """Hidden widths that suit, ascending: at most 64 of them."""
+    step = max(1, whole // 64)
+    return sorted({shaping.width(width, whole) for width in [*range(1, whole, step), whole]})
+
+
+def token_counts(architecture: Architecture, index: int, shaping: Shaping) -> list[int]:
+    """Counts of image tokens that a block may pass on, ascending."""
+    whole = architecture.dense.num_tokens
+    fewest = first_keep(architecture) if index == 0 else 1
+    step = max(1, whole // LEVELS)
+    prefix = architecture.dense.num_prefix_tokens
+    return sorted({shaping.keep(keep, whole, prefix) for keep in [*range(whole, fewest - 1, -step), fewest]})
+
+
+def spread(values: Sequence[int], points: int) -> list[int]:
+    """About `points` of ascending values, both ends among them."""
+    if len(values) <= points:
+        return list(values)
+    return sorted({values[round(i * (len(values) - 1) / (points - 1))] for i in range(points)})

@@ -1,0 +1,126 @@
+"""What recovery aims at: the dense model's tokens at the block at hand, for those tokens that are still there."""
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from lowpass.pipeline.method.query_key_recovery import QueryKey, refit_query_key
+from lowpass.pipeline.method.recovery import Moments, Refit, Rows, moments, refit, token_weights, unscaled
+from lowpass.pipeline.method.token_scores import kept_indices
+from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.search.activation_store import Store
+
+REFIT_ROWS = 131_072  # tokens that recovery looks at: some hundred for each unknown of a row
+
+
+class RecoveryTargets:
+    """Of the block at hand, on the first of the scoring images.
+
+    `entering` is what enters the block of the dense model, `middle` what leaves its attention and `leaving` what leaves
+    all of it, each [B, T, C] a batch. `alive` [B, t] says which of the dense model's tokens the pruned one still has.
+    """
+
+    def __init__(self, dense: Sequence[SlimBlock], entering: list[Tensor], store: Store, device: torch.device) -> None:
+        self.dense, self.store, self.device, self.index = dense, store, device, 0
+        self.entering = entering
+        self.alive = [torch.arange(tokens.shape[1]).expand(len(tokens), -1) for tokens in entering]
+        self._run_dense()
+
+    @property
+    def batches(self) -> int:
+        """How many of the scoring batches are looked at."""
+        return len(self.entering)
+
+    def _run_dense(self) -> None:
+        self.middle, self.leaving = list[Tensor](), list[Tensor]()
+        for tokens in self.entering if self.index < len(self.dense) else ():
+            block = self.dense[self.index]
+            with torch.no_grad():
+                middle, _ = block.mix(tokens.to(self.device))
+                self.middle.append(self.store(middle))
+                self.leaving.append(self.store(middle + block.ls2(block.mlp(block.norm2(middle)))))
+
+    def ascend(self, block: SlimBlock, clean: Sequence[Tensor]) -> None:
+        """Move past the block at hand, which the pruned model has as `block`; `clean` is what enters that."""
+        for i, alive in enumerate(self.alive):
+            self.alive[i] = self._selected(block, clean[i].to(self.device), alive.to(self.device))[1].cpu()
+        self.entering = self.leaving
+        self.index += 1
+        self._run_dense()
+
+    def refit(
+        self, block: SlimBlock, before: SlimBlock, heads: tuple[int, ...], clean: Sequence[Tensor]
+    ) -> tuple[Refit, ...]:
+        """Refit what reads removed channels in `block`, in place.
+
+        Args:
+            block: pruned; its head i was `heads[i]` of `before`.
+            before: the block as it was.
+            heads: see above.
+            clean: what enters the block of the pruned model.
+        """
+        done = []
+        if block.attn.qk_dim < before.attn.qk_dim:
+            inputs = (block.norm1(tokens) for tokens in self._visiting(clean))
+            done.append(refit_query_key(query_key_of(block), inputs, query_key_of(before), heads))
+        done.append(refit(block.attn.proj, "attn.proj", *moments(self._attention_rows(block, clean))))
+        done.append(refit(block.mlp.fc2, "mlp.fc2", *moments(self._mlp_rows(block, clean))))
+        return tuple(done)
+
+    def moments_of(
+        self, block: SlimBlock, clean: Sequence[Tensor]
+    ) -> tuple[tuple[Moments, Moments], tuple[Moments, Moments]]:
+        """Of what the projection and the second MLP layer read in an uncut block, of which any cut is a part."""
+        return moments(self._attention_rows(block, clean)), moments(self._mlp_rows(block, clean))
+
+    def _visiting(self, clean: Sequence[Tensor]) -> Iterator[Tensor]:
+        for tokens in clean[: self.batches]:
+            yield tokens.to(self.device)
+
+    def _attention_rows(self, block: SlimBlock, clean: Sequence[Tensor]) -> Iterator[Rows]:
+        """What the projection reads, and what it should give."""
+        for tokens, alive, middle in zip(self._visiting(clean), self.alive, self.middle, strict=True):
+            features, _ = block.attn.features(block.norm1(tokens), block.reads_attention)
+            wanted = _pick(middle.to(self.device), alive.to(self.device)) - tokens
+            target = unscaled(wanted, _gamma(block.ls1), block.attn.proj, features)
+            yield features, target, self._weights(block, tokens)
+
+    def _mlp_rows(self, block: SlimBlock, clean: Sequence[Tensor]) -> Iterator[Rows]:
+        """What the second MLP layer reads, and what it should give."""
+        for tokens, alive, leaving in zip(self._visiting(clean), self.alive, self.leaving, strict=True):
+            middle, left = self._selected(block, tokens, alive.to(self.device))
+            hidden = block.mlp.act(block.mlp.fc1(block.norm2(middle)))
+            wanted = _pick(leaving.to(self.device), left) - middle
+            target = unscaled(wanted, _gamma(block.ls2), block.mlp.fc2, hidden)
+            yield hidden, target, self._weights(block, middle)
+
+    def _weights(self, block: SlimBlock, tokens: Tensor) -> Tensor:
+        last = self.index == len(self.dense) - 1
+        return token_weights(tokens.shape[1], block.num_prefix_tokens, last, tokens)
+
+    def _selected(self, block: SlimBlock, tokens: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens after attention and selection, and which of the dense model's tokens they are."""
+        middle, weights = block.mix(tokens)
+        if not block.scores_tokens:
+            return middle, alive
+        prefix = torch.arange(block.num_prefix_tokens, device=tokens.device).expand(len(tokens), -1)
+        kept = kept_indices(block.scores(middle, weights), block.keep) + block.num_prefix_tokens
+        index = torch.cat([prefix, kept], 1)
+        return _pick(middle, index), alive.gather(1, index)
+
+
+def _pick(tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, n] of tokens [B, T, C]."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def _gamma(scale: nn.Module) -> Tensor | None:
+    return cast(Tensor, scale.gamma).detach() if isinstance(scale, LayerScale) else None
+
+
+def query_key_of(block: SlimBlock) -> QueryKey:
+    """The layers whose products are a block's logits."""
+    return QueryKey(block.attn.query, block.attn.key, block.attn.num_heads)

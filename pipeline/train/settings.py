@@ -1,0 +1,42 @@
+"""How fine-tuning is done."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lowpass.pipeline.base.errors import InputError, first_problem
+from lowpass.pipeline.method.block_shape import Positive
+
+
+class FinetuneSettings(BaseModel):
+    """Distillation after the search. Defaults are for ImageNet, after the paper."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: Positive = 150
+    batch_size: Positive = 128
+    lr: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="learning rate at 512 images a step; scaled linearly")
+    ] = 1e-4
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.25
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998
+
+    @classmethod
+    def for_digits(cls) -> Self:
+        """A minute or two on two cores."""
+        return cls(epochs=40, batch_size=64, lr=4e-3, ema_decay=0.99)
+
+
+def finetune_settings(data: str, changes: dict[str, Any], given: FinetuneSettings | None = None) -> FinetuneSettings:
+    """A recipe's settings, or else those that suit a data set, with changes.
+
+    Raises:
+        InputError: one of them is out of range.
+    """
+    defaults = given or (FinetuneSettings.for_digits() if data == "digits" else FinetuneSettings())
+    try:
+        return FinetuneSettings.model_validate(defaults.model_dump() | changes)
+    except ValidationError as error:
+        raise InputError(f"fine-tuning: {first_problem(error)}") from None

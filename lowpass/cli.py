@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lowpass.commands import import_vtc, model, serve, ship
+from lowpass.commands import compress, import_vtc, model, serve, ship
 from lowpass.pipeline.base.allocator import keep_freed_memory
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.version import __version__
@@ -26,8 +26,8 @@ app = typer.Typer(
     add_completion=False,
 )
 for command in (
-    model.demo,
-    model.compress,
+    compress.demo,
+    compress.compress,
     import_vtc.import_vtc,
     model.finetune,
     model.evaluate,

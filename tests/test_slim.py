@@ -20,12 +20,12 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowpass.pipeline.model.from_timm import describe_dense
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.energy import EnergyNorm
 from lowpass.pipeline.method.token_scores import keep_tokens, token_scores
 from lowpass.pipeline.model.architecture import Architecture, check_blocks
+from lowpass.pipeline.model.from_timm import describe_dense
 from lowpass.pipeline.model.slim_vit import ARCHITECTURE_FILE, DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 
 PLAIN: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lowpass.pipeline.run.metrics import Metrics
 
 PrecisionOption = Literal["fp32", "fp16", "bf16", "int8"]
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory, as made by `lowpass compress`.")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory, as made by `lowpass compress`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, alone, on standard output.")]
 DataOption = Annotated[
     str | None,

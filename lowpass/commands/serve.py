@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lowpass.commands.common import AsJson, PrecisionOption, Run, say
+from lowpass.commands.common import AsJson, PrecisionOption, RunDirectory, say
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import console
 
@@ -16,7 +16,7 @@ Port = Annotated[int, typer.Option(min=1, max=65535)]
 
 
 def deploy(
-    directory: Run,
+    directory: RunDirectory,
     repository: Annotated[Path, typer.Option(help="Triton model repository; made if missing.")],
     name: Annotated[str | None, typer.Option(help="What clients call the model. [default: the run's name]")] = None,
     version: Annotated[int | None, typer.Option(min=1, help="[default: one more than the last]")] = None,

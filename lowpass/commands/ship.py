@@ -1,15 +1,14 @@
 """From a slim model to a timed engine: `export`, `build`, `benchmark`, `profile`, `doctor`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from lowpass.commands.common import AsJson, DataOption, PrecisionOption, Run, answer, say
-from lowpass.pipeline.base.errors import InputError
+from lowpass.commands.common import AsJson, DataOption, PrecisionOption, RunDirectory, answer, say
 
 
 def export(
-    directory: Run,
+    directory: RunDirectory,
     precision: Annotated[
         PrecisionOption,
         typer.Option(help="FP32 or INT8 for CPUs, BF16 for CPUs with AMX, FP16, BF16 or INT8 for TensorRT."),
@@ -52,7 +51,7 @@ def export(
 
 
 def build(
-    directory: Run,
+    directory: RunDirectory,
     precision: Annotated[
         PrecisionOption, typer.Option(help="Of the exported ONNX file; TensorRT keeps to it.")
     ] = "fp16",
@@ -77,7 +76,7 @@ def build(
 
 
 def benchmark(
-    directory: Run,
+    directory: RunDirectory,
     against: Annotated[str, typer.Option(help="What to compare with, separated by commas; so far: dense.")] = "dense",
     runtime: Annotated[
         str | None,
@@ -117,6 +116,7 @@ def profile(
     """Measure what the parts of a model's blocks take on this machine: what `compress --target-latency` plans by.
 
     The table is kept, and measured anew when the model, the runtime's version or the machine changes."""
+    from lowpass.api import checked_runtime
     from lowpass.benchmarks.latency.parts import as_markdown
     from lowpass.benchmarks.latency.target import latency_table
     from lowpass.pipeline.checkpoints.timm_models import load_model
@@ -124,7 +124,7 @@ def profile(
 
     dense = load_model(model, random_weights=model != "digits_deit")  # a latency does not hang on weights
     architecture = SlimViT.from_timm(dense, token_score=token_score).architecture
-    table = latency_table(architecture, *place(runtime, precision), batch)
+    table = latency_table(architecture, *checked_runtime(runtime, precision), batch)
     say(table.model_dump(mode="json"), as_markdown(table), as_json)
 
 
@@ -134,16 +134,3 @@ def doctor(as_json: AsJson = False) -> None:
 
     machine = describe()
     say(machine.model_dump(mode="json"), as_text(machine), as_json)
-
-
-def place(runtime: str | None, precision: str | None) -> tuple[Any, Any]:
-    """A runtime by name, and a precision it computes in: the one asked for, or its own."""
-    from lowpass.benchmarks.latency.compare import parse_runtimes
-    from lowpass.export.runtimes.registry import check_precision, default_precision, missing
-
-    name = parse_runtimes(runtime)[0]
-    if reason := missing(name):
-        raise InputError(f"cannot measure latencies on {name}: {reason}")
-    chosen: Any = precision or default_precision(name)
-    check_precision(name, chosen)
-    return name, chosen

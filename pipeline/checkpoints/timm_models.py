@@ -13,11 +13,11 @@ from lowpass.pipeline.checkpoints.digits_deit import DIGITS_MODEL, DIGITS_WEIGHT
 from lowpass.pipeline.checkpoints.state_dict import load_strictly, read_weights
 
 
-def load_model(name: str, weights: Path | None = None, random_weights: bool = False, seed: int = 0) -> nn.Module:
+def load_model(model: str, weights: Path | str | None = None, random_weights: bool = False, seed: int = 0) -> nn.Module:
     """A dense timm model in evaluation mode.
 
     Args:
-        name: any timm model name; `digits_deit` brings its own weights.
+        model: any timm model name; `digits_deit` brings its own weights.
         weights: local checkpoint, `.safetensors` or `.pth`, with timm's or DeiT's own keys. The class count is read off
             its head.
         random_weights: create the model untrained, from `seed`, for speed studies.
@@ -25,29 +25,29 @@ def load_model(name: str, weights: Path | None = None, random_weights: bool = Fa
     Raises:
         InputError: unknown name, no weights, or weights that are damaged, not finite or of another shape.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise InputError(f"timm has no model {name!r}{hint}")
-    _refuse_unknown_tag(name)
+        raise InputError(f"timm has no model {model!r}{hint}")
+    _refuse_unknown_tag(model)
     if weights is not None and random_weights:
         raise InputError("give --weights or --random-weights, not both")
-    if weights is None and not random_weights and name == DIGITS_MODEL:
+    if weights is None and not random_weights and model == DIGITS_MODEL:
         weights = DIGITS_WEIGHTS
     if weights is None and not random_weights:
         raise InputError(
-            f"{name} needs trained weights: give --weights FILE (.safetensors or .pth), "
+            f"{model} needs trained weights: give --weights FILE (.safetensors or .pth), "
             "or --random-weights to study its speed only"
         )
     torch.manual_seed(seed)
     if weights is None:
-        return timm.create_model(name).eval()
-    state = read_weights(weights)
+        return timm.create_model(model).eval()
+    state = read_weights(Path(weights))
     head = state.get("head.weight")
     classes = {"num_classes": len(head)} if head is not None and head.ndim == 2 else {}
-    model: nn.Module = timm.create_model(name, **classes)
-    load_strictly(model, state, weights, name)
-    return model.eval()
+    dense: nn.Module = timm.create_model(model, **classes)
+    load_strictly(dense, state, Path(weights), model)
+    return dense.eval()
 
 
 def _refuse_unknown_tag(name: str) -> None:

@@ -1,12 +1,13 @@
 """From a recipe to a finished run: search or apply a table, keep what was decided, measure."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import remove_parts, write_bytes
-from lowpass.pipeline.data.datasets import Batches, Data, made_batches
+from lowpass.pipeline.data.datasets import Batches, made_batches
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
 from lowpass.pipeline.run.classes import save_classes
 from lowpass.pipeline.run.evaluate import best_device, measured_top1
@@ -28,7 +29,7 @@ def compress(
     budget_gib: float = DEFAULT_BUDGET_GIB,
     dense_top1: float | None = None,
     model: nn.Module | None = None,
-    data: Data | None = None,
+    data: tuple[Any, Any] | None = None,
 ) -> Metrics:
     """Search (or apply the recipe's table), remove, measure and save into `directory`.
 
@@ -40,7 +41,7 @@ def compress(
         budget_gib: memory for activations; past it they are memory-mapped files in `directory`.
         dense_top1: of the dense model on the test split, where it is known; None: to be measured.
         model: the dense model, where it is in memory; None: the recipe's.
-        data: the images, where they are in memory; None: the recipe's.
+        data: the images to train and to test on, where they are in memory; None: the recipe's.
 
     Raises:
         InputError: some input cannot be used, found before anything is written.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sized
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +10,12 @@ from torch.utils.data import Subset
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import track
-from lowpass.pipeline.data.datasets import Batches, Data, load_data, made_batches
+from lowpass.pipeline.data.datasets import Batches, Data, data_in_memory, load_data, made_batches
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import IN_MEMORY, Recipe
 
-DataSource = str | Data | None  # what --data takes, or images in memory; None: the run's own
+# What --data takes, or two data sets in memory (`data_in_memory`); None: the run's own.
+DataSource = str | tuple[Any, Any] | None
 VERIFIED_IMAGES = 1000  # at most
 CALIBRATED_IMAGES, JUDGED_IMAGES, INT8_BATCH = 256, 768, 32  # at most, for INT8
 MADE_IMAGES = 32  # noise, where there are no images
@@ -26,8 +27,8 @@ def run_data(directory: Path, data: DataSource) -> Data:
     Raises:
         InputError: neither names any.
     """
-    if isinstance(data, Data):
-        return data
+    if isinstance(data, tuple):
+        return data_in_memory(*data, SlimViT.load(directory).architecture)
     recipe = Recipe.load(directory)
     spec = data or recipe.data
     if spec is None or spec == IN_MEMORY:

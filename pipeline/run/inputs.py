@@ -4,13 +4,13 @@ import math
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.timm_models import load_model
-from lowpass.pipeline.data.datasets import Data, load_data
+from lowpass.pipeline.data.datasets import Data, data_in_memory, load_data
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.recovery import HELD_OUT_EVERY
 from lowpass.pipeline.model.architecture import check_blocks, read_blocks
@@ -30,13 +30,13 @@ class Inputs:
     blocks: tuple[BlockShape, ...] | None
 
 
-def read_inputs(recipe: Recipe, model: nn.Module | None = None, data: Data | None = None) -> Inputs:
+def read_inputs(recipe: Recipe, model: nn.Module | None = None, in_memory: tuple[Any, Any] | None = None) -> Inputs:
     """Read and check every input.
 
     Args:
         recipe: what to do.
         model: the dense model, where it is in memory; None: the recipe's.
-        data: the images, where they are in memory; None: the recipe's.
+        in_memory: the images to train and to test on, where they are in memory; None: the recipe's.
 
     Raises:
         InputError: the first that cannot be used.
@@ -61,7 +61,10 @@ def read_inputs(recipe: Recipe, model: nn.Module | None = None, data: Data | Non
             raise InputError(f"{recipe.architecture} does not fit: {error}") from None
     elif recipe.target_macs is not None:
         check_target(architecture, recipe.target_macs, recipe.shaping, recipe.prune)
-    if data is None and recipe.data:
+    data = None
+    if in_memory is not None:
+        data = data_in_memory(*in_memory, architecture)
+    elif recipe.data:
         data = load_data(recipe.data, architecture, recipe.seed)
     if data is not None:
         _check_recovery(recipe, data)

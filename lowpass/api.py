@@ -1,0 +1,346 @@
+"""The Python API: what the commands do, as functions. `lowpass/__init__.py` lists everything there is."""
+
+import difflib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.progress import Listener, report_to
+from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.run.classes import load_classes
+from lowpass.pipeline.run.compress import compress as run_compress
+from lowpass.pipeline.run.dense import has_dense
+from lowpass.pipeline.run.evaluate import evaluate_run
+from lowpass.pipeline.run.finetune import finetune_run
+from lowpass.pipeline.run.images import DataSource
+from lowpass.pipeline.run.metrics import Metrics
+from lowpass.pipeline.run.recipe import IN_MEMORY, Recipe, make_recipe
+from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB
+from lowpass.pipeline.search.search import CostTargetOf
+from lowpass.pipeline.search.shaping import Shaping, TunedFor, make_shaping
+
+if TYPE_CHECKING:  # runtimes are imported once they are used
+    from lowpass.benchmarks.latency.compare import Benchmark
+    from lowpass.export.options import Precision
+    from lowpass.export.runtimes.registry import RuntimeName
+    from lowpass.export.tensorrt.build import Flavour
+    from lowpass.export.triton.repository import Deployed, DeployOptions
+
+BESIDE_SEARCH = ("model", "data", "released")  # fields of a recipe that are arguments of their own, or none
+SETTINGS = {name for name in (*Recipe.model_fields, *Shaping.model_fields) if name not in (*BESIDE_SEARCH, "shaping")}
+
+
+def compress(
+    model: str | nn.Module,
+    data: DataSource,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    memory_budget: float = DEFAULT_BUDGET_GIB,
+    tune_for: TunedFor = "tensorrt",
+    as_published: bool = False,
+    progress: Listener | None = None,
+    **settings: Any,
+) -> "Run":
+    """Search a slim model to a target and save it in a run directory: the command `lowpass compress`.
+
+    Args:
+        model: a timm name (with `weights=FILE`; `digits_deit` brings its own), or any plain timm ViT in memory.
+        data: `digits`, an image folder or a timm reader; or two torch data sets or loaders (train, test) of
+            (image [C, H, W] as the model takes it, label).
+        out: the run directory, new or empty.
+        resume: go on with an interrupted run; the outcome is the same.
+        memory_budget: GiB for the search's activations; past it they are files in the run directory.
+        tune_for: the runtime whose liking the shapes default to.
+        as_published: the paper's own shapes instead.
+        progress: called with a `Step` now and then.
+        settings: one of `target_macs` (a share, such as 0.46), `target_latency` (ms, with `runtime`), `allowable_drop`
+            (points of top-1) and `architecture` (a table); and any option of the command by its name, such as
+            `weights`, `seed`, `score_images`, `recovery`, `align` or `whole_heads`.
+
+    Raises:
+        InputError: some input cannot be used; nothing has been written.
+        RunError: a step failed although its input was sound.
+
+    Example:
+        >>> run = compress("digits_deit", "digits", "runs/digits", target_macs=0.5)  # doctest: +SKIP
+        >>> run.metrics.slim.macs / run.metrics.dense.macs  # doctest: +SKIP
+        0.4996...
+    """
+    recipe = recipe_of(model, data, tune_for, as_published, **settings)
+    with report_to(progress):
+        run_recipe(recipe, Path(out), resume, memory_budget, model, data)
+    return Run(out, data if isinstance(data, tuple) else None, progress)
+
+
+def recipe_of(
+    model: str | nn.Module,
+    data: DataSource,
+    tune_for: TunedFor = "tensorrt",
+    as_published: bool = False,
+    **settings: Any,
+) -> Recipe:
+    """The recipe that arguments of `compress` amount to; settings that are None are left at their defaults.
+
+    Raises:
+        InputError: a setting is unknown or out of range.
+    """
+    for name in settings.keys() - SETTINGS:
+        near = difflib.get_close_matches(name, SETTINGS, n=1)
+        raise InputError(f"there is no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    shapes = {name: settings.pop(name) for name in Shaping.model_fields if name in settings}
+    given = {name: value for name, value in settings.items() if value is not None}
+    return make_recipe(
+        model=model if isinstance(model, str) else name_of(model),
+        data=IN_MEMORY if isinstance(data, tuple) else data,
+        shaping=make_shaping(tune_for, as_published, **shapes),
+        **given,
+    )
+
+
+def name_of(model: nn.Module) -> str:
+    """timm's name of a model in memory, or its class's."""
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    return config.get("architecture") or type(model).__name__
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    memory_budget: float = DEFAULT_BUDGET_GIB,
+    model: str | nn.Module | None = None,
+    data: DataSource = None,
+) -> Metrics:
+    """A recipe from start to end; `model` and `data` where they are in memory.
+
+    Raises:
+        InputError, RunError: see `compress`.
+    """
+    return run_compress(
+        recipe,
+        out,
+        resume,
+        cost_target_of(recipe),
+        memory_budget,
+        model=model if isinstance(model, nn.Module) else None,
+        data=data if isinstance(data, tuple) else None,
+    )
+
+
+def cost_target_of(recipe: Recipe) -> CostTargetOf | None:
+    """What makes a recipe's latency target for its dense model; None: it has none.
+
+    Raises:
+        InputError: its runtime is not here, or lacks the precision.
+    """
+    if recipe.target_latency is None:
+        return None
+    from lowpass.benchmarks.latency.target import latency_goal
+
+    runtime, precision = checked_runtime(recipe.runtime, recipe.latency_precision)
+    return partial(
+        latency_goal,
+        target_ms=recipe.target_latency,
+        runtime=runtime,
+        precision=precision,
+        batch=recipe.latency_batch,
+    )
+
+
+def checked_runtime(runtime: str | None, precision: str | None) -> "tuple[RuntimeName, Precision]":
+    """A runtime by name, and a precision it computes in: the one asked for, or its own.
+
+    Raises:
+        InputError: the runtime is unknown or not here, or lacks the precision.
+    """
+    from lowpass.benchmarks.latency.compare import parse_runtimes
+    from lowpass.export.runtimes.registry import check_precision, default_precision, missing
+
+    name = parse_runtimes(runtime)[0]
+    if reason := missing(name):
+        raise InputError(f"cannot measure latencies on {name}: {reason}")
+    chosen: Any = precision or default_precision(name)
+    check_precision(name, chosen)
+    return name, chosen
+
+
+class Run:
+    """A run directory: what `compress` or a command made, and what can be done with it.
+
+    Example:
+        >>> run = Run("runs/digits")  # doctest: +SKIP
+        >>> logits = run.slim(images)  # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path | str, data: DataSource = None, progress: Listener | None = None) -> None:
+        """Open a run; `data` is used in place of the run's own images, `progress` is told of long work.
+
+        Raises:
+            InputError: there is no run at `path`.
+        """
+        Recipe.load(Path(path))
+        self.path, self.data, self.progress = Path(path), data, progress
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was asked for."""
+        return Recipe.load(self.path)
+
+    @property
+    def slim(self) -> SlimViT:
+        """The slim model, images [B, C, H, W] -> logits [B, classes], on the CPU in evaluation mode."""
+        return SlimViT.load(self.path)
+
+    @property
+    def dense(self) -> SlimViT | None:
+        """The model it came from; None of a run that was imported without it."""
+        return SlimViT.load(self.path, DENSE_WEIGHTS_FILE) if has_dense(self.path) else None
+
+    @property
+    def architecture(self) -> Architecture:
+        """The table of five numbers a block, and what the dense model was."""
+        return self.slim.architecture
+
+    @property
+    def metrics(self) -> Metrics:
+        """Top-1 (percent), MACs, parameters and bytes of `dense` and `slim`."""
+        return Metrics.load(self.path)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names in the order of the logits."""
+        return load_classes(self.path, self.architecture.dense.num_classes)
+
+    def finetune(self, data: DataSource = None, *, seed: int | None = None, **settings: Any) -> Metrics:
+        """Distil the dense model into the slim one, which takes its place: `epochs`, `lr`, `batch_size`,
+        `distill_weight` and so on as `settings`.
+
+        Raises:
+            InputError: a setting is out of range, or the data does not fit.
+            RunError: training diverged; the run is as it was.
+        """
+        with report_to(self.progress):
+            return finetune_run(self.path, data or self.data, settings, seed)
+
+    def evaluate(self, data: DataSource = None) -> Metrics:
+        """Top-1 of dense and slim on the test images of `data`; nothing is written.
+
+        Raises:
+            InputError: the data does not fit.
+        """
+        with report_to(self.progress):
+            return evaluate_run(self.path, data or self.data)
+
+    def export(
+        self,
+        precision: "Precision" = "fp32",
+        *,
+        dense: bool = False,
+        batch: str = "1:8:32",
+        selection: Literal["gather", "onehot"] = "gather",
+        input: Literal["float32", "uint8"] = "float32",
+        data: DataSource = None,
+    ) -> Path:
+        """Write `model.<precision>.onnx` (or `dense.<precision>.onnx`), once it agrees with PyTorch on real images.
+
+        Args:
+            precision: `fp32`, `fp16`, `bf16` or `int8`.
+            dense: the dense model, for comparison.
+            batch: MIN:OPT:MAX, the batch sizes that an engine will be built for.
+            selection: how token selection is lowered.
+            input: normalised images [B, C, H, W], or pixels [B, H, W, C] that are normalised in the graph.
+            data: images to verify on, and to quantise by; None: the run's own.
+
+        Returns:
+            The file.
+
+        Raises:
+            InputError: the run holds no such model, or an option is out of range.
+            RunError: the file disagrees with PyTorch; it is not written.
+        """
+        from lowpass.export.artefacts import export_run
+        from lowpass.export.batch import BatchProfile
+        from lowpass.export.onnx.file import onnx_path
+        from lowpass.export.options import ExportOptions
+
+        options = ExportOptions(
+            precision=precision, profile=BatchProfile.parse(batch), selection=selection, input=input
+        )
+        with report_to(self.progress):
+            export_run(self.path, options, data or self.data, dense)
+        return onnx_path(self.path, precision, dense)
+
+    def export_all(self) -> None:
+        """Both models in every precision, verified, and the slim model's engine where TensorRT is installed: what
+        `compress --ship` makes.
+
+        Raises:
+            RunError: a file disagrees with PyTorch, or the engine does not build.
+        """
+        from lowpass.export.artefacts import export_all
+
+        with report_to(self.progress):
+            export_all(self.path, self.data)
+
+    def build(self, precision: "Precision" = "fp16", runtime: "Flavour | None" = None, dense: bool = False) -> Path:
+        """Compile what `export` wrote; the TensorRT engine's path. TensorRT-RTX needs no GPU for it.
+
+        Raises:
+            InputError: no TensorRT is installed, or nothing was exported.
+            RunError: the builder refused the graph.
+        """
+        from lowpass.export.tensorrt.build import build
+
+        return build(self.path, precision, runtime, dense)
+
+    def benchmark(
+        self,
+        runtimes: "Sequence[RuntimeName] | None" = None,
+        batches: Sequence[int] = (1, 8, 32),
+        precision: "Precision | None" = None,
+        seconds: float = 2.0,
+    ) -> "Benchmark":
+        """Time slim against dense in interleaved rounds; writes `benchmark.json` and `benchmark.md`.
+
+        Args:
+            runtimes: None for all that are here.
+            batches: images at once.
+            precision: None for each runtime's own.
+            seconds: about how long each model is timed for at each batch size.
+
+        Raises:
+            InputError: the run is not finished.
+        """
+        from lowpass.benchmarks.latency.compare import benchmark
+
+        with report_to(self.progress):
+            return benchmark(self.path, runtimes, batches, precision, seconds)
+
+    def deploy(
+        self,
+        repository: Path | str,
+        name: str | None = None,
+        options: "DeployOptions | None" = None,
+        dense: bool = False,
+    ) -> "Deployed":
+        """Add what `export` wrote to a Triton model repository as a new version.
+
+        Args:
+            repository: a folder; made if missing.
+            name: what clients call the model; None: the run's name.
+            options: how to serve it.
+            dense: the dense model, for comparison.
+
+        Raises:
+            InputError: nothing current is exported, or the version exists.
+            RunError: ONNX Runtime cannot load the file.
+        """
+        from lowpass.export.triton.repository import DeployOptions, deploy
+
+        return deploy(self.path, Path(repository), name or self.path.absolute().name, options or DeployOptions(), dense)

@@ -1,0 +1,273 @@
+"""From a dense model to a slim one: `demo` and `compress`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lowpass.commands.common import AsJson, DataOption, PrecisionOption, Resume, Seed, answer, say
+from lowpass.pipeline.base.errors import InputError
+
+if TYPE_CHECKING:
+    from lowpass.pipeline.run.recipe import Recipe
+
+# What `compress --recipe` takes beside the file.
+BESIDE_RECIPE = (
+    "recipe_file", "weights", "data", "out", "resume", "ship", "dry_run", "epochs", "memory_budget", "as_json",
+)  # fmt: skip
+# Arguments of the function that are no settings of a recipe by that name.
+RENAMED = {"batch": "latency_batch", "precision": "latency_precision"}
+GOAL, MODEL, DATA, SHAPES = "How far to go (one of them)", "Model", "Data", "Shapes for the hardware"
+RUN, MACHINE, METHOD = "Run", "Machine", "Method, for experts"
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory, new or empty.")] = Path("runs/demo"),
+    target_macs: Annotated[float, typer.Option(help="Share of the dense MACs that stays.")] = 0.5,
+    seed: Seed = 0,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress, fine-tune, export, build and time the embedded digits model: all of it, in minutes, on any machine."""
+    from lowpass.api import recipe_of
+
+    recipe = recipe_of("digits_deit", "digits", target_macs=target_macs, seed=seed)
+    _start(recipe, out, resume, ship=True, as_json=as_json)
+
+
+def compress(
+    context: typer.Context,
+    target_macs: Annotated[
+        float | None, typer.Option(help="Share of the dense MACs that stays, such as 0.46.", rich_help_panel=GOAL)
+    ] = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS",
+            help="Milliseconds of one batch on --runtime of this machine (see `profile`).",
+            rich_help_panel=GOAL,
+        ),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="Of --target-latency, such as onnxruntime, openvino or tensorrt.", rich_help_panel=GOAL),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Images in the batch of --target-latency.", rich_help_panel=GOAL)
+    ] = 1,
+    precision: Annotated[
+        PrecisionOption | None,
+        typer.Option(help="Of --target-latency. [default: the runtime's own]", rich_help_panel=GOAL),
+    ] = None,
+    allowable_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of top-1 the search may cost before fine-tuning (the paper's way: 9.5).", rich_help_panel=GOAL
+        ),
+    ] = None,
+    architecture: Annotated[
+        Path | None,
+        typer.Option(
+            help="Skip the search: apply this architecture.json, its channels chosen by LFS.", rich_help_panel=GOAL
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="timm name of the dense model, or digits_deit.", rich_help_panel=MODEL)
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Its checkpoint: .safetensors or .pth, timm's or DeiT's own keys.", rich_help_panel=MODEL),
+    ] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights", help="Untrained, to study speed; needs --architecture.", rich_help_panel=MODEL
+        ),
+    ] = False,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            help="Everything here but --weights and --data from a file, see recipes/.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    data: DataOption = None,
+    score_images: Annotated[int, typer.Option(help="Training images for LFS.", rich_help_panel=DATA)] = 2000,
+    measure_images: Annotated[
+        int, typer.Option(help="Training images on which a step's top-1 is measured.", rich_help_panel=DATA)
+    ] = 5000,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory, new or empty. [default: runs/MODEL]", rich_help_panel=RUN)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an interrupted run; the outcome is the same.", rich_help_panel=RUN)
+    ] = False,
+    ship: Annotated[
+        bool,
+        typer.Option("--ship", help="Then fine-tune, export, verify, build and benchmark, too.", rich_help_panel=RUN),
+    ] = False,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of fine-tuning with --ship; 40 for the digits, 150 otherwise.", rich_help_panel=RUN),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check every input and say what it would cost; nothing is written.", rich_help_panel=RUN
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn at random.", rich_help_panel=RUN)] = 0,
+    as_json: AsJson = False,
+    tune_for: Annotated[
+        Literal["onnxruntime", "openvino", "tensorrt"],
+        typer.Option(help="The runtime whose liking the next options default to.", rich_help_panel=SHAPES),
+    ] = "tensorrt",
+    align: Annotated[
+        int | None,
+        typer.Option(help="Hidden widths are multiples of it (tokens: of an eighth).", rich_help_panel=SHAPES),
+    ] = None,
+    whole_heads: Annotated[
+        bool | None,
+        typer.Option(
+            "--whole-heads/--thin-heads",
+            help="Drop heads whole, or thin them as the paper does.",
+            rich_help_panel=SHAPES,
+        ),
+    ] = None,
+    token_stages: Annotated[
+        int | None,
+        typer.Option(help="How many blocks may drop tokens, evenly spread; 0: every block.", rich_help_panel=SHAPES),
+    ] = None,
+    token_score: Annotated[
+        Literal["full", "cls"] | None,
+        typer.Option(
+            help="What LFE is multiplied by: the paper's attention score, or its CLS row, which fuses.",
+            rich_help_panel=SHAPES,
+        ),
+    ] = None,
+    as_published: Annotated[
+        bool,
+        typer.Option(
+            "--as-published",
+            help="The paper's own shapes: for comparison; slow to deploy.",
+            rich_help_panel=SHAPES,
+        ),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Images at a time in the search.", rich_help_panel=MACHINE)] = 64,
+    memory_budget: Annotated[
+        float,
+        typer.Option(
+            metavar="GIB",
+            help="For the search's activations; past it they are files in the run directory.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = 8.0,
+    mixed_precision: Annotated[
+        bool,
+        typer.Option(
+            "--mixed-precision",
+            help="Trials in FP16 on a GPU (BF16 on a CPU); LFS stays FP32.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False,
+    recovery: Annotated[
+        bool,
+        typer.Option(
+            help="Refit what reads removed channels, in closed form, as part of every trial.", rich_help_panel=METHOD
+        ),
+    ] = True,
+    image_cutoff: Annotated[
+        float, typer.Option(help="Low-pass of the images LFS sees, in cycles per pixel.", rich_help_panel=METHOD)
+    ] = 0.1,
+    token_cutoff: Annotated[
+        float, typer.Option(help="Low-pass along the tokens for LFE.", rich_help_panel=METHOD)
+    ] = 0.85,
+    energy_norm: Annotated[
+        Literal["l2", "l1"],
+        typer.Option(help="LFE norm: l2 is the paper's, l1 the released code's.", rich_help_panel=METHOD),
+    ] = "l2",
+    channel_criterion: Annotated[
+        Literal["lfs", "taylor", "magnitude", "random"],
+        typer.Option(
+            help="What channels are scored by: LFS, the method, or a rival to compare it with.", rich_help_panel=METHOD
+        ),
+    ] = "lfs",
+    token_criterion: Annotated[
+        Literal["lfe-attention", "attention", "lfe", "random"],
+        typer.Option(
+            help="What tokens are scored by: LFE times attention, the method, or a rival.", rich_help_panel=METHOD
+        ),
+    ] = "lfe-attention",
+    order: Annotated[
+        Literal["bottom-up", "top-down", "one-shot"],
+        typer.Option(
+            help="On which model a block's channels are scored: all below it cut, all above it, or none.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "bottom-up",
+    prune: Annotated[
+        Literal["both", "channels", "tokens"],
+        typer.Option(help="Drop channels and tokens, or one of them.", rich_help_panel=METHOD),
+    ] = "both",
+    lfs_weight: Annotated[float, typer.Option(help="Share of the cross-entropy in LFS.", rich_help_panel=METHOD)] = 0.1,
+    token_share: Annotated[
+        float, typer.Option(help="Share of a block's allowance that tokens may spend.", rich_help_panel=METHOD)
+    ] = 0.56,
+) -> None:
+    """Search a slim model (or apply a given table), and save it in a run directory.
+
+    The shortest: lowpass compress --model NAME --weights FILE --data FOLDER --target-macs 0.5"""
+    from lowpass.api import recipe_of
+    from lowpass.pipeline.run.recipe import read_recipe
+
+    if recipe_file is not None:
+        _refuse_beside_recipe(context)
+        recipe = read_recipe(recipe_file, weights=weights, data=data)
+    elif model is None:
+        raise InputError("give --model NAME, or --recipe FILE")
+    else:
+        beside = {*BESIDE_RECIPE, "model", "tune_for", "as_published"} - {"weights"}
+        settings = {RENAMED.get(name, name): value for name, value in context.params.items() if name not in beside}
+        recipe = recipe_of(model, data, tune_for, as_published, **settings)
+    _start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run)
+
+
+def _refuse_beside_recipe(context: typer.Context) -> None:
+    """Refuse what a recipe file settles, given as an option, too."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in BESIDE_RECIPE:
+            raise InputError(f"--recipe settles {parameter.opts[0]}: leave it out, or change the file")
+
+
+def _start(
+    recipe: "Recipe",
+    out: Path | None,
+    resume: bool,
+    ship: bool,
+    epochs: int | None = None,
+    as_json: bool = False,
+    memory_budget: float = 8.0,
+    dry_run: bool = False,
+) -> None:
+    """Compress, or say what that would take; with `ship` take the result all the way to timed engines."""
+    from lowpass.api import Run, cost_target_of, run_recipe
+    from lowpass.pipeline.run.dry_run import dry_run as estimated
+    from lowpass.pipeline.run.estimate import as_table
+
+    out = out or Path("runs") / recipe.model
+    if dry_run:
+        cost_target_of(recipe)  # refuses a runtime that is not here
+        estimate = estimated(recipe, out, resume, epochs)
+        say(estimate.model_dump(mode="json"), as_table(estimate), as_json)
+        return
+    metrics, measured = run_recipe(recipe, out, resume, memory_budget), None
+    if ship:
+        run = Run(out)
+        if recipe.data is not None and not metrics.finetuned_epochs:
+            metrics = run.finetune() if epochs is None else run.finetune(epochs=epochs)
+        run.export_all()
+        measured = run.benchmark()
+    answer(out, metrics, measured, as_json)

@@ -268,7 +268,7 @@ def test_bottom_up_scores_above_what_is_cut(dense: SlimViT, batches: Batches) ->
         remove_channels(model.blocks[block], choose_for_shape(lfs(model, batches, block), SHAPES[block]))
     model.set_keep(2, SHAPES[2].keep)
     found = state_of(dense, batches)
-    apply_table(found.model, tuple(SHAPES), found)
+    apply_table(found, tuple(SHAPES))
     assert found.model.architecture.blocks == model.architecture.blocks == tuple(SHAPES)
     for name, tensor in model.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], tensor), name

@@ -319,7 +319,7 @@ def test_a_reader_that_does_not_count_classes_is_believed(
 
     monkeypatch.setattr(lowpass.pipeline.data.datasets, "create_dataset", create)
     data = load_data("hfds/someone/images", two_classes)
-    assert data.num_classes is None
+    assert data.classes is None
     assert (data.train[0], data.calibration[0], data.test[0]) == (
         ("hfds/someone/images", "train", True),
         ("hfds/someone/images", "train", False),

@@ -51,7 +51,7 @@ def labels(seed: int = 0) -> Tensor:
 
 def data(train: Dataset[Any] | None = None) -> Data:
     train = train or TensorDataset(images(), labels())
-    return Data("made", train, train, train, CLASSES)
+    return Data("made", train, train, train, tuple(map(str, range(CLASSES))), CLASSES)
 
 
 def settings(**changes: float) -> FinetuneSettings:

@@ -103,10 +103,10 @@ def test_layer_scale_is_divided_out_where_it_is_on() -> None:
     with torch.no_grad():
         scale.gamma.copy_(torch.tensor([2.0, 0.0, -0.5]))
     features = torch.randn(4, 2)
-    wanted = unscaled(torch.ones(4, 3), scale, layer, features)
+    wanted = unscaled(torch.ones(4, 3), scale.gamma.detach(), layer, features)
     assert torch.equal(wanted[:, 0], torch.full((4,), 0.5)) and torch.equal(wanted[:, 2], torch.full((4,), -2.0))
     assert torch.equal(wanted[:, 1], layer(features)[:, 1])
-    assert torch.equal(unscaled(torch.ones(4, 3), nn.Identity(), layer, features), torch.ones(4, 3))
+    assert torch.equal(unscaled(torch.ones(4, 3), None, layer, features), torch.ones(4, 3))
 
 
 @pytest.fixture(scope="module")

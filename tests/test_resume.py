@@ -16,7 +16,7 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.run.compress import compress
 from lowpass.pipeline.run.recipe import Recipe, make_recipe
 
-RESULTS = ("recipe.yaml", "search.jsonl", "architecture.json", "slim.safetensors", "metrics.json")
+RESULTS = ("recipe.yaml", "classes.json", "search.jsonl", "architecture.json", "slim.safetensors", "metrics.json")
 GOALS = ({"target_macs": 0.6}, {"allowable_drop": 20.0})
 SMALL = {"data": "digits", "score_images": 64, "measure_images": 128}
 

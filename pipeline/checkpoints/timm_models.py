@@ -52,6 +52,8 @@ def load_model(model: str, weights: Path | str | None = None, random_weights: bo
 
 def _refuse_unknown_tag(name: str) -> None:
     architecture, tag = split_model_name_tag(name)
+    if not tag:
+        return
     try:
         get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError:

@@ -1,0 +1,80 @@
+"""The house as a user gets it: one import name in the wheel, beside whatever the user's own folders are called."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import SLIM_BLOCKS
+
+ROOT = Path(__file__).parent.parent
+USE = """
+import json, sys
+import benchmarks, export, pipeline                       # the user's own
+import lowpass
+
+assert {pipeline.WHOSE, export.WHOSE, benchmarks.WHOSE} == {"mine"}
+run = lowpass.compress("digits_deit", "digits", "runs/api", architecture="table.json", score_images=16, batch_size=16)
+images = lowpass.lowpass_images(__import__("torch").zeros(2, 3, 32, 32), 0.1)
+print(json.dumps({"lowpass": lowpass.__file__, "logits": list(run.slim(images).shape), "file": run.export("fp32").name}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as a release would be, from the files that git tracks."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    tar = subprocess.run(["tar", "c", "--null", "-T", "-"], cwd=ROOT, input=tracked, capture_output=True, check=True)
+    subprocess.run(["tar", "x"], cwd=source, input=tar.stdout, check=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(built), str(source)], check=True, capture_output=True)
+    (file,) = built.glob("lowpass_vit-*.whl")
+    return file
+
+
+def test_the_wheel_holds_one_name(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"lowpass", "lowpass_vit"}
+    for room in ("pipeline/method/sensitivity", "export/onnx/verify", "benchmarks/peers/tome", "commands/compress", "api"):
+        assert f"lowpass/{room}.py" in names
+    assert "lowpass/pipeline/checkpoints/weights/digits_deit.safetensors" in names
+    assert "lowpass/recipes/deit_small_paper.json" in names
+    assert not [name for name in names if "/results/" in name or "/tests/" in name]
+
+
+@pytest.mark.slow
+def test_it_works_beside_folders_of_the_same_names(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=True, symlinks=True)
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env" / "lib").glob("python3.*/site-packages")
+    # What lowpass needs is taken from this environment, without the lowpass that is installed there.
+    (site / "needed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    project = tmp_path / "project"
+    for name in ("pipeline", "export", "benchmarks"):
+        (project / name).mkdir(parents=True)
+        (project / name / "__init__.py").write_text("WHOSE = 'mine'\n")
+    (project / "table.json").write_text(json.dumps({"blocks": SLIM_BLOCKS}))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def ran(*command: str) -> str:
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    used = json.loads(ran(str(python), "-c", USE))
+    assert Path(used["lowpass"]).is_relative_to(site)
+    assert used["logits"] == [2, 10] and used["file"] == "model.fp32.onnx"
+    command = str(tmp_path / "env" / "bin" / "lowpass")
+    options = ("--data", "digits", "--architecture", "table.json", "--score-images", "16", "--batch-size", "16", "--json")
+    told = json.loads(ran(command, "compress", "--model", "digits_deit", "--out", "runs/command", *options))
+    for name in ("slim.safetensors", "architecture.json"):
+        assert (project / "runs/api" / name).read_bytes() == (project / "runs/command" / name).read_bytes()
+    assert told["slim"]["macs"] < told["dense"]["macs"]

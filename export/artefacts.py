@@ -2,11 +2,20 @@
 
 from pathlib import Path
 
+from lowpass.export.graph.deployable import deployable
+from lowpass.export.onnx.file import current_onnx, read_metadata, weights_path
 from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.onnx.verify import Verification, export
 from lowpass.export.options import PRECISIONS, ExportOptions, Precision
-from lowpass.export.tensorrt.build import build, installed_flavours
+from lowpass.export.runtimes.engine import FLAVOURS, installed_flavours
+from lowpass.export.runtimes.pytorch import PyTorch
+from lowpass.export.runtimes.registry import RuntimeName, check_precision, missing, onnx_session
+from lowpass.export.runtimes.session import Session
+from lowpass.export.runtimes.tensorrt import TensorRT
+from lowpass.export.tensorrt.plan import build, current_plan
+from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger
+from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.images import DataSource, quantization_batches, verification_batches
 
 
@@ -18,7 +27,7 @@ def export_run(directory: Path, options: ExportOptions, data: DataSource = None,
         RunError: the file disagrees with PyTorch; it is not written.
     """
     batches, made = verification_batches(directory, data)
-    return export(directory, options, batches, made, dense, _quantization(directory, options.precision, data))
+    return export(directory, options, batches, made, dense, quantization_of(directory, options.precision, data))
 
 
 def export_all(directory: Path, data: DataSource = None) -> None:
@@ -29,7 +38,7 @@ def export_all(directory: Path, data: DataSource = None) -> None:
     """
     batches, made = verification_batches(directory, data)
     for precision in PRECISIONS:
-        quantization = _quantization(directory, precision, data)
+        quantization = quantization_of(directory, precision, data)
         for dense in (True, False):
             done = export(directory, ExportOptions(precision=precision), batches, made, dense, quantization)
             logger.info(
@@ -42,6 +51,27 @@ def export_all(directory: Path, data: DataSource = None) -> None:
         logger.info("no engine: no TensorRT is installed (pip install 'lowpass-vit[tensorrt-rtx]')")
 
 
-def _quantization(directory: Path, precision: Precision, data: DataSource) -> Quantization | None:
+def open_session(runtime: RuntimeName, directory: Path, precision: Precision, dense: bool = False) -> Session:
+    """A session on a run's slim (or dense) model.
+
+    Raises:
+        InputError: the runtime is missing here or lacks the precision, or its file is missing or stale.
+        RunError: the runtime cannot load it.
+    """
+    reason = missing(runtime)
+    if reason is not None:
+        raise InputError(f"cannot run on {runtime}: {reason}")
+    check_precision(runtime, precision)
+    if runtime in ("pytorch", "pytorch-compile"):
+        model = SlimViT.load(directory, weights_path(directory, dense).name)
+        return PyTorch(deployable(model, precision), compiled=runtime == "pytorch-compile")
+    onnx_file = current_onnx(directory, precision, dense)
+    if runtime in FLAVOURS:
+        plan, _ = current_plan(directory, precision, runtime, dense)
+        return TensorRT(plan.read_bytes(), runtime, read_metadata(onnx_file))
+    return onnx_session(runtime, onnx_file.read_bytes(), precision, directory)
+
+
+def quantization_of(directory: Path, precision: Precision, data: DataSource = None) -> Quantization | None:
     """A run's training images for INT8; the other precisions need none."""
     return Quantization(*quantization_batches(directory, data)) if precision == "int8" else None

@@ -6,10 +6,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from lowpass.export.batch import DEFAULT_PROFILE, BatchProfile
-from lowpass.export.graph.pixels import Input
-from lowpass.export.graph.selection import Selection
 
 OPSET = 23  # of ONNX: the first with `Attention`
+Selection = Literal["gather", "onehot"]  # how token selection is lowered, see `graph/selection.py`
+Input = Literal["float32", "uint8"]  # normalised images, or pixels, see `graph/pixels.py`
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # What the graph computes in; INT8 is quantised from FP32.

@@ -27,8 +27,8 @@ from lowpass.pipeline.search.shaping import Shaping, TunedFor, make_shaping
 if TYPE_CHECKING:  # runtimes are imported once they are used
     from lowpass.benchmarks.latency.compare import Benchmark
     from lowpass.export.options import Precision
+    from lowpass.export.runtimes.engine import Flavour
     from lowpass.export.runtimes.registry import RuntimeName
-    from lowpass.export.tensorrt.build import Flavour
     from lowpass.export.triton.repository import Deployed, DeployOptions
 
 BESIDE_SEARCH = ("model", "data", "released")  # fields of a recipe that are arguments of their own, or none
@@ -295,7 +295,7 @@ class Run:
             InputError: no TensorRT is installed, or nothing was exported.
             RunError: the builder refused the graph.
         """
-        from lowpass.export.tensorrt.build import build
+        from lowpass.export.tensorrt.plan import build
 
         return build(self.path, precision, runtime, dense)
 

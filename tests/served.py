@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import tritonclient.http
 
+from lowpass.export.artefacts import quantization_of
 from lowpass.export.batch import BatchProfile
-from lowpass.export.graph.pixels import Input
-from lowpass.export.onnx.quantize import quantization_of
 from lowpass.export.onnx.verify import export
-from lowpass.export.options import ExportOptions, Precision
+from lowpass.export.options import ExportOptions, Input, Precision
 from lowpass.export.triton.client import Client, Protocol
 from lowpass.export.triton.server import Address
 from lowpass.pipeline.run.images import verification_batches

@@ -15,9 +15,10 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowpass.export.graph.deploy import deployable
-from lowpass.export.onnx.file import trace
-from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
+from lowpass.export.graph.deployable import deployable
+from lowpass.export.onnx.trace import trace
+from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
+from lowpass.export.runtimes.session import logits_of
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.data.datasets import Batches, made_batches
 from lowpass.pipeline.method.block_shape import BlockShape

@@ -7,10 +7,10 @@ import timm
 import torch
 
 from lowpass.export.batch import BatchProfile
-from lowpass.export.graph.deploy import deployable
-from lowpass.export.onnx.file import trace
+from lowpass.export.graph.deployable import deployable
+from lowpass.export.onnx.trace import trace
 from lowpass.export.options import Precision
-from lowpass.export.tensorrt.build import compile_engine
+from lowpass.export.runtimes.engine import compile_engine
 from lowpass.pipeline.method.token_scores import TokenScore
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.shaping import SHAPINGS

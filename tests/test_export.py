@@ -16,19 +16,21 @@ from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-import lowpass.export.graph.deploy
+import lowpass.export.graph.deployable
 import lowpass.export.onnx.verify
+from lowpass.export.artefacts import open_session
 from lowpass.export.batch import BatchProfile
-from lowpass.export.graph.deploy import FusedAttention, RowAttention, deployable
-from lowpass.export.graph.pixels import Input
-from lowpass.export.graph.selection import SELECTIONS, Selection
-from lowpass.export.onnx.file import FORBIDDEN, current_onnx, onnx_path, read_metadata, serialise, to_onnx, trace
+from lowpass.export.graph.attention import FusedAttention, RowAttention
+from lowpass.export.graph.deployable import deployable
+from lowpass.export.graph.selection import SELECTIONS
+from lowpass.export.onnx.file import current_onnx, onnx_path, read_metadata, serialise
+from lowpass.export.onnx.trace import FORBIDDEN, to_onnx, trace
 from lowpass.export.onnx.verify import VERIFICATION_FILE
 from lowpass.export.onnx.verify import export as export_verified
-from lowpass.export.options import ExportOptions, Precision
-from lowpass.export.runtimes.registry import missing, open_session
-from lowpass.export.runtimes.sessions import logits_of
-from lowpass.export.tensorrt.build import NO_GPU, build, current_plan, manifest_path
+from lowpass.export.options import ExportOptions, Input, Precision, Selection
+from lowpass.export.runtimes.registry import missing
+from lowpass.export.runtimes.session import logits_of
+from lowpass.export.tensorrt.plan import NO_GPU, build, current_plan, manifest_path
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.data.datasets import Batches
 from lowpass.pipeline.method.block_shape import BlockShape
@@ -276,7 +278,7 @@ def test_engine_and_its_manifest(slim_run: Path, images: Batches) -> None:
 
 def test_engine_is_refused_without_padding(slim_run: Path, images: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     """What makes the build a proof: TensorRT has no fused kernel for unequal heads, and does not fall back."""
-    monkeypatch.setattr(lowpass.export.graph.deploy, "fused_head_dim", lambda attention: None)
+    monkeypatch.setattr(lowpass.export.graph.deployable, "fused_head_dim", lambda attention: None)
     export_verified(slim_run, options("fp16"), images)
     with pytest.raises(RunError, match="TensorRT"):
         build(slim_run, "fp16", "tensorrt-rtx")

@@ -21,7 +21,8 @@ import lowpass
 assert {pipeline.WHOSE, export.WHOSE, benchmarks.WHOSE} == {"mine"}
 run = lowpass.compress("digits_deit", "digits", "runs/api", architecture="table.json", score_images=16, batch_size=16)
 images = lowpass.lowpass_images(__import__("torch").zeros(2, 3, 32, 32), 0.1)
-print(json.dumps({"lowpass": lowpass.__file__, "logits": list(run.slim(images).shape), "file": run.export("fp32").name}))
+shape, file = list(run.slim(images).shape), run.export("fp32").name
+print(json.dumps({"lowpass": lowpass.__file__, "logits": shape, "file": file}))
 """
 
 
@@ -41,7 +42,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_one_name(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"lowpass", "lowpass_vit"}
-    for room in ("pipeline/method/sensitivity", "export/onnx/verify", "benchmarks/peers/tome", "commands/compress", "api"):
+    for room in (
+        "pipeline/method/sensitivity",
+        "export/onnx/verify",
+        "benchmarks/peers/tome",
+        "commands/compress",
+        "api",
+    ):
         assert f"lowpass/{room}.py" in names
     assert "lowpass/pipeline/checkpoints/weights/digits_deit.safetensors" in names
     assert "lowpass/recipes/deit_small_paper.json" in names
@@ -73,7 +80,17 @@ def test_it_works_beside_folders_of_the_same_names(wheel: Path, tmp_path: Path) 
     assert Path(used["lowpass"]).is_relative_to(site)
     assert used["logits"] == [2, 10] and used["file"] == "model.fp32.onnx"
     command = str(tmp_path / "env" / "bin" / "lowpass")
-    options = ("--data", "digits", "--architecture", "table.json", "--score-images", "16", "--batch-size", "16", "--json")
+    options = (
+        "--data",
+        "digits",
+        "--architecture",
+        "table.json",
+        "--score-images",
+        "16",
+        "--batch-size",
+        "16",
+        "--json",
+    )
     told = json.loads(ran(command, "compress", "--model", "digits_deit", "--out", "runs/command", *options))
     for name in ("slim.safetensors", "architecture.json"):
         assert (project / "runs/api" / name).read_bytes() == (project / "runs/command" / name).read_bytes()

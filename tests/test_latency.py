@@ -11,7 +11,7 @@ import lowpass.benchmarks.latency.timing
 from lowpass.benchmarks.latency.compare import benchmark, compare, parse_batches, parse_engines, parse_runtimes
 from lowpass.benchmarks.latency.machine import as_text, describe
 from lowpass.benchmarks.latency.timing import ROUNDS, interleaved
-from lowpass.export.runtimes.sessions import Images
+from lowpass.export.runtimes.session import Images
 from lowpass.pipeline.base.errors import InputError
 
 

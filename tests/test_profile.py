@@ -16,11 +16,12 @@ from lowpass.benchmarks.latency import parts
 from lowpass.benchmarks.latency.part_graphs import chained, with_tokens
 from lowpass.benchmarks.latency.parts import as_markdown, measure_table, token_grid
 from lowpass.benchmarks.latency.target import against_dense, latency_goal
-from lowpass.export.graph.deploy import deployable
-from lowpass.export.onnx.file import trace
+from lowpass.export.graph.deployable import deployable
+from lowpass.export.onnx.trace import trace
 from lowpass.export.options import DTYPES, Precision
+from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
 from lowpass.export.runtimes.registry import RuntimeName, missing
-from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
+from lowpass.export.runtimes.session import logits_of
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import cache_dir
 from lowpass.pipeline.checkpoints.timm_models import load_model

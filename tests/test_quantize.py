@@ -10,14 +10,16 @@ import torch
 
 import lowpass.export.onnx.quantize
 from lowpass.benchmarks.peers.tome import tome
+from lowpass.export.artefacts import open_session
 from lowpass.export.batch import BatchProfile
-from lowpass.export.onnx.file import onnx_path, read_metadata, serialise, to_onnx, trace
+from lowpass.export.onnx.file import onnx_path, read_metadata, serialise
 from lowpass.export.onnx.quantize import Quantization, linear_layers, quantize, without_attention_nodes
+from lowpass.export.onnx.trace import to_onnx, trace
 from lowpass.export.onnx.verify import export as export_verified
 from lowpass.export.options import ExportOptions
-from lowpass.export.runtimes.registry import open_session
-from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
-from lowpass.export.tensorrt.build import build
+from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
+from lowpass.export.runtimes.session import logits_of
+from lowpass.export.tensorrt.plan import build
 from lowpass.pipeline.data.datasets import Batches
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.images import quantization_batches, verification_batches

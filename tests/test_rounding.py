@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lowpass.export.onnx.quantize
-from lowpass.export.onnx.file import to_onnx
 from lowpass.export.onnx.quantize import Quantization, quantize
 from lowpass.export.onnx.rounding import ACTIVATION, LARGEST, SHARES, best_share, compensated
+from lowpass.export.onnx.trace import to_onnx
 from lowpass.export.options import ExportOptions
-from lowpass.export.runtimes.sessions import OnnxRuntime, logits_of
+from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
+from lowpass.export.runtimes.session import logits_of
 from lowpass.pipeline.model.slim_vit import SlimViT
 from tests.conftest import MakeViT
 

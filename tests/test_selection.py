@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lowpass.export.graph.selection import LOWERINGS, SELECTIONS, Selection
-from lowpass.export.onnx.file import trace
+from lowpass.export.graph.selection import LOWERINGS, SELECTIONS
+from lowpass.export.onnx.trace import trace
+from lowpass.export.options import Selection
 from lowpass.pipeline.method.token_scores import keep_tokens
 
 

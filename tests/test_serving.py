@@ -26,10 +26,10 @@ from tritonclient.utils import InferenceServerException
 
 from lowpass.benchmarks.serving.load import closed_loop, open_loop
 from lowpass.cli import main
+from lowpass.export.artefacts import open_session
 from lowpass.export.onnx.file import current_onnx
-from lowpass.export.runtimes.registry import open_session
-from lowpass.export.runtimes.sessions import logits_of
-from lowpass.export.tensorrt.build import build, manifest_path
+from lowpass.export.runtimes.session import logits_of
+from lowpass.export.tensorrt.plan import build, manifest_path
 from lowpass.export.triton.client import Client, Protocol, predict
 from lowpass.export.triton.config import parse_config
 from lowpass.export.triton.repository import CONFIG_FILE, DeployOptions, deploy, serve_version, versions_of

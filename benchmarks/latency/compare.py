@@ -18,10 +18,11 @@ from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.latency.timing import Latency, Rounds, check_logits, interleaved, latency, speedup
 from lowpass.benchmarks.speed.candidates import CANDIDATES
 from lowpass.benchmarks.speed.suite import Engine, run_suite
+from lowpass.export.artefacts import open_session, quantization_of
 from lowpass.export.onnx.file import current_onnx, weights_path
-from lowpass.export.onnx.quantize import quantization_of
 from lowpass.export.onnx.verify import export
 from lowpass.export.options import ExportOptions, Precision
+from lowpass.export.runtimes.engine import FLAVOURS
 from lowpass.export.runtimes.registry import (
     RUNTIMES,
     SUPPORTED,
@@ -29,10 +30,9 @@ from lowpass.export.runtimes.registry import (
     default_precision,
     describe_runtime,
     missing,
-    open_session,
 )
-from lowpass.export.runtimes.sessions import Images
-from lowpass.export.tensorrt.build import FLAVOURS, build, current_plan
+from lowpass.export.runtimes.session import Images
+from lowpass.export.tensorrt.plan import build, current_plan
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text

@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from lowpass.export.runtimes.cpu import cpu_info, matrix_units
+from lowpass.export.runtimes.engine import current_gpu, installed_flavours
 from lowpass.export.runtimes.registry import RUNTIMES, missing
-from lowpass.export.tensorrt.build import current_gpu, installed_flavours
 
 PACKAGES = ("lowpass-vit", "torch", "timm", "torch-pruning", "onnx", "onnxruntime", "openvino")
 

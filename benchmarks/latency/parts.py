@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from lowpass.benchmarks.latency.part_graphs import chained, with_tokens
 from lowpass.benchmarks.latency.setup import QUANTILE, Place, machine_of, noise, open_graph, refuse, warm, whole_session
-from lowpass.export.graph.deploy import AtPrecision, deployable
-from lowpass.export.onnx.file import trace
+from lowpass.export.graph.deployable import deployable
+from lowpass.export.graph.precision import AtPrecision
 from lowpass.export.onnx.quantize import Quantization, quantize
+from lowpass.export.onnx.trace import trace
 from lowpass.export.options import Precision
+from lowpass.export.runtimes.pytorch import PyTorch
 from lowpass.export.runtimes.registry import RuntimeName
-from lowpass.export.runtimes.sessions import PyTorch, Session
+from lowpass.export.runtimes.session import Session
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture, DenseViT

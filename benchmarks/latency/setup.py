@@ -10,13 +10,14 @@ from torch import nn
 
 from lowpass.benchmarks.latency.machine import describe
 from lowpass.export.batch import BatchProfile
-from lowpass.export.onnx.file import trace
 from lowpass.export.onnx.quantize import Quantization, quantize
+from lowpass.export.onnx.trace import trace
 from lowpass.export.options import DTYPES, Precision
+from lowpass.export.runtimes.engine import FLAVOURS, compile_engine
+from lowpass.export.runtimes.pytorch import PyTorch
 from lowpass.export.runtimes.registry import RuntimeName, check_precision, describe_runtime, missing, onnx_session
-from lowpass.export.runtimes.sessions import Images, PyTorch, Session
+from lowpass.export.runtimes.session import Images, Session
 from lowpass.export.runtimes.tensorrt import TensorRT
-from lowpass.export.tensorrt.build import FLAVOURS, compile_engine
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.model.architecture import DenseViT
 

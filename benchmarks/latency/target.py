@@ -10,7 +10,7 @@ import torch
 from lowpass.benchmarks.latency.parts import measure_table
 from lowpass.benchmarks.latency.setup import QUANTILE, Place, machine_of, refuse, whole_session
 from lowpass.benchmarks.latency.timing import interleaved
-from lowpass.export.graph.deploy import deployable
+from lowpass.export.graph.deployable import deployable
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.registry import RuntimeName
 from lowpass.pipeline.base import files

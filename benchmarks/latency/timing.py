@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from lowpass.export.runtimes.sessions import Images, Session, logits_of
+from lowpass.export.runtimes.session import Images, Session, logits_of
 from lowpass.pipeline.base.errors import RunError
 
 ROUNDS = 20

@@ -34,11 +34,10 @@ from torch import Tensor, nn
 
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.speed.candidates import MODELS, RECIPES
-from lowpass.export.graph.selection import Selection
-from lowpass.export.onnx.file import to_onnx
 from lowpass.export.onnx.quantize import Quantization, quantize
+from lowpass.export.onnx.trace import to_onnx
 from lowpass.export.onnx.verify import Verification, compare
-from lowpass.export.options import ExportOptions, Precision
+from lowpass.export.options import ExportOptions, Precision, Selection
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text

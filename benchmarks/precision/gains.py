@@ -24,7 +24,7 @@ from lowpass.benchmarks.speed.candidates import MODELS, Candidate, candidates
 from lowpass.benchmarks.speed.suite import MIN_ROUNDS, TOLERANCE, Files, noise, open_rival
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.registry import SUPPORTED, RuntimeName, missing
-from lowpass.export.runtimes.sessions import Session
+from lowpass.export.runtimes.session import Session
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text

@@ -27,11 +27,11 @@ from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.plots import write_figure
 from lowpass.benchmarks.serving.load import Point, closed_loop, open_loop
 from lowpass.benchmarks.speed.candidates import RECIPES
+from lowpass.export.artefacts import open_session
 from lowpass.export.onnx.file import current_onnx
 from lowpass.export.onnx.verify import export
 from lowpass.export.options import ExportOptions
-from lowpass.export.runtimes.registry import open_session
-from lowpass.export.runtimes.sessions import Session
+from lowpass.export.runtimes.session import Session
 from lowpass.export.triton.repository import DeployOptions, deploy
 from lowpass.export.triton.server import Address, Supervisor, find_server
 from lowpass.pipeline.base.errors import InputError

@@ -17,7 +17,8 @@ from torch import nn
 
 from lowpass.benchmarks.peers.evit import evit, evit_macs, matched_keep_rate
 from lowpass.benchmarks.peers.tome import matched_r, tome, tome_macs
-from lowpass.export.graph.deploy import AtPrecision, deployable
+from lowpass.export.graph.deployable import deployable
+from lowpass.export.graph.precision import AtPrecision
 from lowpass.export.options import DTYPES, Precision
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.block_shape import BlockShape

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from lowpass.export.options import Precision
+from lowpass.export.runtimes.engine import FLAVOURS
 from lowpass.export.runtimes.registry import RuntimeName, onnx_session
-from lowpass.export.runtimes.sessions import logits_of
-from lowpass.export.tensorrt.build import FLAVOURS
+from lowpass.export.runtimes.session import logits_of
 
 LIMIT_S = 120
 

@@ -25,13 +25,14 @@ from lowpass.benchmarks.speed.candidates import CANDIDATES, Candidate, candidate
 from lowpass.benchmarks.speed.memory import peak_memory
 from lowpass.benchmarks.speed.table import as_markdown
 from lowpass.export.batch import BatchProfile
-from lowpass.export.onnx.file import trace
 from lowpass.export.onnx.quantize import Quantization, quantize
+from lowpass.export.onnx.trace import trace
 from lowpass.export.options import Precision
+from lowpass.export.runtimes.engine import FLAVOURS, compile_engine
+from lowpass.export.runtimes.pytorch import PyTorch
 from lowpass.export.runtimes.registry import PROVIDERS, SUPPORTED, RuntimeName, describe_runtime, missing, onnx_session
-from lowpass.export.runtimes.sessions import Images, PyTorch, Session
+from lowpass.export.runtimes.session import Images, Session
 from lowpass.export.runtimes.tensorrt import TensorRT
-from lowpass.export.tensorrt.build import FLAVOURS, compile_engine
 from lowpass.pipeline.base.errors import RunError
 from lowpass.pipeline.base.files import write_bytes, write_json, write_text
 from lowpass.pipeline.base.progress import console

@@ -1,6 +1,6 @@
 """`--input uint8`: the graph takes pixels as cameras and decoders give them, and normalises them itself."""
 
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowpass.pipeline.model.architecture import Preprocessing
-
-Input = Literal["float32", "uint8"]
 
 
 class FromPixels(nn.Module):

@@ -1,14 +1,14 @@
 """Token selection as deployed: two lowerings of `keep_tokens`, which keep the same tokens."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from lowpass.export.options import Selection
 from lowpass.pipeline.method.token_scores import kept_indices
 
-Selection = Literal["gather", "onehot"]
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 

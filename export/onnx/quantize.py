@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from lowpass.export.onnx.rounding import fit_to_inputs
-from lowpass.export.options import Precision
-from lowpass.export.runtimes.sessions import Images, OnnxRuntime, as_input, logits_of
-from lowpass.pipeline.base.progress import console, quiet, track
-from lowpass.pipeline.run.images import quantization_batches
+from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
+from lowpass.export.runtimes.session import Images, as_input, logits_of
+from lowpass.pipeline.base.progress import logger, quiet, track
 
 # Least share of the judging images (percent) whose top-1 must stay; above what an export is held to, on other images.
 JUDGED_TOP1 = 99.5
@@ -37,11 +36,6 @@ class Quantization:
 
     calibration: Sequence[Images]
     judging: Sequence[Images] = ()
-
-
-def quantization_of(directory: Path, precision: Precision, data: str | None = None) -> Quantization | None:
-    """A run's training images for INT8; the other precisions need none."""
-    return Quantization(*quantization_batches(directory, data)) if precision == "int8" else None
 
 
 def quantize(model: onnx.ModelProto, images: Quantization) -> tuple[onnx.ModelProto, list[str]]:
@@ -77,7 +71,7 @@ def quantize(model: onnx.ModelProto, images: Quantization) -> tuple[onnx.ModelPr
         chosen = _leave_out(everything, plain, set(left_out))
         if top1_kept(chosen) >= JUDGED_TOP1:
             break
-    console.print(f"INT8 leaves {len(left_out)} of {len(layers)} layers in FP32: {', '.join(left_out)}", soft_wrap=True)
+    logger.info(f"INT8 leaves {len(left_out)} of {len(layers)} layers in FP32: {', '.join(left_out)}")
     return chosen, left_out
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowpass.export.runtimes.sessions import OnnxRuntime
+from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
 
 LARGEST = 64  # of a weight of 7 bits; see `lowpass.export.onnx.quantize`
 ACTIVATION = 127

@@ -19,7 +19,9 @@ from lowpass.export.graph.pixels import to_images, to_pixels
 from lowpass.export.onnx.file import onnx_path, serialise, weights_path
 from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.options import ExportOptions, Precision
-from lowpass.export.runtimes.sessions import Images, OnnxRuntime, OpenVino, Session, logits_of, widened
+from lowpass.export.runtimes.onnx_runtime import OnnxRuntime, widened
+from lowpass.export.runtimes.openvino import OpenVino
+from lowpass.export.runtimes.session import Images, Session, logits_of
 from lowpass.pipeline.base.errors import RunError
 from lowpass.pipeline.base.files import write_bytes, write_json
 from lowpass.pipeline.base.progress import track

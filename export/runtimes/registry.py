@@ -9,15 +9,13 @@ from typing import Literal
 import onnxruntime
 import torch
 
-from lowpass.export.graph.deploy import deployable
-from lowpass.export.onnx.file import current_onnx, read_metadata, weights_path
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.cpu import matrix_units
-from lowpass.export.runtimes.sessions import OnnxRuntime, OpenVino, PyTorch, Session
-from lowpass.export.runtimes.tensorrt import TensorRT
-from lowpass.export.tensorrt.build import FLAVOURS, Flavour, current_plan, installed_flavours
+from lowpass.export.runtimes.engine import FLAVOURS, Flavour, installed_flavours
+from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
+from lowpass.export.runtimes.openvino import OpenVino
+from lowpass.export.runtimes.session import Session
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.model.slim_vit import SlimViT
 
 RuntimeName = (
     Literal["pytorch", "pytorch-compile", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino"]
@@ -82,27 +80,6 @@ def describe_runtime(runtime: RuntimeName) -> str:
         return f"openvino {importlib.metadata.version('openvino')}, cpu"
     assert runtime in FLAVOURS
     return f"{runtime} {installed_flavours()[runtime]}"
-
-
-def open_session(runtime: RuntimeName, directory: Path, precision: Precision, dense: bool = False) -> Session:
-    """A session on a run's slim (or dense) model.
-
-    Raises:
-        InputError: the runtime is missing here or lacks the precision, or its file is missing or stale.
-        RunError: the runtime cannot load it.
-    """
-    reason = missing(runtime)
-    if reason is not None:
-        raise InputError(f"cannot run on {runtime}: {reason}")
-    check_precision(runtime, precision)
-    if runtime in ("pytorch", "pytorch-compile"):
-        model = SlimViT.load(directory, weights_path(directory, dense).name)
-        return PyTorch(deployable(model, precision), compiled=runtime == "pytorch-compile")
-    onnx_file = current_onnx(directory, precision, dense)
-    if runtime in FLAVOURS:
-        plan, _ = current_plan(directory, precision, runtime, dense)
-        return TensorRT(plan.read_bytes(), runtime, read_metadata(onnx_file))
-    return onnx_session(runtime, onnx_file.read_bytes(), precision, directory)
 
 
 def onnx_session(runtime: RuntimeName, content: bytes, precision: Precision, directory: Path) -> Session:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from lowpass.export.runtimes.sessions import Images, as_input
-from lowpass.export.tensorrt.build import Flavour, load_engine
+from lowpass.export.runtimes.engine import Flavour, load_engine
+from lowpass.export.runtimes.session import Images, as_input
 from lowpass.pipeline.base.errors import RunError
 
 

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from lowpass.export.batch import BatchProfile
 from lowpass.export.onnx.file import current_onnx, read_metadata
 from lowpass.export.options import Precision
-from lowpass.export.tensorrt.build import NO_GPU, Manifest, current_gpu, manifest_path, plan_path
+from lowpass.export.runtimes.engine import current_gpu
+from lowpass.export.tensorrt.plan import NO_GPU, Manifest, manifest_path, plan_path
 from lowpass.export.triton.config import (
     LABELS_FILE,
     MODEL_FILES,
@@ -33,8 +34,7 @@ from lowpass.export.triton.config import (
 )
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.files import PART, sha256, write_text
-from lowpass.pipeline.data.digits import NUM_CLASSES
-from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.run.classes import load_classes
 
 CONFIG_FILE = "config.pbtxt"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -248,15 +248,7 @@ def _labels(directory: Path, file: Path | None, classes: int) -> Sequence[str]:
         if len(labels) != classes:
             raise InputError(f"{file} has {len(labels)} lines, the model {classes} classes; give one label a line")
         return labels
-    data = Recipe.load(directory).data
-    if data == "digits" and classes == NUM_CLASSES:
-        return [str(digit) for digit in range(classes)]
-    train = Path(data) / "train" if data else None
-    if train is not None and train.is_dir():
-        folders = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
-        if len(folders) == classes:
-            return folders
-    return [f"class {index}" for index in range(classes)]
+    return load_classes(directory, classes)
 
 
 def _check_same_interface(model: Path, settings: ModelSettings) -> None:

@@ -31,9 +31,9 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write DIR/model.<precision>.onnx, once it agrees with PyTorch on real images."""
+    from lowpass.export.artefacts import quantization_of
     from lowpass.export.batch import BatchProfile
     from lowpass.export.onnx.file import onnx_path
-    from lowpass.export.onnx.quantize import quantization_of
     from lowpass.export.onnx.verify import export as export_verified
     from lowpass.export.options import ExportOptions
     from lowpass.pipeline.run.images import verification_batches
@@ -63,8 +63,8 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Compile the exported model: DIR/model.<precision>.plan and its manifest. TensorRT-RTX needs no GPU for it."""
-    from lowpass.export.tensorrt.build import Manifest, manifest_path
-    from lowpass.export.tensorrt.build import build as build_engine
+    from lowpass.export.tensorrt.plan import Manifest, manifest_path
+    from lowpass.export.tensorrt.plan import build as build_engine
 
     plan = build_engine(directory, precision, runtime, dense)
     manifest = Manifest.model_validate_json(manifest_path(plan).read_bytes())

@@ -1,0 +1,124 @@
+"""Attention as deployed: one GEMM for query, key and value, or rows as three GEMMs leave them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowpass.export.options import OPSET
+from lowpass.pipeline.method.token_scores import TokenScore
+from lowpass.pipeline.model.slim_block import AttentionWeights, SlimAttention, attend
+
+FUSED_HEAD_STEP = 4  # TensorRT's fused attention takes FP16/BF16 heads of 12, 16, 20, ... channels, query like value
+
+
+FUSED_HEAD_LEAST = 12
+
+
+class FusedAttention(nn.Module):
+    """`SlimAttention` with query, key and value as one GEMM.
+
+    With `head_dim`, query/key and value heads are zero-padded to that one size, which is exact: a zero channel adds
+    nothing to a logit, and a zero value meets a zero column of the projection.
+    """
+
+    def __init__(self, attention: SlimAttention, head_dim: int | None) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.qk_dim, self.v_dim = head_dim or attention.qk_dim, head_dim or attention.v_dim
+        self.weights = AttentionWeights(attention.weights.scale)
+        qk, v = [(layer, self.qk_dim) for layer in (attention.query, attention.key)], (attention.value, self.v_dim)
+        self.qkv = stacked(self.num_heads, *qk, v)
+        source = attention.proj
+        self.proj = nn.Linear(self.num_heads * self.v_dim, source.out_features, device=source.weight.device)
+        with torch.no_grad():
+            self.proj.weight.copy_(padded(source.weight.T, self.num_heads, self.v_dim).T)
+            self.proj.bias.copy_(source.bias)
+
+    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
+        """As `SlimAttention.forward`."""
+        sizes = [self.num_heads * d for d in (self.qk_dim, self.qk_dim, self.v_dim)]
+        query, key, value = (by_head(part, self.num_heads) for part in self.qkv(x).split(sizes, -1))
+        mixed, weights = attend(query, key, value, self.weights, score)
+        return self.proj(mixed.transpose(1, 2).flatten(2)), weights
+
+
+class RowAttention(nn.Module):
+    """`SlimAttention` for CPU runtimes in FP32, without a copy or a sum that can be spared.
+
+    ONNX's `Attention` reads the rows [B, T, H * d] of three GEMMs as they are; what one GEMM gives would have to be
+    split, and heads set apart be transposed. Only the query keeps its bias: a key's adds the same to all logits of a
+    query, which softmax does not see, and as weights sum to one, a value's reaches the projection as it is and goes
+    into its bias.
+    """
+
+    def __init__(self, attention: SlimAttention) -> None:
+        super().__init__()
+        self.num_heads, self.weights = attention.num_heads, attention.weights
+        self.query, self.key, self.value = attention.query, unbiased(attention.key), unbiased(attention.value)
+        self.proj = taking_bias(attention.proj, attention.value)
+
+    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
+        """As `SlimAttention.forward`, for blocks that do not read the `full` score."""
+        parts = self.query(x), self.key(x), self.value(x)
+        query, key, value = (by_head(part, self.num_heads) for part in parts)
+        if torch.onnx.is_in_onnx_export():
+            return self.proj(self._by_row(*parts)), self.weights(query[:, :, :1], key) if score == "cls" else None
+        mixed, weights = attend(query, key, value, self.weights, score)
+        return self.proj(mixed.transpose(1, 2).flatten(2)), weights
+
+    def _by_row(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = self.num_heads
+        attributes: dict[str, Any] = {"q_num_heads": heads, "kv_num_heads": heads, "scale": self.weights.scale}
+        # Symbolic, with a shape of its own: `torch.onnx.ops.attention` takes value heads to be as long as query's.
+        return torch.onnx.ops.symbolic(
+            "Attention", (query, key, value), attributes, dtype=value.dtype, shape=value.shape, version=OPSET
+        )
+
+
+def unbiased(layer: nn.Linear) -> nn.Linear:
+    """The layer, sharing its weights, without a bias."""
+    bare = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    bare.weight = layer.weight
+    return bare
+
+
+def taking_bias(proj: nn.Linear, value: nn.Linear) -> nn.Linear:
+    """The projection with what the bias of `value` adds to its output in its own bias."""
+    if value.bias is None:
+        return proj
+    taking = nn.Linear(proj.in_features, proj.out_features, device="meta")
+    with torch.no_grad():
+        taking.weight, taking.bias = proj.weight, nn.Parameter(proj.bias + proj.weight @ value.bias, False)
+    return taking
+
+
+def stacked(num_heads: int, *parts: tuple[nn.Linear, int]) -> nn.Linear:
+    """Layers as one, the heads of each zero-padded to its size."""
+    first = parts[0][0]
+    rows = num_heads * sum(size for _, size in parts)
+    stacked = nn.Linear(first.in_features, rows, bias=first.bias is not None, device=first.weight.device)
+    with torch.no_grad():
+        stacked.weight.copy_(torch.cat([padded(layer.weight, num_heads, size) for layer, size in parts]))
+        if first.bias is not None:
+            stacked.bias.copy_(torch.cat([padded(layer.bias, num_heads, size) for layer, size in parts]))
+    return stacked
+
+
+def padded(rows: Tensor, num_heads: int, size: int) -> Tensor:
+    """Rows [H * d, ...] -> [H * size, ...], zeros behind each head's own."""
+    heads = rows.unflatten(0, (num_heads, -1))
+    padded = heads.new_zeros(num_heads, size, *heads.shape[2:])
+    padded[:, : heads.shape[1]] = heads
+    return padded.flatten(0, 1)
+
+
+def by_head(part: Tensor, num_heads: int) -> Tensor:
+    """[B, T, H * d] -> [B, H, T, d]."""
+    return part.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def fused_head_dim(attention: SlimAttention) -> int:
+    """The smallest head size that holds both kinds of head and that TensorRT fuses."""
+    needed = max(attention.qk_dim, attention.v_dim, FUSED_HEAD_LEAST)
+    return -(-needed // FUSED_HEAD_STEP) * FUSED_HEAD_STEP

@@ -13,7 +13,10 @@ goes to the function given as `progress`.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lowpass.pipeline.base.privacy import send_nothing
 from lowpass.pipeline.base.version import __version__
+
+send_nothing()
 
 if TYPE_CHECKING:
     from lowpass.api import Run, compress

@@ -14,12 +14,8 @@ class OpenVino:
     """An ONNX file in OpenVINO on the CPU, compiled for the batch size at hand."""
 
     def __init__(self, content: bytes, precision: Precision) -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise InputError(f"openvino is not usable here ({error}); pip install 'lowpass-vit[openvino]'") from None
-        self.openvino: Any = openvino
-        self.core = openvino.Core()
+        self.openvino = _openvino()
+        self.core = self.openvino.Core()
         self.content = content
         model = onnx.load_model_from_string(content)
         self.metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -51,3 +47,16 @@ class OpenVino:
     def logits(self) -> Images:
         """See `Session`."""
         return np.array(self.request.get_output_tensor().data, np.float32)
+
+
+def _openvino() -> Any:
+    """The package.
+
+    Raises:
+        InputError: it is not installed, or does not load.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise InputError(f"openvino is not usable here ({error}); pip install 'lowpass-vit[openvino]'") from None
+    return openvino

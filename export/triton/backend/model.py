@@ -2,12 +2,15 @@
 the package. Its settings are the `parameters` of config.pbtxt."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import triton_python_backend_utils as pb_utils
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is first used
+import onnxruntime
 
 
 class TritonPythonModel:

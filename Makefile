@@ -9,27 +9,20 @@ READY := $(VENV)/.lowpass-ready
 TRITON_VENV ?= .venv-triton
 TRITON_READY := $(TRITON_VENV)/.lowpass-ready
 
-# Tests that trace models or call native runtimes. They run apart, and after the others: late in a process that had done
-# both, tests of plain PyTorch have met damaged memory (a NaN loss, an impossible label).
-one_each = $(foreach name,$(1),tests/test_$(name).py)
-RUNTIMES := $(call one_each,agreement cli criteria engines export latency peers profile quantize released rounding selection)
-SERVERS := $(call one_each,serving suite)
-
 .PHONY: demo test lint triton
 
 demo: $(READY)
 	$(BIN)/lowpass demo --out $(OUT)
 
+# In random order (the seed is printed; `-p no:randomly` for file order), each process a part of everything.
 test: lint $(TRITON_READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(RUNTIMES) $(SERVERS))
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(RUNTIMES)
-	# A file a process: one server for all its tests.
-	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(BIN)/python -m pytest -n 2 --dist loadfile $(SERVERS)
+	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 25
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 $(READY): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -35,3 +35,15 @@ class BatchProfile(BaseModel):
         if not 1 <= least <= best <= most:
             raise InputError(f"the batch profile {text} must ascend from 1 or more: MIN <= OPT <= MAX")
         return cls(least=least, best=best, most=most)
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """Batch sizes separated by commas.
+
+    Raises:
+        InputError: one is not a positive number.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"--batches takes positive numbers separated by commas, such as 1,8,32, not {text!r}")
+    return tuple(map(int, parts))

@@ -141,11 +141,11 @@ def cost_target_of(recipe: Recipe) -> CostTargetOf | None:
     """
     if recipe.target_latency is None:
         return None
-    from lowpass.benchmarks.latency.target import latency_goal
+    from lowpass.benchmarks.latency.target import latency_target
 
     runtime, precision = checked_runtime(recipe.runtime, recipe.latency_precision)
     return partial(
-        latency_goal,
+        latency_target,
         target_ms=recipe.target_latency,
         runtime=runtime,
         precision=precision,
@@ -159,8 +159,7 @@ def checked_runtime(runtime: str | None, precision: str | None) -> "tuple[Runtim
     Raises:
         InputError: the runtime is unknown or not here, or lacks the precision.
     """
-    from lowpass.benchmarks.latency.compare import parse_runtimes
-    from lowpass.export.runtimes.registry import check_precision, default_precision, missing
+    from lowpass.export.runtimes.registry import check_precision, default_precision, missing, parse_runtimes
 
     name = parse_runtimes(runtime)[0]
     if reason := missing(name):

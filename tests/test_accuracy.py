@@ -11,12 +11,12 @@ from torch.utils.data import Subset
 
 from lowpass.benchmarks.accuracy.noise import Noise, NoisePoint, channels_by_noisy_images, noisy, tokens_by_noisy_images
 from lowpass.benchmarks.accuracy.noise import as_markdown as noise_markdown
+from lowpass.benchmarks.accuracy.plots import plot_accuracy, plot_noise
 from lowpass.benchmarks.accuracy.shared_curves import share_curves
 from lowpass.benchmarks.accuracy.studies import STUDIES, Study, Variant
 from lowpass.benchmarks.accuracy.study import directory_of, one_seed, run_study, waves
 from lowpass.benchmarks.accuracy.table import Accuracy, SeedResult, as_markdown, spread, summarise
 from lowpass.benchmarks.latency.machine import describe
-from lowpass.benchmarks.plots import plot_accuracy, plot_noise
 from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.data.datasets import load_data
 from lowpass.pipeline.model.slim_vit import SlimViT

@@ -8,9 +8,12 @@ import pytest
 
 import lowpass.benchmarks.latency.compare
 import lowpass.benchmarks.latency.timing
-from lowpass.benchmarks.latency.compare import benchmark, compare, parse_batches, parse_engines, parse_runtimes
+from lowpass.benchmarks.latency.compare import benchmark, compare
 from lowpass.benchmarks.latency.machine import as_text, describe
 from lowpass.benchmarks.latency.timing import ROUNDS, interleaved
+from lowpass.benchmarks.speed.__main__ import parse_engines
+from lowpass.export.batch import parse_batches
+from lowpass.export.runtimes.registry import parse_runtimes
 from lowpass.export.runtimes.session import Images
 from lowpass.pipeline.base.errors import InputError
 

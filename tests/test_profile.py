@@ -15,7 +15,7 @@ import lowpass.benchmarks.latency.target
 from lowpass.benchmarks.latency import parts
 from lowpass.benchmarks.latency.part_graphs import chained, with_tokens
 from lowpass.benchmarks.latency.parts import as_markdown, measure_table, token_grid
-from lowpass.benchmarks.latency.target import against_dense, latency_goal
+from lowpass.benchmarks.latency.target import against_dense, latency_target
 from lowpass.export.graph.deployable import deployable
 from lowpass.export.onnx.trace import trace
 from lowpass.export.options import DTYPES, Precision
@@ -62,7 +62,7 @@ def measured(table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
 
 
 def goal_costs(architecture: Architecture, cache_dir: Path | None) -> LatencyTable:
-    goal = latency_goal(architecture, 1.0, "onnxruntime", "fp32", 2, cache_dir)
+    goal = latency_target(architecture, 1.0, "onnxruntime", "fp32", 2, cache_dir)
     assert isinstance(goal.costs, LatencyTable)
     return goal.costs
 
@@ -165,7 +165,7 @@ def test_a_goal_measures_whole_models(
         return next(answers)
 
     monkeypatch.setattr(lowpass.benchmarks.latency.target, "against_dense", against)
-    goal = latency_goal(architecture, 2.5, "onnxruntime", "fp32", 2, tmp_path)
+    goal = latency_target(architecture, 2.5, "onnxruntime", "fp32", 2, tmp_path)
     assert (goal.target, goal.unit) == (2.5, "ms") and goal.measure is not None
     slim = architecture.with_keep(0, 9)
     assert [goal.measure(slim) for _ in range(4)] == [8.0, 4.0, 3.0, 2.0]
@@ -240,5 +240,5 @@ def test_what_cannot_be_measured_is_refused(
         against_dense(architecture, architecture, "onnxruntime", "bf16", 1)
     monkeypatch.setattr(lowpass.benchmarks.latency.setup, "missing", lambda runtime: f"{runtime} is not installed")
     with pytest.raises(InputError, match="openvino is not installed"):
-        latency_goal(architecture, 1.0, "openvino", "fp32", 1, tmp_path)
+        latency_target(architecture, 1.0, "openvino", "fp32", 1, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """The paper's Figure 1 on small data: how much a criterion suffers when the images that it sees are noisy.
 
-    python -m lowpass.benchmarks.accuracy.noise --out benchmarks/results/accuracy_noise
+    python -m lowpass.benchmarks.accuracy noise --out benchmarks/results/accuracy_noise
 
 Gaussian noise is added to the images (normalised, so in units of their standard deviation) that score channels, or that
 score tokens. What is pruned by those scores is then tested on clean images, before any training. Shapes are those of
@@ -19,12 +19,11 @@ import typer
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from lowpass.benchmarks.accuracy.plots import plot_noise
 from lowpass.benchmarks.accuracy.studies import STUDIES
 from lowpass.benchmarks.accuracy.study import Source, directory_of, one_seed
 from lowpass.benchmarks.accuracy.table import Spread, as_text, spread
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
-from lowpass.benchmarks.plots import plot_noise
-from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.checkpoints.timm_models import load_model
@@ -186,7 +185,7 @@ def main(
     points = study_noise(runs, {"model": model, "weights": weights, "data": data}, target, seeds)
     done = Noise(
         title=f"{model} on {data}: criteria that see noisy images, at {target:g} of the MACs",
-        command=shlex.join(["python", "-m", "lowpass.benchmarks.accuracy.noise", *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", "lowpass.benchmarks.accuracy", *sys.argv[1:]]),
         seconds=time.monotonic() - began,
         machine=describe(),
         points=points,
@@ -195,10 +194,3 @@ def main(
     write_text(out.with_suffix(".md"), as_markdown(done))
     plot_noise(done, out.with_suffix(".png"))
     print(as_markdown(done))
-
-
-if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except InputError as error:
-        sys.exit(f"lowpass.benchmarks.accuracy.noise: {error}")

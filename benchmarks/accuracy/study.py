@@ -1,8 +1,8 @@
 """Top-1 of slim models at matched MACs, before and after fine-tuning, over seeds: the method against its rivals.
 
-    python -m lowpass.benchmarks.accuracy.study criteria --out benchmarks/results/accuracy_criteria
-    python -m lowpass.benchmarks.accuracy.study criteria --variants taylor --targets 0.55 --seeds 1
-    python -m lowpass.benchmarks.accuracy.study criteria --model deit_tiny_patch16_224 --weights F --data imagenet/
+    python -m lowpass.benchmarks.accuracy study criteria --out benchmarks/results/accuracy_criteria
+    python -m lowpass.benchmarks.accuracy study criteria --variants taylor --targets 0.55 --seeds 1
+    python -m lowpass.benchmarks.accuracy study criteria --model deit_tiny_patch16_224 --weights F --data imagenet/
 
 What is compared is in `studies.py`; `noise.py` is the study of noisy images. Every seed has a
 search and a fine-tuning of its own, with other calibration images and another order of training; the model is the same.
@@ -22,13 +22,12 @@ from typing import Annotated
 import torch
 import typer
 
+from lowpass.benchmarks.accuracy.plots import plot_accuracy
 from lowpass.benchmarks.accuracy.shared_curves import share_curves
 from lowpass.benchmarks.accuracy.studies import STUDIES, Study, Variant
 from lowpass.benchmarks.accuracy.table import Accuracy, SeedResult, as_markdown, summarise
 from lowpass.benchmarks.latency.machine import describe
-from lowpass.benchmarks.plots import plot_accuracy
 from lowpass.pipeline.base.allocator import keep_freed_memory
-from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.model.architecture import Architecture
@@ -184,7 +183,7 @@ def main(
     )
     done = Accuracy(
         title=f"{model} on {data}: {compared.title}",
-        command=shlex.join(["python", "-m", "lowpass.benchmarks.accuracy.study", *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", "lowpass.benchmarks.accuracy", *sys.argv[1:]]),
         seconds=time.monotonic() - began,
         machine=describe(),
         epochs=compared.epochs,
@@ -196,10 +195,3 @@ def main(
         write_text(out.with_suffix(".md"), as_markdown(done))
         plot_accuracy(done, out.with_suffix(".png"))
     print(as_markdown(done))
-
-
-if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except InputError as error:
-        sys.exit(f"lowpass.benchmarks.accuracy.study: {error}")

@@ -1,7 +1,6 @@
 """Latency of dense against slim, in interleaved rounds of one run, so that both meet the same machine.
 
     lowpass benchmark DIR --batches 1,8,32          writes DIR/benchmark.json and DIR/benchmark.md
-    python -m lowpass.benchmarks.latency.compare --suite paper      against rivals, see `speed/suite.py`
 
 *Efficiency* is the speed-up over the dense model in the same runtime, divided by dense MACs over slim MACs: 1.0 means
 that every FLOP saved arrived as time.
@@ -9,22 +8,18 @@ that every FLOP saved arrived as time.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
-import typer
 from pydantic import BaseModel, ConfigDict
 
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.latency.timing import Latency, Rounds, check_logits, interleaved, latency, speedup
-from lowpass.benchmarks.speed.candidates import CANDIDATES
-from lowpass.benchmarks.speed.suite import Engine, run_suite
 from lowpass.export.artefacts import open_session, quantization_of
 from lowpass.export.onnx.file import current_onnx, weights_path
 from lowpass.export.onnx.verify import export
 from lowpass.export.options import ExportOptions, Precision
 from lowpass.export.runtimes.engine import FLAVOURS
 from lowpass.export.runtimes.registry import (
-    RUNTIMES,
+    DEFAULT_RUNTIMES,
     SUPPORTED,
     RuntimeName,
     default_precision,
@@ -34,7 +29,6 @@ from lowpass.export.runtimes.registry import (
 from lowpass.export.runtimes.session import Images
 from lowpass.export.tensorrt.plan import build, current_plan
 from lowpass.pipeline.base.errors import InputError, RunError
-from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console, track
 from lowpass.pipeline.data.datasets import made_batches
@@ -45,8 +39,6 @@ from lowpass.pipeline.run.images import verification_batches
 BENCHMARK_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"
 DEFAULT_BATCHES = (1, 8, 32)
-GPU_LIMIT_S = 500.0  # a GPU machine is lent for ten minutes at a time
-DEFAULT_RUNTIMES = tuple(runtime for runtime in RUNTIMES if runtime != "pytorch-compile")  # it compiles for minutes
 # Largest logit difference from FP32 PyTorch, over the largest logit, at which a session still counts as this model.
 # Wide, for noise makes tokens tie; `lowpass export` judges strictly, on real images.
 TOLERANCE = 0.1
@@ -119,51 +111,6 @@ def benchmark(
     write_json(directory / BENCHMARK_FILE, done.model_dump(mode="json"))
     write_text(directory / TABLE_FILE, as_markdown(done))
     return done
-
-
-def parse_runtimes(text: str | None) -> tuple[RuntimeName, ...]:
-    """Names separated by commas; None: all but the slow-starting `pytorch-compile`.
-
-    Raises:
-        InputError: one is unknown.
-    """
-    if text is None:
-        return DEFAULT_RUNTIMES
-    names = [name.strip() for name in text.split(",")]
-    chosen = tuple(runtime for name in names for runtime in RUNTIMES if runtime == name)
-    if len(chosen) != len(names):
-        unknown = next(name for name in names if name not in RUNTIMES)
-        raise InputError(f"there is no runtime {unknown!r}; choose from {', '.join(RUNTIMES)}")
-    return chosen
-
-
-def parse_engines(text: str) -> list[Engine]:
-    """`RUNTIME:PRECISION`, separated by commas.
-
-    Raises:
-        InputError: one is unknown, or the runtime does not compute in that precision.
-    """
-    chosen = []
-    for part in text.split(","):
-        runtime, _, precision = part.strip().partition(":")
-        found = [(r, p) for r, all_ in SUPPORTED.items() for p in all_ if (r, p) == (runtime, precision)]
-        if not found:
-            known = ", ".join(f"{r}:{'|'.join(all_)}" for r, all_ in SUPPORTED.items())
-            raise InputError(f"there is no {part.strip()!r}; choose from {known}")
-        chosen += found
-    return chosen
-
-
-def parse_batches(text: str) -> tuple[int, ...]:
-    """Batch sizes separated by commas.
-
-    Raises:
-        InputError: one is not a positive number.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"--batches takes positive numbers separated by commas, such as 1,8,32, not {text!r}")
-    return tuple(map(int, parts))
 
 
 def refuse_other_rivals(text: str) -> None:
@@ -293,37 +240,3 @@ def as_markdown(done: Benchmark) -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _suite(
-    suite: Annotated[Literal["paper", "gpu"], typer.Option(help="paper: against the rivals; gpu: all a GPU has.")],
-    out: Annotated[Path | None, typer.Option(help="Folder. [default: benchmarks/results/SUITE]")] = None,
-    models: Annotated[
-        str, typer.Option(help="Of deit_tiny, deit_small, deit_base.")
-    ] = "deit_small,deit_tiny,deit_base",
-    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32,128",
-    engines: Annotated[
-        str | None, typer.Option(help="RUNTIME:PRECISION, separated by commas. [default: every one that makes sense]")
-    ] = None,
-    candidates: Annotated[str, typer.Option(help="Who is compared.")] = ",".join(CANDIDATES),
-    seconds: Annotated[float, typer.Option(min=0.05, help="To time each model for, at each batch size.")] = 2.0,
-    limit: Annotated[
-        float | None, typer.Option(help="Begin nothing later than this many seconds. [default: 500 for gpu]")
-    ] = None,
-) -> None:
-    """The speed benchmark."""
-    run_suite(
-        suite,
-        out or Path("benchmarks/results") / suite,
-        [name.strip() for name in models.split(",")],
-        parse_batches(batches),
-        None if engines is None else parse_engines(engines),
-        tuple(name.strip() for name in candidates.split(",")),
-        seconds,
-        GPU_LIMIT_S if limit is None and suite == "gpu" else limit,
-    )
-
-
-if __name__ == "__main__":
-    with exit_codes():
-        typer.run(_suite)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lowpass.benchmarks.latency.part_graphs import chained, with_tokens
-from lowpass.benchmarks.latency.setup import QUANTILE, Place, machine_of, noise, open_graph, refuse, warm, whole_session
+from lowpass.benchmarks.latency.setup import (
+    QUANTILE,
+    TimingSetup,
+    machine_of,
+    noise,
+    open_graph,
+    refuse,
+    warm,
+    whole_session,
+)
 from lowpass.export.graph.deployable import deployable
 from lowpass.export.graph.precision import AtPrecision
 from lowpass.export.onnx.quantize import Quantization, quantize
@@ -74,7 +83,7 @@ def measure_table(
     outermost = (heads[0], heads[-1])
     points = len(tokens) * (len(heads) + len(hidden) + 2 + len(set(outermost))) + 1
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-        place = Place(runtime, precision, batch, Path(folder))
+        place = TimingSetup(runtime, precision, batch, Path(folder))
         opened = _sessions(architecture, place, tokens, heads, hidden)
         sessions = dict(track(opened, f"building parts for {runtime}", total=points))
         ms = _timed(sessions, seconds)
@@ -109,7 +118,7 @@ def token_grid(dense: DenseViT) -> list[int]:
 
 
 def _sessions(
-    architecture: Architecture, place: Place, tokens: Sequence[int], heads: Sequence[int], hidden: Sequence[int]
+    architecture: Architecture, place: TimingSetup, tokens: Sequence[int], heads: Sequence[int], hidden: Sequence[int]
 ) -> Iterator[tuple[_Point, Session]]:
     """A warm session for every point."""
     dense = architecture.dense
@@ -198,7 +207,7 @@ class _Ends(nn.Module):
 
 
 def _part_sessions(
-    part: nn.Module, counts: Sequence[int], links: int, dense: DenseViT, place: Place
+    part: nn.Module, counts: Sequence[int], links: int, dense: DenseViT, place: TimingSetup
 ) -> Iterator[tuple[int, Session]]:
     """Warm sessions on a chain of parts, by token count. The part is exported once, at the last count."""
     width = dense.embed_dim

@@ -25,7 +25,7 @@ QUANTILE = 10  # percent: a busy machine slows single runs down tenfold, and spe
 
 
 @dataclass(frozen=True)
-class Place:
+class TimingSetup:
     """Where and how parts are run; what a runtime caches goes to `folder`."""
 
     runtime: RuntimeName
@@ -65,7 +65,7 @@ def machine_of(runtime: RuntimeName) -> dict[str, str]:
     }
 
 
-def whole_session(module: nn.Module, dense: DenseViT, place: Place, quantised: bool) -> Session:
+def whole_session(module: nn.Module, dense: DenseViT, place: TimingSetup, quantised: bool) -> Session:
     """A warm session on a module from images to logits."""
     images = noise(place.batch, dense.in_chans, *dense.img_size)
     if place.runtime == "pytorch":
@@ -76,7 +76,7 @@ def whole_session(module: nn.Module, dense: DenseViT, place: Place, quantised: b
     return warm(open_graph(graph, place), images)
 
 
-def open_graph(graph: onnx.ModelProto, place: Place) -> Session:
+def open_graph(graph: onnx.ModelProto, place: TimingSetup) -> Session:
     """A session on an ONNX graph; for TensorRT its engine is built.
 
     Raises:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lowpass.benchmarks.latency.parts import measure_table
-from lowpass.benchmarks.latency.setup import QUANTILE, Place, machine_of, refuse, whole_session
+from lowpass.benchmarks.latency.setup import QUANTILE, TimingSetup, machine_of, refuse, whole_session
 from lowpass.benchmarks.latency.timing import interleaved
 from lowpass.export.graph.deployable import deployable
 from lowpass.export.options import Precision
@@ -25,7 +25,7 @@ from lowpass.pipeline.search.target import CostTarget
 LOOKS, SLOWER = 4, 1.07  # at a whole model, while dense is slower than that times its best
 
 
-def latency_goal(
+def latency_target(
     architecture: Architecture,
     target_ms: float,
     runtime: RuntimeName,
@@ -71,7 +71,7 @@ def latency_table(
     batch: int,
     cache_dir: Path | None = None,
 ) -> LatencyTable:
-    """The cached table if one fits, else one that is measured now, and cached. Arguments as of `latency_goal`.
+    """The cached table if one fits, else one that is measured now, and cached. Arguments as of `latency_target`.
 
     Raises:
         InputError: see `measure_table`.
@@ -133,7 +133,7 @@ def against_dense(
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         for name, architecture in (("dense", dense), ("slim", slim)):
             (Path(folder) / name).mkdir()
-            place = Place(runtime, precision, batch, Path(folder) / name)
+            place = TimingSetup(runtime, precision, batch, Path(folder) / name)
             module = deployable(SlimViT(architecture), place.precision)
             sessions[name] = whole_session(module, architecture.dense, place, quantised=True)
         rounds = interleaved(sessions, seconds)

@@ -1,6 +1,6 @@
 """Do all lowerings and precisions of one model agree with PyTorch? On crops of real photographs.
 
-    python -m lowpass.benchmarks.precision.agreement --out benchmarks/results/agreement
+    python -m lowpass.benchmarks.precision agreement --out benchmarks/results/agreement
 
 The model has the paper's size and the shapes of its recipe. ImageNet's weights are not to be had without a network, so
 its blocks are random, drawn wide enough for crops to differ; which token of two stays hangs on rounding as it would
@@ -39,7 +39,6 @@ from lowpass.export.onnx.trace import to_onnx
 from lowpass.export.onnx.verify import Verification, compare
 from lowpass.export.options import ExportOptions, Precision, Selection
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console, track
 from lowpass.pipeline.model.architecture import read_blocks
@@ -200,7 +199,7 @@ def as_markdown(done: Agreement) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _main(
+def main(
     out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "deit_small",
     images: Annotated[int, typer.Option(min=1, help="How many crops are compared.")] = 1000,
@@ -209,7 +208,7 @@ def _main(
     if model not in MODELS:
         raise InputError(f"there is no model {model!r}; choose from {', '.join(MODELS)}")
     began = time.monotonic()
-    command = shlex.join(["python", "-m", "lowpass.benchmarks.precision.agreement", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "lowpass.benchmarks.precision", *sys.argv[1:]])
     done = Agreement(command=command, seconds=0, machine=describe(), model=model)
     for head in HEADS:
         slim = slim_model(model, head)
@@ -222,8 +221,3 @@ def _main(
             write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
             write_text(out.with_suffix(".md"), as_markdown(done))
     console.print(as_markdown(done), soft_wrap=True, markup=False)
-
-
-if __name__ == "__main__":
-    with exit_codes():
-        typer.run(_main)

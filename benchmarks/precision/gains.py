@@ -1,6 +1,6 @@
 """What a precision gains over FP32: dense and slim, every precision of a runtime in turns in one process.
 
-    python -m lowpass.benchmarks.precision.gains --out benchmarks/results/precisions
+    python -m lowpass.benchmarks.precision gains --out benchmarks/results/precisions
 
 The suite times runtime after runtime, minutes apart, on a machine that may change between; ratios across its precisions
 carry that. Here they do not. Weights are random and checked as in the suite. Results are written after every batch
@@ -17,16 +17,15 @@ from typing import Annotated
 import typer
 from pydantic import BaseModel, ConfigDict
 
-from lowpass.benchmarks.latency.compare import parse_batches
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.latency.timing import Latency, check_logits, interleaved, latency, speedup
 from lowpass.benchmarks.speed.candidates import MODELS, Candidate, candidates
 from lowpass.benchmarks.speed.suite import MIN_ROUNDS, TOLERANCE, Files, noise, open_rival
+from lowpass.export.batch import parse_batches
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.registry import SUPPORTED, RuntimeName, missing
 from lowpass.export.runtimes.session import Session
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
 
@@ -115,7 +114,7 @@ def as_markdown(done: Precisions) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _main(
+def main(
     out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "deit_small",
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
@@ -124,7 +123,7 @@ def _main(
     """What a precision gains over FP32."""
     if model not in MODELS:
         raise InputError(f"there is no model {model!r}; choose from {', '.join(MODELS)}")
-    began, command = time.monotonic(), shlex.join(["python", "-m", "lowpass.benchmarks.precision.gains", *sys.argv[1:]])
+    began, command = time.monotonic(), shlex.join(["python", "-m", "lowpass.benchmarks.precision", *sys.argv[1:]])
     done = Precisions(command=command, seconds=0, machine=describe(), model=model)
     rivals, files = candidates(model, WHO), Files()
     for runtime in ON_CPU:
@@ -139,8 +138,3 @@ def _main(
             write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
             write_text(out.with_suffix(".md"), as_markdown(done))
     console.print(as_markdown(done), soft_wrap=True, markup=False)
-
-
-if __name__ == "__main__":
-    with exit_codes():
-        typer.run(_main)

@@ -1,6 +1,6 @@
 """What a search costs: the authors' schedule against ours, on the same images with the same allowance.
 
-    python -m lowpass.benchmarks.search_cost.benchmark --out benchmarks/results/search_cost
+    python -m lowpass.benchmarks.search_cost --out benchmarks/results/search_cost
 
 The authors' schedule (VTC-LFC's released code): in each block seven token trials and seven channel trials by halving,
 every one a pass of the whole model over all measuring images, and every channel trial with scores of its own: the whole
@@ -319,7 +319,7 @@ def main(
     deit, made = random_model("deit_small_patch16_224", scored + measured, DEIT_BATCH)
     split = scored // DEIT_BATCH
     done = SearchCost(
-        command=shlex.join(["python", "-m", "lowpass.benchmarks.search_cost.benchmark", *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", "lowpass.benchmarks.search_cost", *sys.argv[1:]]),
         machine=describe(),
         models=(
             compare("digits_deit", digits, scoring, measuring, 9.5, runs),
@@ -332,7 +332,3 @@ def main(
     write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
     write_text(out.with_suffix(".md"), as_markdown(done))
     print(as_markdown(done))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """Dense against slim behind one Triton server, under the same load.
 
-    python -m lowpass.benchmarks.serving.benchmark --out benchmarks/results/serving
+    python -m lowpass.benchmarks.serving --out benchmarks/results/serving
 
 The digits model and DeiT-Small (random weights), both at the share of MACs that the paper leaves of DeiT-Small. The
 runs and exports it needs are made in `--work` and used again. Dense and slim take turns point by point. The bare
@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from lowpass.benchmarks.figures import write_figure
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
-from lowpass.benchmarks.plots import write_figure
 from lowpass.benchmarks.serving.load import Point, closed_loop, open_loop
 from lowpass.benchmarks.speed.candidates import RECIPES
 from lowpass.export.artefacts import open_session
@@ -35,7 +35,6 @@ from lowpass.export.runtimes.session import Session
 from lowpass.export.triton.repository import DeployOptions, deploy
 from lowpass.export.triton.server import Address, Supervisor, find_server
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.data.datasets import made_batches
@@ -233,7 +232,7 @@ def run_benchmark(
         threading.Thread(target=supervisor.watch, daemon=True).start()
         url = f"127.0.0.1:{address.grpc}"
         results = {name: measure(run, url, name, concurrencies, seconds) for name, run in runs.items()}
-    command = shlex.join(["python", "-m", "lowpass.benchmarks.serving.benchmark", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "lowpass.benchmarks.serving", *sys.argv[1:]])
     done = Serving(command=command, seconds=time.monotonic() - began, machine=describe(), models=results)
     write_json(out / "serving.json", done.model_dump(mode="json"))
     write_text(out / "serving.md", as_markdown(done))
@@ -241,7 +240,7 @@ def run_benchmark(
     return done
 
 
-def _main(
+def main(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results/serving"),
     work: Annotated[Path, typer.Option(help="Folder of runs and repositories, used again.")] = Path("runs/serving"),
     models: Annotated[str, typer.Option(help="Of digits, deit_small.")] = ",".join(MODELS),
@@ -255,8 +254,3 @@ def _main(
         raise InputError(f"there is no model {unknown[0]!r}; choose from {', '.join(MODELS)}")
     done = run_benchmark(out, work, names, tuple(map(int, concurrencies.split(","))), seconds, triton)
     console.print(as_markdown(done), soft_wrap=True, markup=False)
-
-
-if __name__ == "__main__":
-    with exit_codes():
-        typer.run(_main)

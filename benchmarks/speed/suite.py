@@ -1,7 +1,7 @@
 """The speed benchmark: lowpass against its rivals at matched MACs, on every runtime there is.
 
-    python -m lowpass.benchmarks.latency.compare --suite paper    DeiT-Tiny, -Small, -Base
-    python -m lowpass.benchmarks.latency.compare --suite gpu      the one script for a GPU machine
+    python -m lowpass.benchmarks.speed --suite paper    DeiT-Tiny, -Small, -Base
+    python -m lowpass.benchmarks.speed --suite gpu      the one script for a GPU machine
 
 Weights are random: shapes are static, so that a latency does not hang on them. Every model's logits are checked against
 its own FP32 PyTorch module before it is timed. Results are written after every runtime, so that a kill leaves what is
@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict
 
 from lowpass.benchmarks.latency.machine import Machine, describe
 from lowpass.benchmarks.latency.timing import Latency, check_logits, interleaved, latency, speedup
-from lowpass.benchmarks.plots import plot_efficiency
 from lowpass.benchmarks.speed.candidates import CANDIDATES, Candidate, candidates
 from lowpass.benchmarks.speed.memory import peak_memory
+from lowpass.benchmarks.speed.plot import plot_efficiency
 from lowpass.benchmarks.speed.table import as_markdown
 from lowpass.export.batch import BatchProfile
 from lowpass.export.onnx.quantize import Quantization, quantize
@@ -134,7 +134,7 @@ def run_suite(
     def snapshot() -> Suite:
         return Suite(
             suite=suite,
-            command=shlex.join(["python", "-m", "lowpass.benchmarks.latency.compare", *sys.argv[1:]]),
+            command=shlex.join(["python", "-m", "lowpass.benchmarks.speed", *sys.argv[1:]]),
             seconds=time.monotonic() - began,
             machine=describe(),
             models=results,

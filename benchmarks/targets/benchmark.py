@@ -1,6 +1,6 @@
 """How near searches come to their targets: MACs, and milliseconds on this machine.
 
-    python -m lowpass.benchmarks.targets.benchmark --out benchmarks/results/targets
+    python -m lowpass.benchmarks.targets --out benchmarks/results/targets
 
 Each target is a search of its own. A latency target is a share of what the dense model takes here. What came of it is
 measured anew, in turns with the dense model, and given at the best pace at which dense was seen to run, as the search
@@ -20,13 +20,12 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel, ConfigDict
 
-from lowpass.benchmarks.latency.compare import benchmark, parse_runtimes
+from lowpass.benchmarks.latency.compare import benchmark
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
-from lowpass.benchmarks.latency.target import latency_goal
+from lowpass.benchmarks.latency.target import latency_target
 from lowpass.export.options import Precision
-from lowpass.export.runtimes.registry import RuntimeName
+from lowpass.export.runtimes.registry import RuntimeName, parse_runtimes
 from lowpass.pipeline.base.errors import InputError, RunError
-from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.checkpoints.timm_models import load_model
@@ -78,7 +77,7 @@ class Targets(_Frozen):
     refused: dict[str, str]
 
 
-def macs_target(source: dict[str, Any], share: float) -> MacsTarget:
+def search_to_macs(source: dict[str, Any], share: float) -> MacsTarget:
     """Search to a share of the MACs.
 
     Raises:
@@ -89,37 +88,37 @@ def macs_target(source: dict[str, Any], share: float) -> MacsTarget:
     return MacsTarget(asked=share, reached=metrics.slim.macs / metrics.dense.macs)
 
 
-def latency_target(source: dict[str, Any], runtime: RuntimeName, batch: int, share: float) -> LatencyTarget:
+def search_to_latency(source: dict[str, Any], runtime: RuntimeName, batch: int, share: float) -> LatencyTarget:
     """Search to a share of the dense model's milliseconds on a runtime, then time what came of it.
 
     Raises:
         InputError: it cannot be reached.
     """
-    goal = latency_goal(_dense(source, runtime), 1.0, runtime, PRECISION, batch)
-    measure = goal.measure
+    target = latency_target(_dense(source, runtime), 1.0, runtime, PRECISION, batch)
+    measure = target.measure
     assert measure is not None
-    goal = replace(goal, value=float(f"{share * measure(_dense(source, runtime)):.3g}"))
+    target = replace(target, value=float(f"{share * measure(_dense(source, runtime)):.3g}"))
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        _compress_to(source, runtime, batch, goal, run)
+        _compress_to(source, runtime, batch, target, run)
         slim = SlimViT.load(run).architecture
         measured_ms = median(measure(slim) for _ in range(TIMES))
         timed = benchmark(run, [runtime], [batch], PRECISION, TIMED_S).runtimes[runtime].batches[batch]
     return LatencyTarget(
         runtime=runtime,
         batch=batch,
-        target_ms=goal.value,
+        target_ms=target.value,
         measured_ms=measured_ms,
         slim_ms=timed.slim.p50_ms,
         dense_ms=timed.dense.p50_ms,
     )
 
 
-def _compress_to(source: dict[str, Any], runtime: RuntimeName, batch: int, goal: CostTarget, run: Path) -> None:
-    place = {"runtime": runtime, "latency_batch": batch, "latency_precision": PRECISION}
+def _compress_to(source: dict[str, Any], runtime: RuntimeName, batch: int, target: CostTarget, run: Path) -> None:
+    timed_on = {"runtime": runtime, "latency_batch": batch, "latency_precision": PRECISION}
     shaping = SHAPINGS[TUNED_FOR.get(runtime, "onnxruntime")]
-    recipe = make_recipe(**source, **QUICK, **place, shaping=shaping, target_latency=goal.value)
-    compress(recipe, run, cost_target_of=lambda _: goal)
+    recipe = make_recipe(**source, **QUICK, **timed_on, shaping=shaping, target_latency=target.value)
+    compress(recipe, run, cost_target_of=lambda _: target)
 
 
 def _dense(source: dict[str, Any], runtime: RuntimeName) -> Architecture:
@@ -132,7 +131,7 @@ def _dense(source: dict[str, Any], runtime: RuntimeName) -> Architecture:
 def refusals(source: dict[str, Any], runtime: RuntimeName, batch: int) -> dict[str, str]:
     """What is answered to a target of each kind that cannot be reached."""
     told = {}
-    impossible = latency_goal(_dense(source, runtime), 0.001, runtime, PRECISION, batch)
+    impossible = latency_target(_dense(source, runtime), 0.001, runtime, PRECISION, batch)
     with tempfile.TemporaryDirectory() as folder:
         for name, search in (
             ("macs", lambda run: compress(make_recipe(**source, **QUICK, target_macs=0.001), run)),
@@ -181,7 +180,7 @@ def _off(reached: float, asked: float) -> str:
     return f"{100 * (reached / asked - 1):+.1f}%"
 
 
-def _main(
+def main(
     out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
     macs: Annotated[str, typer.Option(help="Shares of the dense MACs.")] = "0.8,0.7,0.6,0.5,0.4,0.3",
     shares: Annotated[str, typer.Option(help="Shares of the dense model's latency.")] = "0.8,0.6",
@@ -193,17 +192,17 @@ def _main(
 ) -> None:
     """How near searches come to their targets."""
     began, source = time.monotonic(), {"model": model, "weights": weights, "data": data}
-    places = parse_runtimes(runtimes)
+    wanted = parse_runtimes(runtimes)
     latencies = []
-    for runtime in places:
+    for runtime in wanted:
         for share in _numbers("--shares", shares):
-            latencies.append(latency_target(source, runtime, batch, share))
+            latencies.append(search_to_latency(source, runtime, batch, share))
             console.print(str(latencies[-1]), soft_wrap=True)
     done = Targets(
-        command=shlex.join(["python", "-m", "lowpass.benchmarks.targets.benchmark", *sys.argv[1:]]),
-        macs=tuple(macs_target(source, share) for share in _numbers("--macs", macs)),
+        command=shlex.join(["python", "-m", "lowpass.benchmarks.targets", *sys.argv[1:]]),
+        macs=tuple(search_to_macs(source, share) for share in _numbers("--macs", macs)),
         latencies=tuple(latencies),
-        refused=refusals(source, places[0], batch),
+        refused=refusals(source, wanted[0], batch),
         seconds=time.monotonic() - began,
         machine=describe(),
     )
@@ -217,8 +216,3 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option} {text!r}: give numbers, separated by commas") from None
-
-
-if __name__ == "__main__":
-    with exit_codes():
-        typer.run(_main)

@@ -106,3 +106,22 @@ def check_precision(runtime: RuntimeName, precision: Precision) -> None:
     """
     if precision not in SUPPORTED[runtime]:
         raise InputError(f"{runtime} does not run {precision}; choose from {', '.join(SUPPORTED[runtime])}")
+
+
+DEFAULT_RUNTIMES = tuple(runtime for runtime in RUNTIMES if runtime != "pytorch-compile")  # it compiles for minutes
+
+
+def parse_runtimes(text: str | None) -> tuple[RuntimeName, ...]:
+    """Names separated by commas; None: all but the slow-starting `pytorch-compile`.
+
+    Raises:
+        InputError: one is unknown.
+    """
+    if text is None:
+        return DEFAULT_RUNTIMES
+    names = [name.strip() for name in text.split(",")]
+    chosen = tuple(runtime for name in names for runtime in RUNTIMES if runtime == name)
+    if len(chosen) != len(names):
+        unknown = next(name for name in names if name not in RUNTIMES)
+        raise InputError(f"there is no runtime {unknown!r}; choose from {', '.join(RUNTIMES)}")
+    return chosen

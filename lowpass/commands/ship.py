@@ -94,7 +94,9 @@ def benchmark(
 ) -> None:
     """Time slim against dense in interleaved rounds, on every runtime of this machine."""
     from lowpass.benchmarks.latency.compare import benchmark as measure
-    from lowpass.benchmarks.latency.compare import parse_batches, parse_runtimes, refuse_other_rivals
+    from lowpass.benchmarks.latency.compare import refuse_other_rivals
+    from lowpass.export.batch import parse_batches
+    from lowpass.export.runtimes.registry import parse_runtimes
     from lowpass.pipeline.run.metrics import Metrics
 
     refuse_other_rivals(against)

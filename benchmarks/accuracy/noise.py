@@ -11,6 +11,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from lowpass.benchmarks.accuracy.studies import STUDIES
 from lowpass.benchmarks.accuracy.study import Source, directory_of, one_seed
 from lowpass.benchmarks.accuracy.table import Spread, as_text, spread
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
-from lowpass.pipeline.base.files import write_json, write_text
+from lowpass.benchmarks.rows import Row, write_rows
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.data.datasets import Batches, Data, load_data
@@ -173,7 +174,7 @@ def as_markdown(done: Noise) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where OUT.json, OUT.md and OUT.png go.")],
+    out: Annotated[Path, typer.Option(help="Where OUT.csv and OUT.png go.")],
     target: Annotated[float, typer.Option(help="Share of the dense MACs that stays.")] = 0.55,
     seeds: Annotated[int, typer.Option(min=1, help="From 0 upwards.")] = 5,
     model: Annotated[str, typer.Option(help="timm name of the dense model.")] = "digits_deit",
@@ -190,7 +191,14 @@ def main(
         machine=describe(),
         points=points,
     )
-    write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
-    write_text(out.with_suffix(".md"), as_markdown(done))
+    write_rows(out.with_suffix(".csv"), rows(done), done.machine, done.command)
     plot_noise(done, out.with_suffix(".png"))
     print(as_markdown(done))
+
+
+def rows(done: Noise) -> Iterator[Row]:
+    """Every seed's top-1."""
+    for point in done.points:
+        for seed, measured in enumerate(point.top1):
+            of = {"scored": point.scored, "variant": point.variant, "noise": point.noise, "seed": seed}
+            yield Row(of, "top1_no_training", measured)

@@ -25,10 +25,10 @@ import typer
 from lowpass.benchmarks.accuracy.plots import plot_accuracy
 from lowpass.benchmarks.accuracy.shared_curves import share_curves
 from lowpass.benchmarks.accuracy.studies import STUDIES, Study, Variant
-from lowpass.benchmarks.accuracy.table import Accuracy, SeedResult, as_markdown, summarise
+from lowpass.benchmarks.accuracy.table import Accuracy, SeedResult, as_markdown, rows, summarise
 from lowpass.benchmarks.latency.machine import describe
+from lowpass.benchmarks.rows import write_rows
 from lowpass.pipeline.base.allocator import keep_freed_memory
-from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import ARCHITECTURE_FILE, SlimViT
@@ -152,7 +152,7 @@ def run_study(
 
 def main(
     study: Annotated[str, typer.Argument(help=f"One of {', '.join(STUDIES)}.")],
-    out: Annotated[Path | None, typer.Option(help="Where OUT.json, OUT.md and OUT.png go.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where OUT.csv and OUT.png go.")] = None,
     variants: Annotated[str, typer.Option(help="Some of the study's, separated by commas. [default: all]")] = "",
     targets: Annotated[str, typer.Option(help="Shares of the dense MACs that stay. [default: the study's]")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="From 0 upwards.")] = 5,
@@ -191,7 +191,6 @@ def main(
         summaries=summarise(results),
     )
     if out is not None:
-        write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
-        write_text(out.with_suffix(".md"), as_markdown(done))
+        write_rows(out.with_suffix(".csv"), rows(done), done.machine, done.command)
         plot_accuracy(done, out.with_suffix(".png"))
     print(as_markdown(done))

@@ -1,12 +1,13 @@
 """What the accuracy benchmark found: one line a seed, summed up by variant and target."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
 
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import t
 
 from lowpass.benchmarks.latency.machine import Machine, in_a_line
+from lowpass.benchmarks.rows import Row
 
 
 class _Frozen(BaseModel):
@@ -137,3 +138,17 @@ def as_text(spread: Spread | None) -> str:
         return "-"
     mean = f"{spread.mean:.2f}"
     return mean if spread.deviation is None else f"{mean} ± {spread.half_interval:.2f} ({spread.deviation:.2f})"
+
+
+def rows(done: Accuracy) -> Iterator[Row]:
+    """Every seed's figures; means and intervals are computed when they are shown."""
+    for one in done.seeds:
+        of = {"group": one.group, "variant": one.variant, "target": one.target, "seed": one.seed}
+        yield Row(of, "macs_share", one.macs)
+        yield Row(of, "top1_dense", one.dense_top1)
+        yield Row(of, "top1_no_training", one.pruned_top1)
+        if one.finetuned_top1 is not None:
+            yield Row(of, "top1_finetuned", one.finetuned_top1)
+        yield Row(of, "blocks", one.blocks)
+        yield Row(of, "blocks_dropping_tokens", one.blocks_dropping_tokens)
+        yield Row(of, "blocks_losing_channels", one.blocks_losing_channels)

@@ -33,13 +33,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
+from lowpass.benchmarks.rows import Row, write_rows
 from lowpass.benchmarks.speed.candidates import MODELS, RECIPES
 from lowpass.export.onnx.quantize import Quantization, quantize
 from lowpass.export.onnx.trace import to_onnx
 from lowpass.export.onnx.verify import Verification, compare
 from lowpass.export.options import ExportOptions, Precision, Selection
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console, track
 from lowpass.pipeline.model.architecture import read_blocks
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -200,7 +200,7 @@ def as_markdown(done: Agreement) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
+    out: Annotated[Path, typer.Option(help="Where OUT.csv goes.")],
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "deit_small",
     images: Annotated[int, typer.Option(min=1, help="How many crops are compared.")] = 1000,
 ) -> None:
@@ -218,6 +218,23 @@ def main(
             seen = seen.model_copy(update={"compared": seen.compared | {one.file: one}, "left_out": left_out})
             so_far = {"heads": done.heads | {head: seen}, "seconds": time.monotonic() - began}
             done = done.model_copy(update=so_far)
-            write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
-            write_text(out.with_suffix(".md"), as_markdown(done))
+            write_rows(out.with_suffix(".csv"), rows(done), done.machine, command)
     console.print(as_markdown(done), soft_wrap=True, markup=False)
+
+
+def rows(done: Agreement) -> Iterator[Row]:
+    """Every file against PyTorch, and what PyTorch itself makes of the crops."""
+    for head, seen in done.heads.items():
+        yield Row({"model": done.model, "classifier": head}, "classes_seen", seen.classes)
+        if seen.right is not None:
+            yield Row({"model": done.model, "classifier": head}, "right_percent", seen.right)
+        for name, one in seen.compared.items():
+            precision, selection = name.split(", ")
+            of = {"model": done.model, "classifier": head, "precision": precision, "selection": selection}
+            of |= {"runtime": one.runtime}
+            yield Row(of, "images", one.images)
+            yield Row(of, "same_top1_percent", one.same_top1)
+            yield Row(of, "largest_difference", one.largest_difference)
+            yield Row(of, "largest_logit", one.largest_logit)
+            if precision == "int8":
+                yield Row(of, "layers_left_out", len(seen.left_out))

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.latency.timing import Latency, check_logits, interleaved, latency, speedup
+from lowpass.benchmarks.rows import Row, latency_rows, write_rows
 from lowpass.benchmarks.speed.candidates import MODELS, Candidate, candidates
 from lowpass.benchmarks.speed.suite import MIN_ROUNDS, TOLERANCE, Files, noise, open_rival
 from lowpass.export.batch import parse_batches
@@ -26,7 +27,6 @@ from lowpass.export.options import Precision
 from lowpass.export.runtimes.registry import SUPPORTED, RuntimeName, missing
 from lowpass.export.runtimes.session import Session
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
 
 ON_CPU: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
@@ -115,7 +115,7 @@ def as_markdown(done: Precisions) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
+    out: Annotated[Path, typer.Option(help="Where OUT.csv goes.")],
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "deit_small",
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
     seconds: Annotated[float, typer.Option(min=0.05, help="To time each session for.")] = 6.0,
@@ -135,6 +135,17 @@ def main(
             so_far = done.runtimes.get(runtime, {}) | {batch: gains}
             update = {"runtimes": done.runtimes | {runtime: so_far}, "seconds": time.monotonic() - began}
             done = done.model_copy(update=update)
-            write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
-            write_text(out.with_suffix(".md"), as_markdown(done))
+            write_rows(out.with_suffix(".csv"), rows(done), done.machine, command)
     console.print(as_markdown(done), soft_wrap=True, markup=False)
+
+
+def rows(done: Precisions) -> Iterator[Row]:
+    """Latencies, and how many times faster than the same model in FP32, with quartiles over the rounds."""
+    for runtime, batches in done.runtimes.items():
+        for batch, models in batches.items():
+            for name, precisions in models.items():
+                for precision, one in precisions.items():
+                    of = {"model": done.model, "runtime": runtime, "batch": batch, "candidate": name}
+                    of |= {"precision": precision}
+                    yield from latency_rows(of, one.latency)
+                    yield Row(of, "gain_over_fp32", one.gain, *one.gain_quartiles)

@@ -14,7 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
-from lowpass.pipeline.base.files import write_json, write_text
+from lowpass.benchmarks.rows import Row, write_rows
+from lowpass.pipeline.base.files import write_json
 from lowpass.pipeline.base.progress import console, track
 from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.data.datasets import Batches, load_data, made_batches
@@ -307,7 +308,7 @@ def as_markdown(done: SearchCost) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
+    out: Annotated[Path, typer.Option(help="Where OUT.csv goes.")],
     scored: Annotated[int, typer.Option(help="Images scored of DeiT-Small; of the digits, 200.")] = 6,
     measured: Annotated[int, typer.Option(help="Images measured of DeiT-Small; of the digits, 500.")] = 15,
     runs: Annotated[Path, typer.Option(help="Where the costs counted so far are.")] = Path("runs/search_cost"),
@@ -329,6 +330,26 @@ def main(
         by_images=tuple(sweep_point(4, images) for images in COUNTS),
         by_depth=tuple(sweep_point(depth, 32) for depth in DEPTHS),
     )
-    write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
-    write_text(out.with_suffix(".md"), as_markdown(done))
+    write_rows(out.with_suffix(".csv"), rows(done), done.machine, done.command)
     print(as_markdown(done))
+
+
+def rows(done: SearchCost) -> Iterator[Row]:
+    """What every schedule costs, and how ours grows."""
+    for one in done.models:
+        for schedule, cost in (
+            ("authors", one.authors),
+            ("ours", one.ours),
+            ("ours with recovery", one.ours_with_recovery),
+            ("ours to half the MACs with recovery", one.to_a_target),
+        ):
+            if cost is not None:
+                of = {"model": one.model, "scored": one.scored, "measured": one.measured, "schedule": schedule}
+                of |= {"allowable_drop": one.allowance}
+                yield Row(of, "image_forwards", cost.image_forwards)
+                yield Row(of, "seconds", cost.seconds)
+                yield Row(of, "macs_share", cost.macs)
+    for sweep, points in (("images", done.by_images), ("depth", done.by_depth)):
+        for point in points:
+            of = {"model": "digits_deit random", "sweep": sweep, "depth": point.depth, "images": point.images}
+            yield Row(of, "block_forwards", point.block_forwards)

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lowpass.benchmarks.figures import write_figure
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
+from lowpass.benchmarks.rows import RESULTS, Row, write_rows
 from lowpass.benchmarks.serving.load import Point, closed_loop, open_loop
 from lowpass.benchmarks.speed.candidates import RECIPES
 from lowpass.export.artefacts import open_session
@@ -35,7 +37,6 @@ from lowpass.export.runtimes.session import Session
 from lowpass.export.triton.repository import DeployOptions, deploy
 from lowpass.export.triton.server import Address, Supervisor, find_server
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.data.datasets import made_batches
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -217,7 +218,7 @@ def plot(done: Serving, path: Path) -> None:
 def run_benchmark(
     out: Path, work: Path, models: tuple[str, ...], concurrencies: tuple[int, ...], seconds: float, triton: Path | None
 ) -> Serving:
-    """Prepare, deploy, serve, measure; writes `serving.json`, `serving.md` and `serving.png` into `out`."""
+    """Prepare, deploy, serve, measure; writes `serving.csv` and `serving.png` into `out`."""
     began = time.monotonic()
     runs = {model: prepare(model, work) for model in models}
     repository = work / f"repository-{os.getpid()}"
@@ -234,14 +235,13 @@ def run_benchmark(
         results = {name: measure(run, url, name, concurrencies, seconds) for name, run in runs.items()}
     command = shlex.join(["python", "-m", "lowpass.benchmarks.serving", *sys.argv[1:]])
     done = Serving(command=command, seconds=time.monotonic() - began, machine=describe(), models=results)
-    write_json(out / "serving.json", done.model_dump(mode="json"))
-    write_text(out / "serving.md", as_markdown(done))
+    write_rows(out / "serving.csv", rows(done), done.machine, command)
     plot(done, out / "serving.png")
     return done
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results/serving"),
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
     work: Annotated[Path, typer.Option(help="Folder of runs and repositories, used again.")] = Path("runs/serving"),
     models: Annotated[str, typer.Option(help="Of digits, deit_small.")] = ",".join(MODELS),
     concurrencies: Annotated[str, typer.Option(help="Clients at once.")] = "1,2,4,8,16,32",
@@ -254,3 +254,23 @@ def main(
         raise InputError(f"there is no model {unknown[0]!r}; choose from {', '.join(MODELS)}")
     done = run_benchmark(out, work, names, tuple(map(int, concurrencies.split(","))), seconds, triton)
     console.print(as_markdown(done), soft_wrap=True, markup=False)
+
+
+def rows(done: Serving) -> Iterator[Row]:
+    """Every load on every model, what slim gains at best, and what the server costs."""
+    for name, result in done.models.items():
+        yield Row({"model": name}, "macs_saved", result.macs_saved)
+        yield Row({"model": name}, "throughput_gain", result.gain)
+        for kind, points in result.points.items():
+            for point in points:
+                of = {"model": name, "candidate": kind, "load": point.kind, "offered": point.offered}
+                of |= {"request_images": point.request_images}
+                for figure in ("images_per_s", "p50_ms", "p95_ms", "p99_ms", "requests", "mean_batch", "queue_ms"):
+                    yield Row(of, figure, getattr(point, figure))
+                if point.compute_ms is not None:
+                    yield Row(of, "compute_ms", point.compute_ms)
+        for kind, one in result.overhead.items():
+            of = {"model": name, "candidate": kind, "load": "at saturation", "request_images": one.batch}
+            yield Row(of, "bare_ms_an_image", one.bare_ms)
+            yield Row(of, "served_ms_an_image", one.served_ms)
+            yield Row(of, "overhead_percent", one.percent)

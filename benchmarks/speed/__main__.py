@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from lowpass.benchmarks.rows import RESULTS
 from lowpass.benchmarks.speed.candidates import CANDIDATES
 from lowpass.benchmarks.speed.suite import Engine, run_suite
 from lowpass.export.batch import parse_batches
@@ -36,7 +37,7 @@ def parse_engines(text: str) -> list[Engine]:
 
 def _suite(
     suite: Annotated[Literal["paper", "gpu"], typer.Option(help="paper: against the rivals; gpu: all a GPU has.")],
-    out: Annotated[Path | None, typer.Option(help="Folder. [default: benchmarks/results/SUITE]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of speed_SUITE.csv and the plots.")] = RESULTS,
     models: Annotated[
         str, typer.Option(help="Of deit_tiny, deit_small, deit_base.")
     ] = "deit_small,deit_tiny,deit_base",
@@ -53,7 +54,7 @@ def _suite(
     """The speed benchmark."""
     run_suite(
         suite,
-        out or Path("benchmarks/results") / suite,
+        out,
         [name.strip() for name in models.split(",")],
         parse_batches(batches),
         None if engines is None else parse_engines(engines),

@@ -20,10 +20,11 @@ from pydantic import BaseModel, ConfigDict
 
 from lowpass.benchmarks.latency.machine import Machine, describe
 from lowpass.benchmarks.latency.timing import Latency, check_logits, interleaved, latency, speedup
+from lowpass.benchmarks.rows import write_rows
 from lowpass.benchmarks.speed.candidates import CANDIDATES, Candidate, candidates
 from lowpass.benchmarks.speed.memory import peak_memory
 from lowpass.benchmarks.speed.plot import plot_efficiency
-from lowpass.benchmarks.speed.table import as_markdown
+from lowpass.benchmarks.speed.result_rows import rows
 from lowpass.export.batch import BatchProfile
 from lowpass.export.onnx.quantize import Quantization, quantize
 from lowpass.export.onnx.trace import trace
@@ -34,7 +35,7 @@ from lowpass.export.runtimes.registry import PROVIDERS, SUPPORTED, RuntimeName, 
 from lowpass.export.runtimes.session import Images, Session
 from lowpass.export.runtimes.tensorrt import TensorRT
 from lowpass.pipeline.base.errors import RunError
-from lowpass.pipeline.base.files import write_bytes, write_json, write_text
+from lowpass.pipeline.base.files import write_bytes
 from lowpass.pipeline.base.progress import console
 
 Engine = tuple[RuntimeName, Precision]
@@ -42,6 +43,7 @@ Files = dict[tuple[str, Precision], bytes]  # ONNX files of one model, which sev
 IMAGE = (3, 224, 224)
 MEMORY_BATCH = 8
 MIN_ROUNDS = 7
+ENGINES = Path("runs/engines")  # that ONNX Runtime builds for TensorRT
 # Largest logit difference from FP32 PyTorch over the largest logit; wide: noise makes tokens tie.
 TOLERANCE: dict[Precision, float] = {"fp32": 0.02, "fp16": 0.1, "bf16": 0.25, "int8": 0.5}
 
@@ -116,7 +118,7 @@ def run_suite(
     seconds: float = 2.0,
     limit_s: float | None = None,
 ) -> Suite:
-    """Measure and write `suite.json`, `suite.md` and a plot a model into `out`.
+    """Measure and write `speed_SUITE.csv` and a plot a model into `out`.
 
     Args:
         suite: `paper` or `gpu`.
@@ -154,9 +156,9 @@ def run_suite(
             else:
                 measured = EngineResult(runtime=runtime, precision=precision, not_measured=reason)
             results[model].engines.append(measured)
-            write_json(out / "suite.json", snapshot().model_dump(mode="json"))
-        write_text(out / "suite.md", as_markdown(snapshot()))
-        plot_efficiency(snapshot().models[model], model, out / f"{model}.png")
+            so_far = snapshot()
+            write_rows(out / f"speed_{suite}.csv", rows(so_far), so_far.machine, so_far.command)
+        plot_efficiency(snapshot().models[model], model, out / f"speed_{suite}_{model}.png")
     return snapshot()
 
 
@@ -245,7 +247,7 @@ def open_rival(
     if runtime in FLAVOURS:
         plan, _, _ = compile_engine(runtime, content, BatchProfile(least=1, best=32, most=128))
         return TensorRT(plan, runtime, {}), content
-    cache = out / "engines" / f"{rival.name}.{precision}"
+    cache = ENGINES / f"{rival.name}.{precision}"
     if runtime in PROVIDERS and PROVIDERS[runtime] == "Tensorrt":
         write_bytes(cache / "model.onnx", content)
     return onnx_session(runtime, content, precision, cache), content

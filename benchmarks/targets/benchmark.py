@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -23,10 +24,10 @@ from pydantic import BaseModel, ConfigDict
 from lowpass.benchmarks.latency.compare import benchmark
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.latency.target import latency_target
+from lowpass.benchmarks.rows import Row, write_rows
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.registry import RuntimeName, parse_runtimes
 from lowpass.pipeline.base.errors import InputError, RunError
-from lowpass.pipeline.base.files import write_json, write_text
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.model.architecture import Architecture
@@ -181,7 +182,7 @@ def _off(reached: float, asked: float) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where OUT.json and OUT.md go.")],
+    out: Annotated[Path, typer.Option(help="Where OUT.csv goes.")],
     macs: Annotated[str, typer.Option(help="Shares of the dense MACs.")] = "0.8,0.7,0.6,0.5,0.4,0.3",
     shares: Annotated[str, typer.Option(help="Shares of the dense model's latency.")] = "0.8,0.6",
     runtimes: Annotated[str, typer.Option(help="Of the latency targets.")] = "onnxruntime,openvino",
@@ -206,8 +207,7 @@ def main(
         seconds=time.monotonic() - began,
         machine=describe(),
     )
-    write_json(out.with_suffix(".json"), done.model_dump(mode="json"))
-    write_text(out.with_suffix(".md"), as_markdown(done))
+    write_rows(out.with_suffix(".csv"), rows(done), done.machine, done.command)
     console.print(as_markdown(done), soft_wrap=True, markup=False)
 
 
@@ -216,3 +216,16 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option} {text!r}: give numbers, separated by commas") from None
+
+
+def rows(done: Targets) -> Iterator[Row]:
+    """What was asked, and what was reached."""
+    for one in done.macs:
+        yield Row({"kind": "macs", "asked": one.asked}, "reached", one.reached)
+    for two in done.latencies:
+        of = {"kind": "latency", "asked": two.target_ms, "runtime": two.runtime, "batch": two.batch}
+        yield Row(of, "measured_ms", two.measured_ms)
+        yield Row(of, "benchmark_slim_ms", two.slim_ms)
+        yield Row(of, "benchmark_dense_ms", two.dense_ms)
+    for kind, message in done.refused.items():
+        yield Row({"kind": kind}, "refused", message)

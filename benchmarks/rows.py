@@ -1,0 +1,105 @@
+"""Results as flat CSV, a row a figure: what it is of, its name and value, and how it came about."""
+
+import csv
+import io
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowpass.benchmarks.latency.machine import Machine
+from lowpass.benchmarks.latency.timing import Latency
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.files import write_text
+
+FIGURE = ("figure", "value", "low", "high")
+ORIGIN = ("machine", "versions", "commit", "command")
+RESULTS = Path("benchmarks/results")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. `of` says what it is of, such as a model, a runtime and a batch size; `low` and `high` are its
+    spread, as the study's README says. A figure that is a text is a reason, such as why something was not measured."""
+
+    of: Mapping[str, object]
+    figure: str
+    value: float | int | str
+    low: float | None = None
+    high: float | None = None
+
+
+def write_rows(path: Path, rows: Iterable[Row], machine: Machine, command: str, commit: str | None = None) -> None:
+    """Write a study's CSV, whole.
+
+    Args:
+        path: the file.
+        rows: they share the keys of `of`, in their order; a key that one lacks stays empty.
+        machine: that measured them.
+        command: that measured them.
+        commit: of the code; None: the one checked out here, if any.
+    """
+    found = list(rows)
+    keys = list(dict.fromkeys(key for row in found for key in row.of))
+    origin = (_machine(machine), _versions(machine), _checked_out() if commit is None else commit, command)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*keys, *FIGURE, *ORIGIN])
+    for row in found:
+        spread = ("" if bound is None else _number(bound) for bound in (row.low, row.high))
+        writer.writerow([*(row.of.get(key, "") for key in keys), row.figure, _number(row.value), *spread, *origin])
+    write_text(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """A study's rows, as written.
+
+    Raises:
+        InputError: there is no such file, or it is none of ours.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not rows or not {*FIGURE, *ORIGIN} <= set(rows[0]):
+        raise InputError(f"{path} is not a table of results; it should have the columns {', '.join(FIGURE + ORIGIN)}")
+    return rows
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table for people; the first `left` columns are words, the others numbers."""
+    rules = ["---"] * left + ["--:"] * (len(header) - left)
+    rows = [f"| {' | '.join(cells)} |" for cells in (header, *lines)]
+    return "\n".join([rows[0], f"|{'|'.join(rules)}|", *rows[1:]])
+
+
+def _number(value: float | int | str) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _machine(machine: Machine) -> str:
+    units = ", ".join(machine.matrix_units) or "no matrix units"
+    return f"{machine.cpu}, {machine.cores} cores ({units}), {machine.gpu or 'no GPU'}"
+
+
+def _versions(machine: Machine) -> str:
+    packages = {"python": machine.python, **machine.packages, **machine.tensorrt}
+    return "; ".join(f"{name} {version}" for name, version in packages.items())
+
+
+def _checked_out() -> str:
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    folder = Path(__file__).resolve().parent
+    done = subprocess.run(  # noqa: S603 - a list, no shell
+        [git, "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def latency_rows(of: Mapping[str, object], latency: Latency) -> Iterator[Row]:
+    """The percentiles of one model at one batch size."""
+    for figure in ("p50_ms", "p90_ms", "p99_ms", "images_per_s", "runs"):
+        yield Row(of, figure, getattr(latency, figure))

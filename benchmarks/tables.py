@@ -1,0 +1,280 @@
+"""The tables of README.md and docs/, made from the results: `python -m lowpass.benchmarks.tables`, or with `--check` to
+see whether they still agree. A table stands between `<!-- table: NAME -->` and `<!-- /table -->`."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowpass.benchmarks.accuracy.table import spread
+from lowpass.benchmarks.rows import RESULTS, markdown, read_rows
+from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.base.exits import exit_codes
+from lowpass.pipeline.base.files import write_text
+
+Rows = list[dict[str, str]]
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+RIVALS = ("dense-exported", "lowpass", "as-published", "uniform-width", "evit", "tome")
+STAGES = {"top1_no_training": "no training", "top1_finetuned": "fine-tuned"}
+
+
+def study(results: Path, name: str, **of: str) -> Rows:
+    """The rows of a study that are of these things.
+
+    Raises:
+        InputError: there is no such study.
+    """
+    rows = read_rows(results / f"{name}.csv")
+    return [row for row in rows if all(row.get(key) == value for key, value in of.items())]
+
+
+def different(rows: Iterable[dict[str, str]], *keys: str) -> list[tuple[str, ...]]:
+    """What there is of these keys, in the order of the rows."""
+    return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
+
+
+def one(rows: Rows, figure: str, **of: str) -> dict[str, str] | None:
+    """The row of a figure."""
+    found = [row for row in rows if row["figure"] == figure and all(row[key] == value for key, value in of.items())]
+    return found[-1] if found else None
+
+
+def number(row: dict[str, str] | None, form: str) -> str:
+    """Its value, or a dash."""
+    return "-" if row is None else form.format(float(row["value"]))
+
+
+def over_seeds(rows: Rows, figure: str, **of: str) -> str:
+    """Mean, half of the 95% interval of the mean (Student's t), and how many seeds."""
+    values = [
+        float(row["value"]) for row in rows if row["figure"] == figure and all(row[k] == v for k, v in of.items())
+    ]
+    if not values:
+        return "-"
+    all_ = spread(values)
+    return f"{all_.mean:.2f}" if all_.half_interval is None else f"{all_.mean:.2f} ± {all_.half_interval:.2f}"
+
+
+def accuracy(*names: str) -> Callable[[Path], str]:
+    """Variants by target, over seeds."""
+
+    def table(results: Path) -> str:
+        lines = []
+        for name in names:
+            rows = study(results, name)
+            for group, variant, target in different(rows, "group", "variant", "target"):
+                of = {"variant": variant, "target": target}
+                seeds = len({row["seed"] for row in rows if row["variant"] == variant and row["target"] == target})
+                figures = [over_seeds(rows, stage, **of) for stage in STAGES]
+                lines.append([name.removeprefix("accuracy_"), group, variant, target, str(seeds), *figures])
+        return markdown(["study", "pruned", "variant", "share of MACs", "seeds", *STAGES.values()], lines, 3)
+
+    return table
+
+
+def noise(results: Path) -> str:
+    """Top-1 by the noise that a criterion sees."""
+    rows = study(results, "accuracy_noise")
+    strengths = [strength for (strength,) in different(rows, "noise")]
+    lines = [
+        [scored, variant, *(over_seeds(rows, "top1_no_training", variant=variant, noise=s) for s in strengths)]
+        for scored, variant in different(rows, "scored", "variant")
+    ]
+    return markdown(["scored", "by", *(f"noise {strength}" for strength in strengths)], lines, 2)
+
+
+def speed(model: str) -> Callable[[Path], str]:
+    """Milliseconds and efficiency of every candidate."""
+
+    def table(results: Path) -> str:
+        rows = study(results, "speed_paper", model=model)
+        lines = []
+        for runtime, precision, batch in different(
+            [row for row in rows if row["figure"] == "efficiency"], "runtime", "precision", "batch"
+        ):
+            of = {"runtime": runtime, "precision": precision, "batch": batch}
+            cells = [number(one(rows, "p50_ms", candidate="dense", **of), "{:.1f} ms")]
+            for rival in RIVALS:
+                ms = one(rows, "p50_ms", candidate=rival, **of)
+                efficiency = number(one(rows, "efficiency", candidate=rival, **of), "{:.2f}")
+                cells.append("-" if ms is None else f"{number(ms, '{:.1f} ms')} ({efficiency})")
+            lines.append([f"{runtime} {precision}", batch, *cells])
+        return markdown(["runtime", "batch", "dense", *RIVALS], lines)
+
+    return table
+
+
+def gains(results: Path) -> str:
+    """What a precision gains over FP32."""
+    rows = study(results, "precision_gains", figure="gain_over_fp32")
+    lines = [
+        [
+            *(row[key] for key in ("runtime", "batch", "candidate", "precision")),
+            f"{float(row['value']):.2f}x ({float(row['low']):.2f} to {float(row['high']):.2f})",
+        ]
+        for row in rows
+        if row["precision"] != "fp32"
+    ]
+    return markdown(["runtime", "batch", "model", "precision", "over its own FP32 (quartiles)"], lines)
+
+
+def agreement(results: Path) -> str:
+    """How files agree with PyTorch."""
+    rows = study(results, "precision_agreement")
+    lines = []
+    for head, precision, selection in different(
+        [row for row in rows if row["precision"]], "classifier", "precision", "selection"
+    ):
+        of = {"classifier": head, "precision": precision, "selection": selection}
+        figures = [("images", "{:.0f}"), ("same_top1_percent", "{:.1f}%"), ("largest_difference", "{:.1e}")]
+        cells = [number(one(rows, figure, **of), form) for figure, form in figures]
+        lines.append([head, f"{precision}, {selection}", *cells, number(one(rows, "layers_left_out", **of), "{:.0f}")])
+    return markdown(
+        ["classifier", "file", "images", "same top-1", "largest logit difference", "layers left in FP32"], lines, 2
+    )
+
+
+def serving(results: Path) -> str:
+    """Throughput and overhead behind one server."""
+    rows = study(results, "serving")
+    lines = []
+    for (model,) in different(rows, "model"):
+        for images in ("1", "8"):
+            best = {
+                kind: max(
+                    float(row["value"])
+                    for row in rows
+                    if row["figure"] == "images_per_s"
+                    and (row["model"], row["candidate"], row["load"]) == (model, kind, "closed")
+                    and row["request_images"] == images
+                )
+                for kind in ("dense", "slim")
+            }
+            cost = [
+                number(one(rows, "overhead_percent", model=model, candidate=kind, request_images=images), "{:+.1f}%")
+                for kind in best
+            ]
+            gain = f"{best['slim'] / best['dense']:.2f}x"
+            lines.append([model, images, f"{best['dense']:.1f}", f"{best['slim']:.1f}", gain, *cost])
+    header = ["model", "images a request", "dense images/s", "slim images/s", "gain", "server's cost, dense", "slim"]
+    return markdown(header, lines)
+
+
+def search_cost(results: Path) -> str:
+    """What a search costs, in forwards of one image through the dense model."""
+    rows = study(results, "search_cost")
+    lines = []
+    for model, schedule in different([row for row in rows if row["schedule"]], "model", "schedule"):
+        of = {"model": model, "schedule": schedule}
+        row, authors = (one(rows, "image_forwards", **{**of, "schedule": who}) for who in (schedule, "authors"))
+        assert row is not None and authors is not None
+        fewer = f"{float(authors['value']) / float(row['value']):.1f}x"
+        images = f"{row['scored']} / {row['measured']}"
+        share = number(one(rows, "macs_share", **of), "{:.3f}")
+        lines.append([model, schedule, images, number(row, "{:,.0f}"), fewer, share])
+    header = ["model", "schedule", "images scored / measured", "image-forwards", "fewer", "MACs that stayed"]
+    return markdown(header, lines, 2)
+
+
+def targets(results: Path) -> str:
+    """How near searches come to what was asked."""
+    rows = study(results, "targets")
+    lines = []
+    for row in rows:
+        asked = row["asked"]
+        if row["figure"] == "reached":
+            off = 100 * (float(row["value"]) / float(asked) - 1)
+            lines.append(["MACs", f"{float(asked):.2f} of dense", f"{float(row['value']):.4f}", f"{off:+.1f}%"])
+        elif row["figure"] == "measured_ms":
+            off = 100 * (float(row["value"]) / float(asked) - 1)
+            what = f"latency, {row['runtime']}, batch {row['batch']}"
+            lines.append([what, f"{float(asked):.2f} ms", f"{float(row['value']):.2f} ms", f"{off:+.1f}%"])
+    return markdown(["target", "asked", "reached", "off by"], lines)
+
+
+def headline(results: Path) -> str:
+    """What it buys, for the README."""
+    lines = []
+    recovered = study(results, "accuracy_recovery")
+    of = {"variant": "lowpass", "target": "0.5"}
+    dense = number(one(recovered, "top1_dense", **of), "{:.2f}%")
+    for stage, name in STAGES.items():
+        lines.append(
+            [f"digits, half of the MACs, {name}: top-1 (dense {dense})", f"{over_seeds(recovered, stage, **of)}%"]
+        )
+    rows = study(results, "speed_paper", model="deit_small")
+    macs = {who: one(rows, "macs", candidate=who) for who in ("dense", "lowpass")}
+    saved = float((macs["dense"] or {})["value"]) / float((macs["lowpass"] or {})["value"])
+    for runtime, precision in (("onnxruntime", "fp32"), ("openvino", "bf16")):
+        for batch in ("1", "8", "32"):
+            at = {"candidate": "lowpass", "runtime": runtime, "precision": precision, "batch": batch}
+            gained = number(one(rows, "speedup", **at), "{:.2f}x")
+            what = f"DeiT-Small, {saved:.2f}x fewer MACs, {runtime} {precision} on two CPU cores, batch {batch}"
+            lines.append([f"{what}: speed-up", gained])
+    gain = number(one(study(results, "serving", model="deit_small"), "throughput_gain"), "{:.2f}x")
+    lines.append(["DeiT-Small behind a Triton server on two CPU cores: images a second", gain])
+    return markdown(["what", "measured"], lines)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "headline": headline,
+    "accuracy": accuracy("accuracy_recovery", "accuracy_recovery_curve", "accuracy_as_published"),
+    "before-planning": accuracy("accuracy_before_planning"),
+    "criteria": accuracy("accuracy_criteria"),
+    "settings": accuracy("accuracy_settings"),
+    "noise": noise,
+    "speed-small": speed("deit_small"),
+    "speed-tiny": speed("deit_tiny"),
+    "speed-base": speed("deit_base"),
+    "gains": gains,
+    "agreement": agreement,
+    "serving": serving,
+    "search-cost": search_cost,
+    "targets": targets,
+}
+
+
+def filled(text: str, results: Path) -> str:
+    """A document with every table made anew.
+
+    Raises:
+        InputError: it asks for a table that there is not.
+    """
+
+    def fill(block: re.Match[str]) -> str:
+        name = block[2]
+        if name not in TABLES:
+            raise InputError(f"there is no table {name!r}; choose from {', '.join(TABLES)}")
+        return f"{block[1]}{TABLES[name](results)}\n{block[4]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def documents(root: Path) -> list[Path]:
+    """What may hold tables."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where a table differs.")] = False,
+    results: Annotated[Path, typer.Option(help="Folder of the CSVs.")] = RESULTS,
+) -> None:
+    """Make the tables of README.md and docs/ from the results, in the current directory."""
+    differ = []
+    for document in documents(Path()):
+        before = document.read_text()
+        after = filled(before, results)
+        if after != before:
+            differ.append(str(document))
+            if not check:
+                write_text(document, after)
+    if check and differ:
+        raise RunError(f"tables differ from the results in {', '.join(differ)}; `python -m lowpass.benchmarks.tables`")
+    print("\n".join(differ) if differ else "all tables agree with the results")
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        typer.run(main)

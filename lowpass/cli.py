@@ -1,6 +1,6 @@
 """The `lowpass` command: parse, call, print. What the commands do is in `lowpass/commands/`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -11,36 +11,31 @@ from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.version import __version__
 
 app = typer.Typer(
-    help="""Make a trained DeiT small, and fast where it is deployed (VTC-LFC, NeurIPS 2022).
+    help="""Take a trained vision transformer and ship it small and fast (VTC-LFC, NeurIPS 2022).
 
     A first run, nothing downloaded: lowpass demo
 
-    Your own model: lowpass compress --model deit_small_patch16_224 --weights deit_small.pth --data imagenet/
-    --target-macs 0.46, then lowpass finetune, export, build and benchmark on the run directory it made.
-
-    Progress and the log go to standard error, the answer to standard output. Exit codes: 0 done, 1 something failed,
-    2 the input cannot be used.""",
+    Progress goes to standard error, the answer to standard output. Exit codes: 0 done, 1 failed, 2 bad input.""",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     add_completion=False,
 )
-for command in (
-    compress.demo,
-    compress.compress,
-    import_vtc.import_vtc,
-    model.finetune,
-    model.evaluate,
-    ship.export,
-    ship.build,
-    ship.benchmark,
-    ship.profile,
-    serve.deploy,
-    serve.serve,
-    serve.predict,
-    ship.doctor,
-):
-    app.command()(command)
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Make a model small": (
+        compress.demo,
+        compress.compress,
+        import_vtc.import_vtc,
+        model.finetune,
+        model.evaluate,
+    ),
+    "Make it fast": (ship.export, ship.build, ship.benchmark, ship.profile),
+    "Serve it": (serve.deploy, serve.serve, serve.predict),
+    "This machine": (ship.doctor,),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 
 
 def _version(wanted: bool) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lowpass.commands.common import AsJson, DataOption, PrecisionOption, Resume, Seed, answer, say
+from lowpass.commands.common import AsJson, PrecisionOption, Resume, Seed, answer, say
 from lowpass.pipeline.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ def demo(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compress, fine-tune, export, build and time the embedded digits model: all of it, in minutes, on any machine."""
+    """All of it on the embedded digits model, in minutes.
+
+    Compress, fine-tune, export, verify, build and time, on any machine."""
     from lowpass.api import recipe_of
 
     recipe = recipe_of("digits_deit", "digits", target_macs=target_macs, seed=seed)
@@ -93,7 +95,14 @@ def compress(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    data: DataOption = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="'digits'; a folder with train/CLASS/... and val/CLASS/... (or CLASS/... alone); "
+            "or a timm reader such as hfds/NAME.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     score_images: Annotated[int, typer.Option(help="Training images for LFS.", rich_help_panel=DATA)] = 2000,
     measure_images: Annotated[
         int, typer.Option(help="Training images on which a step's top-1 is measured.", rich_help_panel=DATA)
@@ -119,7 +128,10 @@ def compress(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn at random.", rich_help_panel=RUN)] = 0,
-    as_json: AsJson = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object, alone, on standard output.", rich_help_panel=RUN),
+    ] = False,
     tune_for: Annotated[
         Literal["onnxruntime", "openvino", "tensorrt"],
         typer.Option(help="The runtime whose liking the next options default to.", rich_help_panel=SHAPES),

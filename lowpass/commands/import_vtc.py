@@ -24,7 +24,7 @@ def import_vtc(
     data: DataOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a run directory of a model that VTC-LFC's released code has already compressed.
+    """Make a run of a model that VTC-LFC's released code compressed.
 
     Every other command takes it. Without --dense it is fine-tuned on the labels alone, and timed against a dense model
     with random weights."""

@@ -17,7 +17,9 @@ def finetune(
     seed: Annotated[int | None, typer.Option(min=0, help="The run's own unless given.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train the slim model with the dense one as its teacher; the result takes its place in the run."""
+    """Train the slim model with the dense one as its teacher.
+
+    The result takes its place in the run."""
     from lowpass.api import Run
 
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "distill_weight": distill_weight}

@@ -42,7 +42,9 @@ def deploy(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add the exported model to a Triton repository as a new version; a running server takes it up by itself."""
+    """Add the exported model to a Triton repository.
+
+    As a new version; a running server takes it up by itself."""
     from lowpass.export.triton.repository import DeployOptions, serve_version
     from lowpass.export.triton.repository import deploy as deploy_one
 

@@ -30,7 +30,7 @@ def export(
     data: DataOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write DIR/model.<precision>.onnx, once it agrees with PyTorch on real images."""
+    """Write DIR/model.<precision>.onnx, verified on real images."""
     from lowpass.export.artefacts import quantization_of
     from lowpass.export.batch import BatchProfile
     from lowpass.export.onnx.file import onnx_path
@@ -62,7 +62,9 @@ def build(
     dense: Annotated[bool, typer.Option("--dense", help="Build the dense model, for comparison.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compile the exported model: DIR/model.<precision>.plan and its manifest. TensorRT-RTX needs no GPU for it."""
+    """Compile the exported model with TensorRT.
+
+    DIR/model.<precision>.plan and its manifest. TensorRT-RTX needs no GPU for it."""
     from lowpass.export.tensorrt.plan import Manifest, manifest_path
     from lowpass.export.tensorrt.plan import build as build_engine
 
@@ -92,7 +94,9 @@ def benchmark(
     seconds: Annotated[float, typer.Option(min=0.05, help="About how long to time each model at each batch.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
-    """Time slim against dense in interleaved rounds, on every runtime of this machine."""
+    """Time slim against dense on every runtime that is here.
+
+    In interleaved rounds, so that both meet the same machine."""
     from lowpass.benchmarks.latency.compare import benchmark as measure
     from lowpass.benchmarks.latency.compare import refuse_other_rivals
     from lowpass.export.batch import parse_batches
@@ -115,8 +119,9 @@ def profile(
     ] = "cls",
     as_json: AsJson = False,
 ) -> None:
-    """Measure what the parts of a model's blocks take on this machine: what `compress --target-latency` plans by.
+    """Measure what `compress --target-latency` plans by.
 
+    What the parts of a model's blocks take on this machine.
     The table is kept, and measured anew when the model, the runtime's version or the machine changes."""
     from lowpass.api import checked_runtime
     from lowpass.benchmarks.latency.parts import as_markdown
@@ -131,7 +136,9 @@ def profile(
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine can do: CPU and GPU, runtimes and their versions, TensorRT, Triton."""
+    """Say what this machine can do.
+
+    CPU and GPU, runtimes and their versions, TensorRT, Triton."""
     from lowpass.benchmarks.latency.machine import as_text, describe
 
     machine = describe()

@@ -28,7 +28,7 @@ from lowpass.export.runtimes.session import logits_of
 from lowpass.pipeline.data.digits import DigitScenes
 from lowpass.pipeline.model.slim_vit import SlimViT
 
-ROUNDS = 4
+ROUNDS = 2
 STEPS = 12
 
 

@@ -2,8 +2,6 @@
 
 import csv
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,8 @@ import pytest
 from lowpass.benchmarks.headline import draw
 from lowpass.benchmarks.latency.machine import describe
 from lowpass.benchmarks.rows import FIGURE, ORIGIN, RESULTS, Row, read_rows, write_rows
-from lowpass.benchmarks.tables import BLOCK, TABLES, documents, filled
-from lowpass.pipeline.base.errors import InputError
+from lowpass.benchmarks.tables import BLOCK, TABLES, documents, filled, main
+from lowpass.pipeline.base.errors import InputError, RunError
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,22 +56,22 @@ def test_documents_hold_the_tables_of_the_results() -> None:
     assert found == set(TABLES)
 
 
-def test_an_edited_figure_is_noticed(tmp_path: Path) -> None:
+def test_an_edited_figure_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copytree(ROOT / RESULTS, tmp_path / RESULTS)
-    command = [sys.executable, "-m", "lowpass.benchmarks.tables", "--check"]
-    environment = {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
-    path = tmp_path / RESULTS / "serving.csv"
-    lines = list(csv.reader(path.open()))
-    place = lines[0].index("value")
+    monkeypatch.chdir(tmp_path)
+    main(check=True, results=RESULTS)
+    lines = list(csv.reader((RESULTS / "serving.csv").open()))
     row = next(line for line in lines if line[0] == "deit_small" and "throughput_gain" in line)
-    row[place] = "9.99"
-    with path.open("w", newline="") as file:
+    row[lines[0].index("value")] = "9.99"
+    with (RESULTS / "serving.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "README.md" in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(RunError, match=r"README\.md"):
+        main(check=True, results=RESULTS)
+    main(check=False, results=RESULTS)
+    assert "9.99x" in Path("README.md").read_text()
+    main(check=True, results=RESULTS)
 
 
 def test_an_unknown_table_is_refused() -> None:

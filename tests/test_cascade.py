@@ -19,7 +19,7 @@ from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.cascade import FIRST_BLOCK_KEEP, check_target, largest
+from lowpass.pipeline.search.cascade import check_target, largest
 from lowpass.pipeline.search.channel_criteria import (
     CHANNEL_CRITERIA,
     Stream,
@@ -29,7 +29,7 @@ from lowpass.pipeline.search.channel_criteria import (
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import ChannelDecision, Curve, Entry, Plan, TokenDecision
 from lowpass.pipeline.search.search import search
-from lowpass.pipeline.search.shaping import AS_PUBLISHED
+from lowpass.pipeline.search.shaping import AS_PUBLISHED, FIRST_BLOCK_KEEP
 from lowpass.pipeline.train.evaluate import top1
 
 TOKENS, BLOCKS = 36, 3  # enough for block 0 to drop a token, and for that to be worth it

@@ -27,12 +27,10 @@ from tritonclient.utils import InferenceServerException
 from lowpass.benchmarks.serving.load import closed_loop, open_loop
 from lowpass.cli import main
 from lowpass.export.artefacts import open_session
-from lowpass.export.onnx.file import current_onnx
 from lowpass.export.runtimes.session import logits_of
 from lowpass.export.tensorrt.plan import build, manifest_path
 from lowpass.export.triton.client import Client, Protocol, predict
-from lowpass.export.triton.config import parse_config
-from lowpass.export.triton.repository import CONFIG_FILE, DeployOptions, deploy, serve_version, versions_of
+from lowpass.export.triton.repository import DeployOptions, deploy, serve_version
 from lowpass.export.triton.server import Supervisor, find_server, is_ready
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.run.images import verification_batches
@@ -363,31 +361,6 @@ def test_engines_for_other_hardware_are_refused(running: Running, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_a_repository_says_what_it_serves(slim_run: Path, tmp_path: Path) -> None:
-    exported(slim_run, "fp32")
-    for backend in ("python", "onnxruntime"):
-        done = deploy(slim_run, tmp_path / "repo", backend, DeployOptions(backend=backend))  # type: ignore[arg-type]
-        config = parse_config((done.path / CONFIG_FILE).read_text(), "config")
-        assert config.backend == backend and config.max_batch_size == 8
-        assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
-        assert config.dynamic_batching.max_queue_delay_microseconds > 0
-        assert list(config.version_policy.specific.versions) == [1]
-        assert len(config.model_warmup) == 3 and config.instance_group[0].count >= 1
-        assert (done.path / "labels.txt").read_text().split() == [str(digit) for digit in range(10)]
-        assert (done.path / "1" / "model.onnx").read_bytes() == current_onnx(slim_run, "fp32").read_bytes()
-    with pytest.raises(InputError, match="already holds version 1"):
-        deploy(slim_run, tmp_path / "repo", "python", DeployOptions(version=1))
-    with pytest.raises(InputError, match="another backend"):
-        deploy(slim_run, tmp_path / "repo", "python", DeployOptions(backend="onnxruntime"))
-    with pytest.raises(InputError, match="no version before 1"):
-        serve_version(tmp_path / "repo", "python")
-    with pytest.raises(InputError, match="--name"):
-        deploy(slim_run, tmp_path / "repo", "../up", DeployOptions())
-    assert versions_of(tmp_path / "repo" / "python") == (1,)
-    assert not list(tmp_path.rglob("*.part"))
-
-
-@pytest.mark.slow
 def test_serve_comes_back_after_a_kill(running: Running, tmp_path: Path) -> None:
     repository = tmp_path / "repo"
     deploy(running.run, repository, "digits", DeployOptions(instances=1, threads=1))
@@ -430,11 +403,3 @@ def test_serve_comes_back_after_a_kill(running: Running, tmp_path: Path) -> None
         process.terminate()
         assert process.wait(60) == 0
     assert not is_ready(address)
-
-
-def test_serve_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["serve", str(tmp_path)])
-    assert stop.value.code == 2 and "holds no model" in capsys.readouterr().err
-    with pytest.raises(InputError, match="make triton"):
-        find_server(tmp_path)

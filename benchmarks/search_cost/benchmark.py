@@ -41,10 +41,10 @@ from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.cascade import first_keep, keeping
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.search import search
-from lowpass.pipeline.search.shaping import AS_PUBLISHED
+from lowpass.pipeline.search.shaping import AS_PUBLISHED, first_keep
+from lowpass.pipeline.search.state import keeping
 from lowpass.pipeline.train.evaluate import top1
 
 TRIALS = 7  # of the authors' schedule, for each of tokens and channels

@@ -7,20 +7,17 @@ how far: a MACs or latency target.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_block import SlimBlock
-from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import ChannelDecision, TokenDecision, Trial
-from lowpass.pipeline.search.shaping import Prune, Shaping, choose_shaped
-from lowpass.pipeline.search.state import SearchState
+from lowpass.pipeline.search.shaping import Prune, Shaping, choose_shaped, first_keep
+from lowpass.pipeline.search.state import SearchState, keeping
 
-FIRST_BLOCK_KEEP = 0.97  # the paper: block 0 keeps at least this share of its tokens
 RESOLUTION = 0.03  # an amount is found to this share of what the block has
 
 
@@ -54,11 +51,6 @@ def apply(state: SearchState, decision: ChannelDecision) -> None:
     if decision.choice is not None:
         block, _ = state.cut(decision.choice)
         state.model.vit.blocks[state.index] = block
-
-
-def first_keep(architecture: Architecture) -> int:
-    """What block 0 must pass on."""
-    return max(1, round(FIRST_BLOCK_KEEP * architecture.dense.num_tokens))
 
 
 def _drop_tokens(state: SearchState, floor: float, before: float, guesses: dict[str, float]) -> TokenDecision:
@@ -123,18 +115,6 @@ def _rows(block: SlimBlock) -> int:
     """Channels of a block, a query/key pair counted twice."""
     shape = block.shape
     return shape.heads * (2 * shape.qk_dim + shape.v_dim) + shape.hidden
-
-
-@contextmanager
-def keeping(model: SlimViT, index: int, keep: int) -> Iterator[None]:
-    """`model` with fewer tokens for a while."""
-    before = [block.keep for block in model.blocks]
-    model.set_keep(index, keep)
-    try:
-        yield
-    finally:
-        for later in range(index, len(before)):
-            model.set_keep(later, before[later])
 
 
 def largest(

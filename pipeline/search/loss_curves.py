@@ -13,12 +13,11 @@ from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_block import SlimBlock
-from lowpass.pipeline.search.cascade import first_keep, keeping
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import Curve
 from lowpass.pipeline.search.plan import AttentionOption, BlockCurve, SizeOption, interpolated
-from lowpass.pipeline.search.shaping import Shaping
-from lowpass.pipeline.search.state import SearchState, first_images
+from lowpass.pipeline.search.shaping import Shaping, first_keep
+from lowpass.pipeline.search.state import SearchState, first_images, keeping
 
 PROFILED_IMAGES = 512  # on which losses are measured
 

@@ -21,7 +21,7 @@ from lowpass.pipeline.method.channels import (
 )
 from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.method.token_scores import TokenScore
-from lowpass.pipeline.model.architecture import DenseViT
+from lowpass.pipeline.model.architecture import Architecture, DenseViT
 
 TunedFor = Literal["onnxruntime", "openvino", "tensorrt"]
 Prune = Literal["both", "channels", "tokens"]
@@ -121,3 +121,11 @@ def make_shaping(target: TunedFor, as_published: bool, **changes: object) -> Sha
         return Shaping.model_validate(base.model_dump() | {k: v for k, v in changes.items() if v is not None})
     except ValidationError as error:
         raise InputError(first_problem(error)) from None
+
+
+FIRST_BLOCK_KEEP = 0.97  # the paper: block 0 keeps at least this share of its tokens
+
+
+def first_keep(architecture: Architecture) -> int:
+    """What block 0 must pass on."""
+    return max(1, round(FIRST_BLOCK_KEEP * architecture.dense.num_tokens))

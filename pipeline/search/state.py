@@ -4,6 +4,7 @@ what leaves them is kept and only the rest is run."""
 import copy
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -165,3 +166,15 @@ def first_images(batches: list[Tensor], images: int) -> list[Tensor]:
     while sum(map(len, chosen)) < images and len(chosen) < len(batches):
         chosen.append(batches[len(chosen)])
     return chosen
+
+
+@contextmanager
+def keeping(model: SlimViT, index: int, keep: int) -> Iterator[None]:
+    """`model` with fewer tokens for a while."""
+    before = [block.keep for block in model.blocks]
+    model.set_keep(index, keep)
+    try:
+        yield
+    finally:
+        for later in range(index, len(before)):
+            model.set_keep(later, before[later])

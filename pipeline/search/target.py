@@ -15,14 +15,14 @@ from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.recovery import Refit
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.search.cascade import apply, first_keep, keeping
+from lowpass.pipeline.search.cascade import apply
 from lowpass.pipeline.search.costs import Costs, total
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import ChannelDecision, Plan, TokenDecision
 from lowpass.pipeline.search.order import chooser
 from lowpass.pipeline.search.plan import BlockCurve, plan, refuse_unreachable
-from lowpass.pipeline.search.shaping import Prune, Shaping
-from lowpass.pipeline.search.state import SearchState
+from lowpass.pipeline.search.shaping import Prune, Shaping, first_keep
+from lowpass.pipeline.search.state import SearchState, keeping
 
 TOLERANCE, TRIES = 0.02, 8  # of a measured plan
 REFUSED_BEYOND = 0.05

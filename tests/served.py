@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import tritonclient.http
 
-from lowpass.export.artefacts import quantization_of
+from lowpass.export.artefacts import open_session, quantization_of
 from lowpass.export.batch import BatchProfile
 from lowpass.export.onnx.verify import export
 from lowpass.export.options import ExportOptions, Input, Precision
+from lowpass.export.runtimes.session import logits_of
 from lowpass.export.triton.client import Client, Protocol
 from lowpass.export.triton.server import Address
 from lowpass.pipeline.run.images import verification_batches
@@ -87,3 +88,9 @@ def request_body(images: np.ndarray) -> tuple[bytes, str]:
     given.set_data_from_numpy(images)
     body, length = tritonclient.http.InferenceServerClient.generate_request_body([given])
     return body, f"Inference-Header-Content-Length: {length}\r\n"
+
+
+def still_right(running: Running) -> None:
+    wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:2])
+    with running.client("digits") as client:
+        np.testing.assert_allclose(client.logits(running.images[:2]), wanted, atol=1e-5, rtol=0)

@@ -20,7 +20,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 from PIL import Image
-from served import ROOT, TRITON, Running, exported, free_address, post, raw, request_body, until
+from served import ROOT, TRITON, Running, exported, free_address, post, raw, request_body, still_right, until
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -143,12 +143,6 @@ def test_wrong_requests_are_refused(
             client.infer("digits", [given])
         assert client.is_server_ready()
         client.close()
-
-
-def still_right(running: Running) -> None:
-    wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:2])
-    with running.client("digits") as client:
-        np.testing.assert_allclose(client.logits(running.images[:2]), wanted, atol=1e-5, rtol=0)
 
 
 def test_truncated_and_oversized_bodies(running: Running) -> None:

@@ -5,9 +5,12 @@ What runs it on a model is `search/channel_criteria.py`.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
+
+ChannelCriterion = Literal["lfs", "taylor", "magnitude", "random"]
 
 
 @dataclass(frozen=True)

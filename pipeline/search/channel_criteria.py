@@ -4,17 +4,14 @@ A new criterion is one function here and one line of `CHANNEL_CRITERIA`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.frequency import lowpass_images
-from lowpass.pipeline.method.sensitivity import ChannelScores, channel_scores, sensitivity_loss
+from lowpass.pipeline.method.sensitivity import ChannelCriterion, ChannelScores, channel_scores, sensitivity_loss
 from lowpass.pipeline.model.slim_vit import SlimViT
-
-ChannelCriterion = Literal["lfs", "taylor", "magnitude", "random"]
-
 
 Stream = tuple[Tensor, Tensor, Tensor]  # tokens of clean images, tokens of low-passed images, labels
 

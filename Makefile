@@ -14,9 +14,11 @@ TRITON_READY := $(TRITON_VENV)/.lowpass-ready
 demo: $(READY)
 	$(BIN)/lowpass demo --out $(OUT)
 
-# In random order (the seed is printed; `-p no:randomly` for file order), each process a part of everything.
+# In random order, each process a part of everything. To have an order again: make test SEED=...
+SEED ?= $(shell date +%s)
 test: lint $(TRITON_READY)
-	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 25
+	@echo 'order of tests: SEED=$(SEED)'
+	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(BIN)/python -m pytest -n 2 --dist loadgroup --randomly-seed $(SEED) --durations 25
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -166,7 +166,7 @@ def test_a_goal_measures_whole_models(
 
     monkeypatch.setattr(lowpass.benchmarks.latency.target, "against_dense", against)
     goal = latency_target(architecture, 2.5, "onnxruntime", "fp32", 2, tmp_path)
-    assert (goal.target, goal.unit) == (2.5, "ms") and goal.measure is not None
+    assert (goal.value, goal.unit) == (2.5, "ms") and goal.measure is not None
     slim = architecture.with_keep(0, 9)
     assert [goal.measure(slim) for _ in range(4)] == [8.0, 4.0, 3.0, 2.0]
     assert set(seen) == {(slim, architecture, "onnxruntime", "fp32", 2)} and next(answers, None) is None

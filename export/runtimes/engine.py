@@ -103,7 +103,10 @@ def compile_engine(
     if plan is None:
         raise RunError(f"TensorRT could not build the engine: {log.reason()}")
     serialised = config.get_timing_cache().serialize()
-    return bytes(plan), bytes(serialised) if serialised is not None else b"", log.warnings
+    made = bytes(plan), bytes(serialised) if serialised is not None else b"", log.warnings
+    # What a builder made goes before it: Python would free the builder first, whose memory the others point into.
+    del plan, serialised, shapes, image, timing_cache, config, parser, network, builder
+    return made
 
 
 @cache

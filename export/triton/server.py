@@ -1,11 +1,11 @@
 """A Triton server as a child process: found, started, watched, started again when it dies, stopped cleanly."""
 
-import ctypes
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -24,7 +24,10 @@ POLL_S = 1  # how often the server looks for new versions
 STOP_S, START_S = 20.0, 60.0  # seconds to finish what it has; to load all models
 PAUSE_S, LONGEST_PAUSE_S, STEADY_S = 0.2, 30.0, 60.0
 TAIL = 12  # lines of the log that a failure quotes
-PR_SET_PDEATHSIG = 1
+# The server must never outlive who supervises it: PR_SET_PDEATHSIG (1) holds across exec.
+NEVER_OUTLIVE = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True)
@@ -134,15 +137,14 @@ class Supervisor:
         if self._output is None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self._output = self.log.open("ab")
-        libc = ctypes.CDLL(None)
         self.process = subprocess.Popen(  # noqa: S603 - a list, no shell
-            self._command(),
+            # By a process of its own: `preexec_fn` would fork this one, whose other threads may hold locks.
+            [sys.executable, "-I", "-c", NEVER_OUTLIVE, *self._command()],
             env=self._environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # never outlive who supervises
         )
 
     def _command(self) -> list[str]:

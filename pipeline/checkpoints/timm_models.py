@@ -24,6 +24,10 @@ def load_model(model: str, weights: Path | str | None = None, random_weights: bo
 
     Raises:
         InputError: unknown name, no weights, or weights that are damaged, not finite or of another shape.
+
+    Example:
+        >>> load_model("digits_deit").num_classes
+        10
     """
     if not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)

@@ -44,6 +44,11 @@ def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
 
     Raises:
         ValueError: `n` is negative or leaves nothing.
+
+    Example:
+        >>> scores = ChannelScores(torch.tensor([[4.0, 3.0], [0.1, 0.2]]), torch.ones(2, 2), torch.tensor([5.0, 0.0]))
+        >>> choose_channels(scores, 1).hidden  # the lowest score of all
+        (0,)
     """
     pairs, values, hidden = scores.query_key, scores.value, scores.hidden
     threshold = score_threshold(scores, n)

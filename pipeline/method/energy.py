@@ -24,6 +24,11 @@ def low_frequency_energy(tokens: Tensor, cutoff: float, norm: EnergyNorm = "l2")
 
     Raises:
         ValueError: `cutoff` is outside (0, 1) or `norm` is neither.
+
+    Example:
+        >>> alike = torch.ones(1, 16, 4)  # tokens that do not change along their axis keep all of it
+        >>> low_frequency_energy(alike, 0.85).round(decimals=2).unique()
+        tensor([1.])
     """
     matrix = token_lowpass_matrix(tokens.shape[1], cutoff).to(tokens.device, tokens.dtype)
     return filtered_energy(tokens, matrix, norm)

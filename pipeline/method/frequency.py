@@ -18,6 +18,11 @@ def lowpass_images(images: Tensor, cutoff: float) -> Tensor:
 
     Raises:
         ValueError: `cutoff` is not positive.
+
+    Example:
+        >>> flat = torch.ones(1, 3, 8, 8)  # the lowest frequency of all
+        >>> torch.allclose(lowpass_images(flat, 0.1), flat, atol=1e-6)
+        True
     """
     if cutoff <= 0:
         raise ValueError(f"the image cutoff must be positive, not {cutoff}")

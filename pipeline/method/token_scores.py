@@ -70,6 +70,11 @@ def token_scores(
 
     Raises:
         ValueError: `attention` covers fewer tokens than are given.
+
+    Example:
+        >>> attention = torch.full((1, 2, 17, 17), 1 / 17)  # two heads, the CLS token and 16 image tokens
+        >>> token_scores(torch.ones(1, 16, 4), attention, 0.85).shape
+        torch.Size([1, 16])
     """
     length, count = attention.shape[-1], tokens.shape[1]
     if count > length:

@@ -22,7 +22,15 @@ DENSE_WEIGHTS_FILE = "dense.safetensors"
 
 
 class SlimViT(nn.Module):
-    """A DeiT with slim blocks: images [B, C, H, W] -> logits [B, classes]. Everything but the blocks is timm's own."""
+    """A DeiT with slim blocks: images [B, C, H, W] -> logits [B, classes]. Everything but the blocks is timm's own.
+
+    Example:
+        >>> from lowpass.pipeline.checkpoints.timm_models import load_model
+        >>> slim = SlimViT.from_timm(load_model("digits_deit"))
+        >>> slim.set_keep(2, 40)  # block 2 and all above it pass on 40 of the 64 image tokens
+        >>> slim(torch.zeros(1, 3, 32, 32)).shape, slim.architecture.blocks[5].keep
+        (torch.Size([1, 10]), 40)
+    """
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()

@@ -40,6 +40,13 @@ def low_frequency_sensitivity(
     Raises:
         ValueError: there are no batches.
         InputError: `model` is not a plain ViT.
+
+    Example:
+        >>> from lowpass.pipeline.checkpoints.timm_models import load_model
+        >>> batches = [(torch.rand(4, 3, 32, 32), torch.tensor([3, 1, 4, 1]))]
+        >>> scores = low_frequency_sensitivity(load_model("digits_deit"), batches, block=0)
+        >>> scores.query_key.shape, scores.value.shape, scores.hidden.shape
+        (torch.Size([3, 32]), torch.Size([3, 32]), torch.Size([384]))
     """
     slim = model if isinstance(model, SlimViT) else SlimViT.from_timm(model)
     device = next(slim.parameters()).device

@@ -1,6 +1,5 @@
 """The speed suite: all rivals at matched MACs, checked, timed and written down; what cannot run is said."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,10 @@ from PIL import Image
 
 import lowpass.benchmarks.latency.timing
 from lowpass.benchmarks.precision.gains import measure
+from lowpass.benchmarks.rows import read_rows
 from lowpass.benchmarks.speed.candidates import CANDIDATES, candidates, uniform_width
 from lowpass.benchmarks.speed.memory import peak_memory
+from lowpass.benchmarks.speed.result_rows import rows
 from lowpass.benchmarks.speed.suite import Engine, engines_here, run_suite
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -35,13 +36,16 @@ def test_uniform_width_is_refused_where_there_is_none() -> None:
         uniform_width(architecture, 1)
 
 
+KEYS = ("model", "runtime", "precision", "batch", "candidate")
+
+
 @pytest.mark.slow
 def test_a_suite_is_written(tmp_path: Path) -> None:
     engines: list[Engine] = [("onnxruntime", "int8"), ("openvino", "bf16"), ("tensorrt-rtx", "fp16")]
     done = run_suite("gpu", tmp_path, ["deit_tiny"], (1, 2), engines, ("dense", "lowpass"), 0.05)
-    assert json.loads((tmp_path / "suite.json").read_text()) == done.model_dump(mode="json") | {
-        "seconds": json.loads((tmp_path / "suite.json").read_text())["seconds"]
-    }
+    written = read_rows(tmp_path / "speed_gpu.csv")
+    wanted = [(row.figure, str(row.value), *(str(value) for value in row.of.values())) for row in rows(done)]
+    assert [(row["figure"], row["value"], *(row[key] for key in KEYS if row[key])) for row in written] == wanted
     for engine in done.models["deit_tiny"].engines:
         if engine.runtime == "tensorrt-rtx" and engine.not_measured:
             assert not engine.batches  # no GPU, and no figure in its place
@@ -53,9 +57,9 @@ def test_a_suite_is_written(tmp_path: Path) -> None:
             assert figures["dense"].efficiency == pytest.approx(1)
         assert engine.file_bytes["lowpass"] < engine.file_bytes["dense"]
         assert all(mib is not None and mib > 5 for mib in engine.peak_memory_mib.values())
-    table = (tmp_path / "suite.md").read_text()
-    assert "onnxruntime int8" in table and "| lowpass |" in table
-    assert Image.open(tmp_path / "deit_tiny.png").size[0] > 500
+    assert {"onnxruntime", "openvino", "tensorrt-rtx"} <= {row["runtime"] for row in written}
+    assert {"dense", "lowpass"} <= {row["candidate"] for row in written}
+    assert Image.open(tmp_path / "speed_gpu_deit_tiny.png").size[0] > 500
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -17,8 +17,6 @@ from lowpass.pipeline.base.errors import RunError
 MOST_REQUESTS = 20_000  # of one point
 TIMEOUT_S = 120.0  # of a request
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-
-
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 Send = Callable[[], object]
 

@@ -10,8 +10,6 @@ from lowpass.pipeline.method.token_scores import TokenScore
 from lowpass.pipeline.model.slim_block import AttentionWeights, SlimAttention, attend
 
 FUSED_HEAD_STEP = 4  # TensorRT's fused attention takes FP16/BF16 heads of 12, 16, 20, ... channels, query like value
-
-
 FUSED_HEAD_LEAST = 12
 
 

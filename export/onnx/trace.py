@@ -17,11 +17,7 @@ from lowpass.pipeline.base.progress import quiet
 from lowpass.pipeline.model.slim_vit import SlimViT
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which module a node comes from
-
-
 PRODUCER = "lowpass"
-
-
 # Operators whose output shape hangs on data, and the transform that TensorRT's parser refuses.
 FORBIDDEN = {"DFT", "NonZero", "Unique", "Compress", "NonMaxSuppression", "StringSplit", "Loop", "If", "Scan"}
 

@@ -12,8 +12,6 @@ from lowpass.export.batch import BatchProfile
 from lowpass.pipeline.base.errors import InputError, RunError
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
-
-
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 
 

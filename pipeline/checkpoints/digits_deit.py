@@ -8,8 +8,6 @@ from timm.models import VisionTransformer, build_model_with_cfg, generate_defaul
 from torch import nn
 
 DIGITS_MODEL = "digits_deit"
-
-
 DIGITS_WEIGHTS = Path(__file__).parent / "weights" / "digits_deit.safetensors"
 
 

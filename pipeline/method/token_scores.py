@@ -13,8 +13,6 @@ from torch import Tensor
 from lowpass.pipeline.method.energy import EnergyNorm, filtered_energy, low_frequency_energy
 
 TokenScore = Literal["full", "cls"]
-
-
 TokenCriterion = Literal["lfe-attention", "attention", "lfe", "random"]
 
 

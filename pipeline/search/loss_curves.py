@@ -20,14 +20,8 @@ from lowpass.pipeline.search.shaping import Shaping, first_keep
 from lowpass.pipeline.search.state import SearchState, first_images, keeping
 
 PROFILED_IMAGES = 512  # on which losses are measured
-
-
 POINTS = 8  # sizes measured of a hidden width or of a token count; in between is interpolated
-
-
 LEVELS = 32  # counts of tokens that a plan may choose from
-
-
 THRESHOLDS = 12  # cuts of the attention measured where heads are thinned
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import lowpass
+from lowpass.pipeline.base.progress import report_to
 from lowpass.pipeline.data.digits import DigitScenes
 
 QUICK = {"score_images": 64, "measure_images": 64, "batch_size": 32}
@@ -117,6 +118,14 @@ def test_progress_and_log_go_where_the_caller_says(
     assert any(record.getMessage().startswith("plan: ") for record in caplog.records)
     cutting = [step for step in steps if step.description == "cutting blocks"]
     assert [step.done for step in cutting] == [0, 1, 2, 3, 3] and cutting[-1].finished and cutting[0].total == 3
+
+
+def test_a_run_without_a_listener_leaves_the_one_there_is(slim_run: Path) -> None:
+    """So that a command shows the progress of what it does through a run."""
+    steps: list[lowpass.Step] = []
+    with report_to(steps.append):
+        lowpass.Run(slim_run).evaluate()
+    assert {step.description for step in steps} == {"testing dense", "testing slim"}
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,10 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 @contextmanager
 def report_to(listener: Listener | None) -> Iterator[None]:
-    """Within, `track` tells `listener`; None: nobody."""
+    """Within, `track` tells `listener`; None: whoever listens already."""
+    if listener is None:
+        yield
+        return
     before = _listener.set(listener)
     try:
         yield

@@ -92,11 +92,16 @@ def _checked_out() -> str:
     git = shutil.which("git")
     if git is None:
         return ""
-    folder = Path(__file__).resolve().parent
-    done = subprocess.run(  # noqa: S603 - a list, no shell
-        [git, "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else ""
+    here = Path(__file__).resolve()
+
+    def answer(*question: str) -> str | None:
+        command = [git, "-C", str(here.parent), *question]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - a list, no shell
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # Installed inside somebody else's repository, its commit is not ours.
+    tracked = answer("ls-files", "--error-unmatch", here.name)
+    return (answer("rev-parse", "--short", "HEAD") or "") if tracked else ""
 
 
 def latency_rows(of: Mapping[str, object], latency: Latency) -> Iterator[Row]:

@@ -47,7 +47,7 @@ def number(row: dict[str, str] | None, form: str) -> str:
 
 
 def over_seeds(rows: Rows, figure: str, **of: str) -> str:
-    """Mean, half of the 95% interval of the mean (Student's t), and how many seeds."""
+    """Mean, and half of the 95% interval of the mean (Student's t) where there are seeds enough for one."""
     values = [
         float(row["value"]) for row in rows if row["figure"] == figure and all(row[k] == v for k, v in of.items())
     ]
@@ -252,6 +252,11 @@ def filled(text: str, results: Path) -> str:
     return BLOCK.sub(fill, text)
 
 
+def differing(text: str, results: Path) -> list[str]:
+    """The names of the tables that the results no longer give."""
+    return [block[2] for block in BLOCK.finditer(text) if filled(block[0], results) != block[0]]
+
+
 def documents(root: Path) -> list[Path]:
     """What may hold tables."""
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
@@ -267,7 +272,7 @@ def main(
         before = document.read_text()
         after = filled(before, results)
         if after != before:
-            differ.append(str(document))
+            differ.append(f"{document} ({', '.join(differing(before, results))})")
             if not check:
                 write_text(document, after)
     if check and differ:

@@ -9,8 +9,9 @@ from PIL import Image
 from tiny import TINY
 from torch.utils.data import Subset
 
-from lowpass.benchmarks.accuracy.noise import Noise, NoisePoint, channels_by_noisy_images, noisy, tokens_by_noisy_images
-from lowpass.benchmarks.accuracy.noise import as_markdown as noise_markdown
+from lowpass.benchmarks.accuracy.noise import channels_by_noisy_images, noisy, tokens_by_noisy_images
+from lowpass.benchmarks.accuracy.noise_table import Noise, NoisePoint
+from lowpass.benchmarks.accuracy.noise_table import as_markdown as noise_markdown
 from lowpass.benchmarks.accuracy.plots import plot_accuracy, plot_noise
 from lowpass.benchmarks.accuracy.shared_curves import share_curves
 from lowpass.benchmarks.accuracy.studies import STUDIES, Study, Variant

@@ -12,9 +12,10 @@ import lowpass.benchmarks.latency.timing
 from lowpass.benchmarks.precision.gains import measure
 from lowpass.benchmarks.rows import read_rows
 from lowpass.benchmarks.speed.candidates import CANDIDATES, candidates, uniform_width
+from lowpass.benchmarks.speed.measured import Engine
 from lowpass.benchmarks.speed.memory import peak_memory
 from lowpass.benchmarks.speed.result_rows import rows
-from lowpass.benchmarks.speed.suite import Engine, engines_here, run_suite
+from lowpass.benchmarks.speed.suite import engines_here, run_suite
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.model.slim_vit import SlimViT
 
@@ -57,7 +58,11 @@ def test_a_suite_is_written(tmp_path: Path) -> None:
             assert figures["dense"].efficiency == pytest.approx(1)
         assert engine.file_bytes["lowpass"] < engine.file_bytes["dense"]
         assert all(mib is not None and mib > 5 for mib in engine.peak_memory_mib.values())
-    assert {"onnxruntime", "openvino", "tensorrt-rtx"} <= {row["runtime"] for row in written}
+    spreads = [(str(row.low or ""), str(row.high or "")) for row in rows(done)]
+    assert [(row["low"], row["high"]) for row in written] == spreads
+    assert {("onnxruntime", "int8"), ("openvino", "bf16")} <= {(row["runtime"], row["precision"]) for row in written}
+    for figure in ("p50_ms", "p90_ms", "p99_ms", "speedup", "efficiency", "file_bytes", "peak_memory_mib", "macs"):
+        assert figure in {row["figure"] for row in written}
     assert {"dense", "lowpass"} <= {row["candidate"] for row in written}
     assert Image.open(tmp_path / "speed_gpu_deit_tiny.png").size[0] > 500
     assert not list(tmp_path.glob("*.tmp"))

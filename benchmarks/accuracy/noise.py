@@ -11,21 +11,20 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from lowpass.benchmarks.accuracy.noise_table import Noise, NoisePoint, as_markdown, rows
 from lowpass.benchmarks.accuracy.plots import plot_noise
 from lowpass.benchmarks.accuracy.studies import STUDIES
 from lowpass.benchmarks.accuracy.study import Source, directory_of, one_seed
-from lowpass.benchmarks.accuracy.table import Spread, as_text, spread
-from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
-from lowpass.benchmarks.rows import Row, write_rows
+from lowpass.benchmarks.accuracy.table import spread
+from lowpass.benchmarks.latency.machine import describe
+from lowpass.benchmarks.rows import write_rows
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.checkpoints.timm_models import load_model
 from lowpass.pipeline.data.datasets import Batches, Data, load_data
@@ -41,30 +40,6 @@ from lowpass.pipeline.train.evaluate import top1
 COMPARED = {"channels": ("lfs", "taylor"), "tokens": ("lfe-attention tokens", "attention tokens")}  # method, rival
 STRENGTHS = (0.0, 0.1, 0.2, 0.4, 0.8)
 Blocks = tuple[BlockShape, ...]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class NoisePoint(_Frozen):
-    """One criterion at one strength: top-1 in percent, seed by seed."""
-
-    scored: str
-    variant: str
-    noise: float
-    top1: tuple[float, ...]
-    spread: Spread
-
-
-class Noise(_Frozen):
-    """Everything there is."""
-
-    title: str
-    command: str
-    seconds: float
-    machine: Machine
-    points: tuple[NoisePoint, ...]
 
 
 def noisy(batches: Batches, strength: float, seed: int) -> Batches:
@@ -151,28 +126,6 @@ def study_noise(root: Path, source: Source, target: float, seeds: int) -> tuple[
     )
 
 
-def as_markdown(done: Noise) -> str:
-    """The table, with what it was measured by."""
-    lines = [
-        f"# {done.title}",
-        "",
-        f"`{done.command}`, {done.seconds / 60:.1f} minutes on {in_a_line(done.machine)}",
-        "",
-        "Top-1 in percent on clean images, no training: mean ± half of the 95% interval of the mean over the seeds "
-        "(sample standard deviation).",
-        "",
-        "| scored on noisy images | by | noise | seeds | top-1 | each seed |",
-        "|---|---|--:|--:|--:|---|",
-    ]
-    for point in done.points:
-        each = ", ".join(f"{value:.1f}" for value in point.top1)
-        lines.append(
-            f"| {point.scored} | {point.variant} | {point.noise:g} | {len(point.top1)} | {as_text(point.spread)} "
-            f"| {each} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main(
     out: Annotated[Path, typer.Option(help="Where OUT.csv and OUT.png go.")],
     target: Annotated[float, typer.Option(help="Share of the dense MACs that stays.")] = 0.55,
@@ -194,11 +147,3 @@ def main(
     write_rows(out.with_suffix(".csv"), rows(done), done.machine, done.command)
     plot_noise(done, out.with_suffix(".png"))
     print(as_markdown(done))
-
-
-def rows(done: Noise) -> Iterator[Row]:
-    """Every seed's top-1."""
-    for point in done.points:
-        for seed, measured in enumerate(point.top1):
-            of = {"scored": point.scored, "variant": point.variant, "noise": point.noise, "seed": seed}
-            yield Row(of, "top1_no_training", measured)

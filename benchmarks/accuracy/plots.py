@@ -1,21 +1,17 @@
 """Plots of what was measured."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from lowpass.benchmarks.accuracy.noise_table import Noise
+from lowpass.benchmarks.accuracy.table import Accuracy, Spread
 from lowpass.benchmarks.figures import COLOURS, write_figure
-
-if TYPE_CHECKING:
-    from lowpass.benchmarks.accuracy.noise import Noise
-    from lowpass.benchmarks.accuracy.table import Accuracy, Spread
-
 
 FEWEST_SEEDS = 3  # for a bar
 
 
-def plot_accuracy(done: "Accuracy", path: Path) -> None:
+def plot_accuracy(done: Accuracy, path: Path) -> None:
     """Top-1 against MACs, a row of panels for each group of variants, before and after fine-tuning; or at a single
     target one line a variant. Bars are the 95% interval of the mean over the seeds, dots the seeds where they are too
     few for one."""
@@ -53,13 +49,13 @@ def plot_accuracy(done: "Accuracy", path: Path) -> None:
     write_figure(figure, path)
 
 
-def _seeds(done: "Accuracy", variant: str, target: float, stage: str) -> list[float]:
+def _seeds(done: Accuracy, variant: str, target: float, stage: str) -> list[float]:
     """Top-1 of every seed that has one."""
     found = [getattr(one, stage) for one in done.seeds if (one.variant, one.target) == (variant, target)]
     return [top1 for top1 in found if top1 is not None]
 
 
-def _bar(spread: "Spread", count: int) -> float:
+def _bar(spread: Spread, count: int) -> float:
     """Two seeds have an interval, but one that says more of Student's t than of them."""
     return spread.half_interval or 0.0 if count >= FEWEST_SEEDS else 0.0
 
@@ -67,7 +63,7 @@ def _bar(spread: "Spread", count: int) -> float:
 STAGES = {"pruned_top1": "no training", "finetuned_top1": "fine-tuned"}
 
 
-def _plot_variants(done: "Accuracy", path: Path) -> None:
+def _plot_variants(done: Accuracy, path: Path) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.3 * len(done.summaries)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     names = [summary.variant for summary in done.summaries]
@@ -87,7 +83,7 @@ def _plot_variants(done: "Accuracy", path: Path) -> None:
     write_figure(figure, path)
 
 
-def plot_noise(done: "Noise", path: Path) -> None:
+def plot_noise(done: Noise, path: Path) -> None:
     """Top-1 against the strength of the noise, one panel for what is scored; bars are 95% intervals."""
     kinds = list(dict.fromkeys(point.scored for point in done.points))
     figure = Figure(figsize=(4.5 * len(kinds), 3.2), layout="constrained")

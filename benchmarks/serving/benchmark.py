@@ -269,6 +269,8 @@ def rows(done: Serving) -> Iterator[Row]:
                     yield Row(of, figure, getattr(point, figure))
                 if point.compute_ms is not None:
                     yield Row(of, "compute_ms", point.compute_ms)
+                for size, count in point.batches.items():
+                    yield Row({**of, "batch": size}, "batches", count)
         for kind, one in result.overhead.items():
             of = {"model": name, "candidate": kind, "load": "at saturation", "request_images": one.batch}
             yield Row(of, "bare_ms_an_image", one.bare_ms)

@@ -7,7 +7,8 @@ import typer
 
 from lowpass.benchmarks.rows import RESULTS
 from lowpass.benchmarks.speed.candidates import CANDIDATES
-from lowpass.benchmarks.speed.suite import Engine, run_suite
+from lowpass.benchmarks.speed.measured import Engine
+from lowpass.benchmarks.speed.suite import run_suite
 from lowpass.export.batch import parse_batches
 from lowpass.export.runtimes.registry import (
     SUPPORTED,

@@ -1,17 +1,14 @@
 """Efficiency of every candidate, by runtime and batch size."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
 from lowpass.benchmarks.figures import COLOURS, write_figure
-
-if TYPE_CHECKING:
-    from lowpass.benchmarks.speed.suite import ModelResult
+from lowpass.benchmarks.speed.measured import ModelResult
 
 
-def plot_efficiency(result: "ModelResult", model: str, path: Path) -> None:
+def plot_efficiency(result: ModelResult, model: str, path: Path) -> None:
     """Efficiency by batch size, one panel a runtime, one bar a model; the line at 1 is every saved MAC arriving as
     time. Nothing is drawn where nothing was measured."""
     engines = [engine for engine in result.engines if engine.batches]

@@ -1,15 +1,12 @@
 """What the speed benchmark found, a row a figure."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lowpass.benchmarks.rows import Row, latency_rows
-
-if TYPE_CHECKING:
-    from lowpass.benchmarks.speed.suite import Suite
+from lowpass.benchmarks.speed.measured import Suite
 
 
-def rows(done: "Suite") -> Iterator[Row]:
+def rows(done: Suite) -> Iterator[Row]:
     """Every figure of every candidate; speed-ups with quartiles over the rounds, and why something was not measured."""
     for model, result in done.models.items():
         for name, macs in result.macs.items():

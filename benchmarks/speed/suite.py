@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from lowpass.benchmarks.latency.machine import Machine, describe
-from lowpass.benchmarks.latency.timing import Latency, check_logits, interleaved, latency, speedup
+from lowpass.benchmarks.latency.machine import describe
+from lowpass.benchmarks.latency.timing import check_logits, interleaved, latency, speedup
 from lowpass.benchmarks.rows import write_rows
 from lowpass.benchmarks.speed.candidates import CANDIDATES, Candidate, candidates
+from lowpass.benchmarks.speed.measured import Engine, EngineResult, ModelResult, Suite, Timed
 from lowpass.benchmarks.speed.memory import peak_memory
 from lowpass.benchmarks.speed.plot import plot_efficiency
 from lowpass.benchmarks.speed.result_rows import rows
@@ -38,7 +38,6 @@ from lowpass.pipeline.base.errors import RunError
 from lowpass.pipeline.base.files import write_bytes
 from lowpass.pipeline.base.progress import console
 
-Engine = tuple[RuntimeName, Precision]
 Files = dict[tuple[str, Precision], bytes]  # ONNX files of one model, which several runtimes share
 IMAGE = (3, 224, 224)
 MEMORY_BATCH = 8
@@ -46,49 +45,6 @@ MIN_ROUNDS = 7
 ENGINES = Path("runs/engines")  # that ONNX Runtime builds for TensorRT
 # Largest logit difference from FP32 PyTorch over the largest logit; wide: noise makes tokens tie.
 TOLERANCE: dict[Precision, float] = {"fp32": 0.02, "fp16": 0.1, "bf16": 0.25, "int8": 0.5}
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Timed(_Frozen):
-    """One candidate at one batch size. `speedup` is over dense in the same runtime and precision, round by round."""
-
-    latency: Latency
-    speedup: float
-    speedup_quartiles: tuple[float, float]
-    efficiency: float
-
-
-class EngineResult(_Frozen):
-    """One runtime at one precision: batch -> candidate -> figures. Bytes are of the ONNX file; memory is the peak that
-    loading and running at batch 8 adds to a process, in MiB."""
-
-    runtime: RuntimeName
-    precision: Precision
-    description: str | None = None
-    not_measured: str | None = None
-    file_bytes: dict[str, int] = {}
-    peak_memory_mib: dict[str, float | None] = {}
-    batches: dict[int, dict[str, Timed]] = {}
-
-
-class ModelResult(_Frozen):
-    """One model."""
-
-    macs: dict[str, int]
-    engines: list[EngineResult]
-
-
-class Suite(_Frozen):
-    """Everything that was measured so far."""
-
-    suite: str
-    command: str
-    seconds: float
-    machine: Machine
-    models: dict[str, ModelResult]
 
 
 def engines_here(suite: str, wanted: Sequence[Engine] | None) -> list[tuple[Engine, str | None]]:

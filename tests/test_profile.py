@@ -13,7 +13,7 @@ from conftest import MakeViT
 import lowpass.benchmarks.latency.setup
 import lowpass.benchmarks.latency.target
 from lowpass.benchmarks.latency import parts
-from lowpass.benchmarks.latency.part_graphs import chained, with_tokens
+from lowpass.benchmarks.latency.part_graphs import repeat_part, with_tokens
 from lowpass.benchmarks.latency.parts import as_markdown, measure_table, token_grid
 from lowpass.benchmarks.latency.target import against_dense, latency_target
 from lowpass.export.graph.deployable import deployable
@@ -126,7 +126,7 @@ def test_a_chain_computes_its_parts_in_turn(architecture: Architecture, precisio
     dtype = DTYPES[precision]
     block = parts._model(deployable(SlimViT(architecture), precision)).blocks[0]
     part = parts._Mlp(block)
-    chain = chained(trace(part, torch.zeros(2, 17, 24, dtype=dtype)), 3, dtype)
+    chain = repeat_part(trace(part, torch.zeros(2, 17, 24, dtype=dtype)), 3, dtype)
     onnx.checker.check_model(chain, full_check=True)
     tokens = np.random.default_rng(0).standard_normal((2, 17, 24), np.float32)
     with torch.inference_mode():

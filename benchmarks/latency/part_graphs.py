@@ -33,7 +33,7 @@ def with_tokens(part: onnx.ModelProto, traced: int, wanted: int) -> onnx.ModelPr
     return graph
 
 
-def chained(part: onnx.ModelProto, links: int, dtype: torch.dtype) -> onnx.ModelProto:
+def repeat_part(part: onnx.ModelProto, links: int, dtype: torch.dtype) -> onnx.ModelProto:
     """`links` copies of a part in a row, each with weights of its own, as in a model; FP32 at either end."""
     chain = onnx.ModelProto()
     chain.CopyFrom(part)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowpass.benchmarks.latency.part_graphs import chained, with_tokens
+from lowpass.benchmarks.latency.part_graphs import repeat_part, with_tokens
 from lowpass.benchmarks.latency.setup import (
     QUANTILE,
     TimingSetup,
@@ -83,8 +83,8 @@ def measure_table(
     outermost = (heads[0], heads[-1])
     points = len(tokens) * (len(heads) + len(hidden) + 2 + len(set(outermost))) + 1
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-        place = TimingSetup(runtime, precision, batch, Path(folder))
-        opened = _sessions(architecture, place, tokens, heads, hidden)
+        setup = TimingSetup(runtime, precision, batch, Path(folder))
+        opened = _sessions(architecture, setup, tokens, heads, hidden)
         sessions = dict(track(opened, f"building parts for {runtime}", total=points))
         ms = _timed(sessions, seconds)
     return LatencyTable(
@@ -118,7 +118,7 @@ def token_grid(dense: DenseViT) -> list[int]:
 
 
 def _sessions(
-    architecture: Architecture, place: TimingSetup, tokens: Sequence[int], heads: Sequence[int], hidden: Sequence[int]
+    architecture: Architecture, setup: TimingSetup, tokens: Sequence[int], heads: Sequence[int], hidden: Sequence[int]
 ) -> Iterator[tuple[_Point, Session]]:
     """A warm session for every point."""
     dense = architecture.dense
@@ -127,30 +127,30 @@ def _sessions(
     def deployed(shape: BlockShape, image_tokens: int = whole.keep, keep: int = whole.keep) -> SlimViT:
         slim = _two_blocks(architecture, shape)
         slim.blocks[0].set_tokens(image_tokens, keep)
-        return _model(deployable(slim, place.precision))
+        return _model(deployable(slim, setup.precision))
 
     for size in heads:
         model = deployed(whole.model_copy(update={"heads": size}))
         part = _Attention(model.blocks[0])
-        for count, session in _part_sessions(part, tokens, LINKS, dense, place):
+        for count, session in _part_sessions(part, tokens, LINKS, dense, setup):
             yield _Point("attention", count, size), session
         if size == whole.heads:
-            for count, session in _part_sessions(part, tokens, 1, dense, place):
+            for count, session in _part_sessions(part, tokens, 1, dense, setup):
                 yield _Point("alone", count), session
         if size in (heads[0], heads[-1]):
             closing = _Closing(deployed(whole).blocks[0], model.vit.blocks[-1])
-            for count, session in _part_sessions(closing, tokens, 1, dense, place):
+            for count, session in _part_sessions(closing, tokens, 1, dense, setup):
                 yield _Point("closing", count, size), session
     for size in hidden:
         mlp = _Mlp(deployed(whole.model_copy(update={"hidden": size})).blocks[0])
-        for count, session in _part_sessions(mlp, tokens, LINKS, dense, place):
+        for count, session in _part_sessions(mlp, tokens, LINKS, dense, setup):
             yield _Point("mlp", count, size), session
     for count in tokens:
         selecting = _Selecting(deployed(whole, count - prefix, (count - prefix) // 2).blocks[0])
-        for _, session in _part_sessions(selecting, [count], 1, dense, place):
+        for _, session in _part_sessions(selecting, [count], 1, dense, setup):
             yield _Point("selecting", count), session
     ends = _Ends(deployed(whole))
-    yield _Point("ends"), whole_session(AtPrecision(ends, place.dtype), dense, place, quantised=False)
+    yield _Point("ends"), whole_session(AtPrecision(ends, setup.dtype), dense, setup, quantised=False)
 
 
 def _two_blocks(architecture: Architecture, shape: BlockShape) -> SlimViT:
@@ -207,21 +207,21 @@ class _Ends(nn.Module):
 
 
 def _part_sessions(
-    part: nn.Module, counts: Sequence[int], links: int, dense: DenseViT, place: TimingSetup
+    part: nn.Module, counts: Sequence[int], links: int, dense: DenseViT, setup: TimingSetup
 ) -> Iterator[tuple[int, Session]]:
     """Warm sessions on a chain of parts, by token count. The part is exported once, at the last count."""
     width = dense.embed_dim
-    if place.runtime == "pytorch":
-        chain = AtPrecision(nn.Sequential(*(copy.deepcopy(part) for _ in range(links))), place.dtype)
+    if setup.runtime == "pytorch":
+        chain = AtPrecision(nn.Sequential(*(copy.deepcopy(part) for _ in range(links))), setup.dtype)
         for count in counts:
-            yield count, warm(PyTorch(chain), noise(place.batch, count, width))
+            yield count, warm(PyTorch(chain), noise(setup.batch, count, width))
         return
-    traced = trace(part, torch.zeros(2, counts[-1], width, dtype=place.dtype))
-    if place.precision == "int8":
+    traced = trace(part, torch.zeros(2, counts[-1], width, dtype=setup.dtype))
+    if setup.precision == "int8":
         traced, _ = quantize(traced, Quantization([noise(2, counts[-1], width)]))
     for count in counts:
-        graph = chained(with_tokens(traced, counts[-1], count), links, place.dtype)
-        yield count, warm(open_graph(graph, place), noise(place.batch, count, width))
+        graph = repeat_part(with_tokens(traced, counts[-1], count), links, setup.dtype)
+        yield count, warm(open_graph(graph, setup), noise(setup.batch, count, width))
 
 
 def _timed(sessions: Mapping[_Point, Session], seconds: float) -> dict[_Point, float]:

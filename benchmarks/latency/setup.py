@@ -65,33 +65,33 @@ def machine_of(runtime: RuntimeName) -> dict[str, str]:
     }
 
 
-def whole_session(module: nn.Module, dense: DenseViT, place: TimingSetup, quantised: bool) -> Session:
+def whole_session(module: nn.Module, dense: DenseViT, setup: TimingSetup, quantised: bool) -> Session:
     """A warm session on a module from images to logits."""
-    images = noise(place.batch, dense.in_chans, *dense.img_size)
-    if place.runtime == "pytorch":
+    images = noise(setup.batch, dense.in_chans, *dense.img_size)
+    if setup.runtime == "pytorch":
         return warm(PyTorch(module.eval()), images)
     graph = trace(module.eval(), torch.zeros(2, dense.in_chans, *dense.img_size))
-    if quantised and place.precision == "int8":
+    if quantised and setup.precision == "int8":
         graph, _ = quantize(graph, Quantization([images]))
-    return warm(open_graph(graph, place), images)
+    return warm(open_graph(graph, setup), images)
 
 
-def open_graph(graph: onnx.ModelProto, place: TimingSetup) -> Session:
+def open_graph(graph: onnx.ModelProto, setup: TimingSetup) -> Session:
     """A session on an ONNX graph; for TensorRT its engine is built.
 
     Raises:
         RunError: the runtime refuses it.
     """
     content: bytes = graph.SerializeToString()
-    if place.runtime in FLAVOURS:
-        profile = BatchProfile(least=place.batch, best=place.batch, most=place.batch)
-        timing = place.folder / "timing.cache"  # parts share kernels
+    if setup.runtime in FLAVOURS:
+        profile = BatchProfile(least=setup.batch, best=setup.batch, most=setup.batch)
+        timing = setup.folder / "timing.cache"  # parts share kernels
         plan, cache, _ = compile_engine(
-            place.runtime, content, profile, timing.read_bytes() if timing.exists() else b""
+            setup.runtime, content, profile, timing.read_bytes() if timing.exists() else b""
         )
         timing.write_bytes(cache)
-        return TensorRT(plan, place.runtime, {})
-    return onnx_session(place.runtime, content, place.precision, place.folder)
+        return TensorRT(plan, setup.runtime, {})
+    return onnx_session(setup.runtime, content, setup.precision, setup.folder)
 
 
 def noise(*shape: int) -> Images:

@@ -133,9 +133,9 @@ def against_dense(
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         for name, architecture in (("dense", dense), ("slim", slim)):
             (Path(folder) / name).mkdir()
-            place = TimingSetup(runtime, precision, batch, Path(folder) / name)
-            module = deployable(SlimViT(architecture), place.precision)
-            sessions[name] = whole_session(module, architecture.dense, place, quantised=True)
+            setup = TimingSetup(runtime, precision, batch, Path(folder) / name)
+            module = deployable(SlimViT(architecture), setup.precision)
+            sessions[name] = whole_session(module, architecture.dense, setup, quantised=True)
         rounds = interleaved(sessions, seconds)
     dense_ms, slim_ms = (float(np.percentile(np.concatenate(rounds[name]), QUANTILE)) for name in ("dense", "slim"))
     return dense_ms, dense_ms / slim_ms

@@ -113,9 +113,9 @@ def authors_schedule(model: SlimViT, scoring: Batches, measuring: Batches, recip
     """The same acceptance rule and the same channel choice as ours, with nothing kept between passes."""
     assert recipe.allowable_drop is not None
     depth = len(model.blocks)
-    standing = top1(model, measuring)
+    top1_now = top1(model, measuring)
     for index in track(range(depth), "the authors' schedule"):
-        entered = standing
+        entered = top1_now
         floor = entered - recipe.allowable_drop / depth * recipe.token_share
         have = model.blocks[index].tokens_in
         fewest = first_keep(model.architecture) if index == 0 else 1
@@ -124,7 +124,7 @@ def authors_schedule(model: SlimViT, scoring: Batches, measuring: Batches, recip
             with keeping(model, index, have - dropped):
                 return top1(model, measuring)
 
-        dropped, standing = _halving(have - fewest, floor, standing, after_tokens)
+        dropped, top1_now = _halving(have - fewest, floor, top1_now, after_tokens)
         model.set_keep(index, have - dropped)
         floor = entered - recipe.allowable_drop / depth
         block = model.blocks[index]
@@ -139,7 +139,7 @@ def authors_schedule(model: SlimViT, scoring: Batches, measuring: Batches, recip
         def after_channels(n: int, cut: Callable[[int], SlimViT] = cut) -> float:
             return top1(cut(n), measuring)
 
-        n, standing = _halving(rows - 1, floor, standing, after_channels)
+        n, top1_now = _halving(rows - 1, floor, top1_now, after_channels)
         if n:
             remove_channels(model.blocks[index], choose_channels(_scores(model, scoring, index, recipe), n))
     return model.architecture
@@ -214,8 +214,8 @@ def compare(
     """One model, all ways; what is counted is kept in `folder`."""
 
     def recipe(**settings: object) -> Recipe:
-        goal = {} if "target_macs" in settings else {"allowable_drop": allowance}
-        return Recipe.model_validate({"model": name, "data": "made", "shaping": AS_PUBLISHED} | goal | settings)
+        asked = {} if "target_macs" in settings else {"allowable_drop": allowance}
+        return Recipe.model_validate({"model": name, "data": "made", "shaping": AS_PUBLISHED} | asked | settings)
 
     scored, measured = (sum(len(labels) for _, labels in batches) for batches in (scoring, measuring))
     costs = {}

@@ -25,6 +25,7 @@ class SlimViT(nn.Module):
     """A DeiT with slim blocks: images [B, C, H, W] -> logits [B, classes]. Everything but the blocks is timm's own.
 
     Example:
+        >>> import torch
         >>> from lowpass.pipeline.checkpoints.timm_models import load_model
         >>> slim = SlimViT.from_timm(load_model("digits_deit"))
         >>> slim.set_keep(2, 40)  # block 2 and all above it pass on 40 of the 64 image tokens

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from lowpass.export.onnx.verify import export
 from lowpass.export.options import ExportOptions, Input, Precision
 from lowpass.export.runtimes.session import logits_of
 from lowpass.export.triton.client import Client, Protocol
-from lowpass.export.triton.server import Address
+from lowpass.export.triton.server import Address, Supervisor, find_server, is_ready
 from lowpass.pipeline.run.images import verification_batches
 
 PROFILE = BatchProfile.parse("1:4:8")
@@ -56,6 +57,20 @@ class Running:
         client = Client(self.url(protocol), model, protocol)
         yield client
         client.close()
+
+
+@contextmanager
+def served(run: Path, repository: Path, images: np.ndarray) -> Iterator[Running]:
+    """A server on a repository of a run's models, stopped in the end.
+
+    What breaks a model needs a server of its own: Triton counts a model that failed to load as not ready for as long as
+    the server lives, even when it was taken out of the repository.
+    """
+    address, log = free_address(), repository.with_name("triton.log")
+    with Supervisor(find_server(TRITON), repository, address, log) as supervisor:
+        threading.Thread(target=supervisor.watch, daemon=True).start()
+        yield Running(run, repository, address, log, images)
+    assert not is_ready(address)  # it has stopped
 
 
 def exported(run: Path, precision: Precision, dense: bool = False, input: Input = "float32") -> None:

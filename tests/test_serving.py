@@ -20,7 +20,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 from PIL import Image
-from served import ROOT, TRITON, Running, exported, free_address, post, raw, request_body, still_right, until
+from served import ROOT, TRITON, Running, exported, free_address, post, raw, request_body, served, still_right, until
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -52,11 +52,8 @@ def running(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     deploy(tuned_run, repository, "digits-dense", one, dense=True)
     deploy(tuned_run, repository, "int8", DeployOptions(precision="int8", instances=1, threads=1))
     images = verification_batches(tuned_run, None)[0][0][0][:16].numpy()
-    address, log = free_address(), repository.with_name("triton.log")
-    with Supervisor(find_server(TRITON), repository, address, log) as supervisor:
-        threading.Thread(target=supervisor.watch, daemon=True).start()
-        yield Running(tuned_run, repository, address, log, images)
-    assert not is_ready(address)  # it has stopped
+    with served(tuned_run, repository, images) as server:
+        yield server
 
 
 @pytest.mark.slow
@@ -288,55 +285,54 @@ def version_is_served(running: Running, model: str, version: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_corrupt_version_leaves_the_old_one_serving(running: Running) -> None:
-    one = DeployOptions(instances=1, threads=1)
-    deploy(running.run, running.repository, "corrupt", one)
-    until(lambda: version_is_served(running, "corrupt", 1))
-    model = running.repository / "corrupt"
-    shutil.copytree(model / "1", model / "2")
-    (model / "2" / "model.onnx").write_bytes(b"damaged" * 100)
-    serve_version(running.repository, "corrupt", 2)
-    until(lambda: "failed to load 'corrupt'" in running.log.read_text())
-    with running.client("corrupt") as client:
-        wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:1])
-        np.testing.assert_allclose(client.logits(running.images[:1]), wanted, atol=1e-5, rtol=0)
+def test_a_corrupt_version_leaves_the_old_one_serving(running: Running, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    deploy(running.run, repository, "corrupt", DeployOptions(instances=1, threads=1))
+    model = repository / "corrupt"
+    with served(running.run, repository, running.images) as server:
+        shutil.copytree(model / "1", model / "2")
+        (model / "2" / "model.onnx").write_bytes(b"damaged" * 100)
+        serve_version(repository, "corrupt", 2)
+        until(lambda: "failed to load 'corrupt'" in server.log.read_text())
+        with server.client("corrupt") as client:
+            wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:1])
+            np.testing.assert_allclose(client.logits(running.images[:1]), wanted, atol=1e-5, rtol=0)
     # A server that starts now has no old one: it says which model and what to do, and that helps.
-    alone = running.repository.with_name("alone")
-    alone.mkdir()
-    model.rename(alone / "corrupt")
-    address, log = free_address(), alone.with_name("alone.log")
+    address, log = free_address(), tmp_path / "alone.log"
     with (
         pytest.raises(RunError, match=r"cannot load corrupt: .*--name corrupt --rollback"),
-        Supervisor(find_server(TRITON), alone, address, log),
+        Supervisor(find_server(TRITON), repository, address, log),
     ):
         pass
     assert not is_ready(address)
-    serve_version(alone, "corrupt")
-    with Supervisor(find_server(TRITON), alone, address, log):
+    serve_version(repository, "corrupt")
+    with Supervisor(find_server(TRITON), repository, address, log):
         assert is_ready(address)
 
 
 @pytest.mark.slow
-def test_a_tensorrt_model_lacks_the_backend_alone(running: Running) -> None:
+def test_a_tensorrt_model_lacks_the_backend_alone(running: Running, tmp_path: Path) -> None:
     """The plan of the GPU-less compiler under a manifest of TensorRT's: its configuration is read by the server."""
     exported(running.run, "fp16")
     plan = build(running.run, "fp16", "tensorrt-rtx")
+    repository = tmp_path / "repository"
+    deploy(running.run, repository, "digits", DeployOptions(instances=1, threads=1))
     tensorrt = DeployOptions(backend="tensorrt")
     with pytest.raises(InputError, match="no backend"):
-        deploy(running.run, running.repository, "engine", tensorrt)
+        deploy(running.run, repository, "engine", tensorrt)
     manifest = json.loads(manifest_path(plan).read_text()) | {"runtime": "tensorrt"}
     manifest_path(plan).write_text(json.dumps(manifest))
-    deploy(running.run, running.repository, "engine", tensorrt)
-    model = running.repository / "engine"
-    until(lambda: "failed to load 'engine'" in running.log.read_text())
-    (said,) = {
-        line.split("failed to load 'engine'")[1]
-        for line in running.log.read_text().splitlines()
-        if "failed to load 'engine'" in line and "version" in line
-    }
-    assert "unable to find backend library for backend 'tensorrt'" in said.lower(), said
-    shutil.rmtree(model)
-    still_right(running)
+    with served(running.run, repository, running.images) as server:
+        deploy(running.run, repository, "engine", tensorrt)
+        until(lambda: "failed to load 'engine'" in server.log.read_text())
+        (said,) = {
+            line.split("failed to load 'engine'")[1]
+            for line in server.log.read_text().splitlines()
+            if "failed to load 'engine'" in line and "version" in line
+        }
+        assert "unable to find backend library for backend 'tensorrt'" in said.lower(), said
+        shutil.rmtree(repository / "engine")
+        still_right(server)
 
 
 @pytest.mark.slow

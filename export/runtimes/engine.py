@@ -85,13 +85,10 @@ def compile_engine(
     # TensorRT 10 must be told to keep the precisions of the ONNX file; later ones know no other way.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse(content):
-        problems = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+    if problems := _parse(trt, network, log, content):
         raise RunError(f"TensorRT's parser refused the ONNX file: {problems}")
     config = builder.create_builder_config()
-    timing_cache = config.create_timing_cache(cache)
-    config.set_timing_cache(timing_cache, ignore_mismatch=False)
+    config.set_timing_cache(config.create_timing_cache(cache), ignore_mismatch=False)
     image = network.get_input(0)
     shapes = builder.create_optimization_profile()
     tail = tuple(image.shape)[1:]
@@ -101,10 +98,19 @@ def compile_engine(
     if plan is None:
         raise RunError(f"TensorRT could not build the engine: {log.reason()}")
     serialised = config.get_timing_cache().serialize()
-    made = bytes(plan), bytes(serialised) if serialised is not None else b"", log.warnings
-    # What a builder made goes before it: Python would free the builder first, whose memory the others point into.
-    del plan, serialised, shapes, image, timing_cache, config, parser, network, builder
-    return made
+    return bytes(plan), b"" if serialised is None else bytes(serialised), log.warnings
+
+
+def _parse(trt: Any, network: Any, log: Any, content: bytes) -> str:
+    """Fill the network; what the parser refused, or nothing.
+
+    A function of its own, so that the parser is gone before the network: it points into it, but does not keep it alive
+    in Python (seen in tensorrt-rtx 1.7.1), whose locals are freed in the order they were made.
+    """
+    parser = trt.OnnxParser(network, log)
+    if parser.parse(content):
+        return ""
+    return "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or "it gave no reason"
 
 
 @cache

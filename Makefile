@@ -14,21 +14,14 @@ TRITON_READY := $(TRITON_VENV)/.lowpass-ready
 demo: $(READY)
 	$(BIN)/lowpass demo --out $(OUT)
 
-# In random order; to have an order again: make test SEED=... Tests that call native runtimes run in processes of their own:
-# one whole run in two processes ended with a SIGSEGV of a thread that blocks signals, whose library is not known yet.
+# In random order; to have an order again: make test SEED=...
+# Two processes share the cores: a second thread of each would only wait for its turn.
 SEED ?= $(shell date +%s)
-PYTEST = $(BIN)/python -m pytest -n 2 --randomly-seed $(SEED) --durations 10
-one_each = $(foreach name,$(1),tests/test_$(name).py)
-RUNTIMES := $(call one_each,agreement api cli criteria engines export latency memory peers profile quantize released \
-	repository rounding selection)
-SERVERS := $(call one_each,serving suite)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --randomly-seed $(SEED) --durations 20
 
 test: lint $(TRITON_READY)
 	@echo 'order of tests: SEED=$(SEED)'
-	$(PYTEST) --dist worksteal $(addprefix --ignore=,$(RUNTIMES) $(SERVERS))
-	$(PYTEST) --dist worksteal $(RUNTIMES)
-	# A file a process: one server for all its tests.
-	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(PYTEST) --dist loadfile $(SERVERS)
+	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,6 +5,8 @@ runtimes. Weights after training are compared bit for bit with those of a proces
 """
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,32 @@ def test_weights_do_not_change_with_the_file_they_were_read_from(tmp_path: Path)
         file.seek(200)
         file.write(b"\xff" * 3000)
     assert torch.equal(read, torch.ones(1000))
+
+
+# Sessions that go in the order they came, then a signal that Python handles: on the stack that the thread has for it.
+SIGNALLED = """
+import gc, os, signal, sys
+import numpy as np
+from lowpass.export.runtimes.openvino import OpenVino
+from lowpass.export.runtimes.session import logits_of
+
+content = open(sys.argv[1], "rb").read()
+first, second = OpenVino(content, "fp32"), OpenVino(content, "fp32")
+for session in (first, second):
+    logits_of(session, np.zeros((1, 3, 32, 32), np.float32))
+del session, first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGCHLD)
+"""
+
+
+def test_signals_are_handled_after_openvino(tmp_path: Path) -> None:
+    """The cause of the lost test processes, see `_core` in `export/runtimes/openvino.py`."""
+    pytest.importorskip("openvino")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(to_onnx(dense(0).eval(), ExportOptions()).SerializeToString())
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", SIGNALLED, path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

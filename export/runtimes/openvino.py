@@ -1,5 +1,6 @@
 """An ONNX file in OpenVINO, as a `Session`."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ class OpenVino:
 
     def __init__(self, content: bytes, precision: Precision) -> None:
         self.openvino = _openvino()
-        self.core = self.openvino.Core()
         self.content = content
         model = onnx.load_model_from_string(content)
         self.metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -32,9 +32,10 @@ class OpenVino:
             # What was compiled for another batch size goes first: beside it, BF16 was seen to run 12 to 20 % slower.
             self.shape = self.request = None
             try:
-                model = self.core.read_model(self.content)
+                core = _core()
+                model = core.read_model(self.content)
                 model.reshape(list(value.shape))
-                compiled = self.core.compile_model(model, "CPU", self.settings)
+                compiled = core.compile_model(model, "CPU", self.settings)
             except RuntimeError as error:
                 raise RunError(f"OpenVINO cannot compile the model: {error}") from None
             self.shape, self.request = value.shape, compiled.create_infer_request()
@@ -47,6 +48,18 @@ class OpenVino:
     def logits(self) -> Images:
         """See `Session`."""
         return np.array(self.request.get_output_tensor().data, np.float32)
+
+
+@cache
+def _core() -> Any:
+    """One core for as long as the process lives.
+
+    The CPU plugin of each core gives the thread an alternate signal stack and takes it away again when the core goes, as
+    if the last to come were the first to go (`SigAltStackSetup` in its plugin.cpp; seen in OpenVINO 2026.4.1). Otherwise
+    the thread is left with a stack that is no longer mapped, and the next signal that Python handles there, such as
+    SIGCHLD once a DataLoader has had workers, ends the process with SIGSEGV and no word.
+    """
+    return _openvino().Core()
 
 
 def _openvino() -> Any:

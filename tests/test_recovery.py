@@ -93,9 +93,15 @@ def test_too_few_images_are_refused() -> None:
 
 def test_only_what_is_read_counts() -> None:
     like = torch.zeros(1)
-    assert token_weights(6, 1, True, like).tolist() == [1, 0, 0, 0, 0, 0]
-    assert token_weights(6, 1, False, like).tolist() == [5, 1, 1, 1, 1, 1]
-    assert token_weights(6, 2, False, like).tolist() == [2, 2, 1, 1, 1, 1]
+    prefix, images, both = (True, False), (False, True), (True, True)
+    assert token_weights(6, 1, prefix, True, like).tolist() == [1, 0, 0, 0, 0, 0]
+    assert token_weights(6, 1, None, True, like).tolist() == [5, 1, 1, 1, 1, 1]
+    assert token_weights(6, 2, None, True, like).tolist() == [2, 2, 1, 1, 1, 1]
+    # Where the mean of the image tokens is read, alone or with CLS, and where there are no prefix tokens at all.
+    assert token_weights(6, 1, images, False, like).tolist() == [0, 1, 1, 1, 1, 1]
+    assert token_weights(6, 1, both, True, like).tolist() == [5, 1, 1, 1, 1, 1]
+    assert token_weights(6, 1, None, False, like).tolist() == [1, 1, 1, 1, 1, 1]
+    assert token_weights(6, 0, images, False, like).tolist() == [1, 1, 1, 1, 1, 1]
 
 
 def test_layer_scale_is_divided_out_where_it_is_on() -> None:

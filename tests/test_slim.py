@@ -12,7 +12,7 @@ import torch
 from conftest import MakeViT
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.layers import PatchEmbed, SwiGLUPacked
+from timm.layers import Attention, DiffAttention, PatchEmbed, SwiGLUPacked
 from timm.models import Eva, ResNet, SwinTransformer, VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnet import BasicBlock
@@ -332,31 +332,25 @@ def test_weights_of_another_table_refused(field: str, run: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "average pooling": ({"global_pool": "avg"}, "'avg' pooling"),
+    "average and maximum pooling": ({"global_pool": "avgmax"}, "'avgmax' pooling"),
     "no pooling": ({"global_pool": ""}, "'' pooling"),
-    "no CLS token": ({"class_token": False, "global_pool": "avg"}, "no CLS token"),
     "no classifier": ({"num_classes": 0}, "no classifier"),
     "no blocks": ({"depth": 0}, "no blocks"),
     "no positions": ({"pos_embed": "none"}, "position embedding"),
-    "any image size": ({"dynamic_img_size": True}, "position embedding"),
-    "norm before the blocks": ({"pre_norm": True}, "normalises before the blocks"),
-    "norm after pooling": ({"fc_norm": True}, "normalises"),
-    "no last norm": ({"final_norm": False}, "norm"),
     "RMS norm": ({"norm_layer": "rmsnorm"}, "norm"),
     "normalised patches": ({"embed_norm_layer": "layernorm"}, "patch embedding"),
     "another patch embedding": ({"embed_layer": type("Other", (PatchEmbed,), {})}, "patch embedding"),
     "an image cut short": ({"img_size": 18}, "patch"),
     "a padded image": ({"img_size": 18, "dynamic_img_pad": True}, "patch"),
-    "normalised queries": ({"qk_norm": True}, "normalised or gated"),
-    "normalised attention": ({"scale_attn_norm": True}, "normalised or gated"),
-    "another attention": ({"attn_layer": "diff"}, "attention is not timm's standard"),
+    "normalised queries": ({"qk_norm": True}, "are normalised, or its output gated"),
+    "another attention": ({"attn_layer": type("Own", (Attention,), {})}, "attention is not timm's standard"),
+    "other differential attention": ({"attn_layer": partial(DiffAttention, dual_lambda=True)}, "dual lambda"),
+    "normalised differential attention": ({"attn_layer": DiffAttention, "scale_attn_norm": True}, "dual lambda"),
     "no projection bias": ({"proj_bias": False}, "bias"),
-    "normalised MLP": ({"scale_mlp_norm": True}, "MLP"),
     "ReLU": ({"act_layer": "relu"}, "GELU"),
-    "approximate GELU": ({"act_layer": "gelu_tanh"}, "GELU"),
     "SwiGLU": ({"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}, "MLP"),
     "norm after the branches": ({"block_fn": ResPostBlock, "init_values": 0.1}, "standard Block"),
-    "parallel branches": ({"block_fn": ParallelScalingBlock}, "standard Block"),
+    "parallel branches": ({"block_fn": ParallelScalingBlock}, r"side by side \(ParallelScalingBlock\)"),
     "distilled with registers": ({"kind": VisionTransformerDistilled, "reg_tokens": 1}, "register"),
 }
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lowpass.export.options import OPSET
 from lowpass.pipeline.method.token_scores import TokenScore
-from lowpass.pipeline.model.slim_block import AttentionWeights, SlimAttention, attend
+from lowpass.pipeline.model.slim_attention import AttentionWeights, SlimAttention, attend
 
 FUSED_HEAD_STEP = 4  # TensorRT's fused attention takes FP16/BF16 heads of 12, 16, 20, ... channels, query like value
 FUSED_HEAD_LEAST = 12
@@ -17,7 +17,8 @@ class FusedAttention(nn.Module):
     """`SlimAttention` with query, key and value as one GEMM.
 
     With `head_dim`, query/key and value heads are zero-padded to that one size, which is exact: a zero channel adds
-    nothing to a logit, and a zero value meets a zero column of the projection.
+    nothing to a logit, and a zero value meets a zero column of the projection. In front of a norm, which would count
+    them, zeros are cut off again.
     """
 
     def __init__(self, attention: SlimAttention, head_dim: int | None) -> None:
@@ -27,10 +28,11 @@ class FusedAttention(nn.Module):
         self.weights = AttentionWeights(attention.weights.scale)
         qk, v = [(layer, self.qk_dim) for layer in (attention.query, attention.key)], (attention.value, self.v_dim)
         self.qkv = stacked(self.num_heads, *qk, v)
-        source = attention.proj
-        self.proj = nn.Linear(self.num_heads * self.v_dim, source.out_features, device=source.weight.device)
+        source, self.norm = attention.proj, attention.norm
+        self.own = attention.v_dim if isinstance(self.norm, nn.LayerNorm) else self.v_dim
+        self.proj = nn.Linear(self.num_heads * self.own, source.out_features, device=source.weight.device)
         with torch.no_grad():
-            self.proj.weight.copy_(padded(source.weight.T, self.num_heads, self.v_dim).T)
+            self.proj.weight.copy_(padded(source.weight.T, self.num_heads, self.own).T)
             self.proj.bias.copy_(source.bias)
 
     def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
@@ -38,7 +40,9 @@ class FusedAttention(nn.Module):
         sizes = [self.num_heads * d for d in (self.qk_dim, self.qk_dim, self.v_dim)]
         query, key, value = (by_head(part, self.num_heads) for part in self.qkv(x).split(sizes, -1))
         mixed, weights = attend(query, key, value, self.weights, score)
-        return self.proj(mixed.transpose(1, 2).flatten(2)), weights
+        if self.own < self.v_dim:
+            mixed = mixed[..., : self.own]
+        return self.proj(self.norm(mixed.transpose(1, 2).flatten(2))), weights
 
 
 class RowAttention(nn.Module):

@@ -10,6 +10,8 @@ from lowpass.export.graph.last_block import LastBlock
 from lowpass.export.graph.precision import AtPrecision, WideLinear
 from lowpass.export.graph.selection import LOWERINGS
 from lowpass.export.options import DTYPES, Precision, Selection
+from lowpass.pipeline.model.slim_attention import DifferentialAttention
+from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
 
 
@@ -25,20 +27,26 @@ def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selectio
     MACs are those of the table, in which the last block counts whole.
     """
     model = copy.deepcopy(slim).eval().requires_grad_(False)
-    *inner, last = model.blocks
-    for block in inner:
-        whole_matrix = block.reads_attention == "full"
-        if precision == "fp32" and not whole_matrix:
-            attention: nn.Module = RowAttention(block.attn)
-        else:
-            padded = precision in ("fp16", "bf16") and not whole_matrix
-            attention = FusedAttention(block.attn, fused_head_dim(block.attn) if padded else None)
-        block.attn = attention  # type: ignore[assignment]
+    dense = slim.architecture.dense
+    whole = model.blocks
+    if not (dense.reads_image_tokens or dense.differential or dense.attn_norm):
+        model.vit.blocks[-1] = LastBlock(whole.pop(), rows=2 if dense.distilled else 1)
+    for block in whole:
+        block.attn = _attention(block, precision)  # type: ignore[assignment]
         block.keep_tokens = LOWERINGS[selection]
-    model.vit.blocks[-1] = LastBlock(last, rows=2 if slim.architecture.dense.distilled else 1)
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return model
-    for name in ("head", "head_dist") if slim.architecture.dense.distilled else ("head",):
+    for name in ("head", "head_dist") if dense.distilled else ("head",):
         setattr(model.vit, name, WideLinear(getattr(model.vit, name)))
     return AtPrecision(model, dtype)
+
+
+def _attention(block: SlimBlock, precision: Precision) -> nn.Module:
+    if isinstance(block.attn, DifferentialAttention):
+        return block.attn  # it reads its matrices anyway
+    whole_matrix = block.reads_attention == "full"
+    if precision == "fp32" and not whole_matrix and not isinstance(block.attn.norm, nn.LayerNorm):
+        return RowAttention(block.attn)
+    padded = precision in ("fp16", "bf16") and not whole_matrix
+    return FusedAttention(block.attn, fused_head_dim(block.attn) if padded else None)

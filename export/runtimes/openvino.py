@@ -54,10 +54,10 @@ class OpenVino:
 def _core() -> Any:
     """One core for as long as the process lives.
 
-    The CPU plugin of each core gives the thread an alternate signal stack and takes it away again when the core goes, as
-    if the last to come were the first to go (`SigAltStackSetup` in its plugin.cpp; seen in OpenVINO 2026.4.1). Otherwise
-    the thread is left with a stack that is no longer mapped, and the next signal that Python handles there, such as
-    SIGCHLD once a DataLoader has had workers, ends the process with SIGSEGV and no word.
+    The CPU plugin of each core gives the thread an alternate signal stack and takes it away again when the core goes,
+    as if the last to come were the first to go (`SigAltStackSetup` in its plugin.cpp; seen in OpenVINO 2026.4.1). When
+    it is not, the thread is left with a stack that is no longer mapped, and the next signal that Python handles there,
+    such as SIGCHLD once a DataLoader has had workers, ends the process with SIGSEGV and no word.
     """
     return _openvino().Core()
 

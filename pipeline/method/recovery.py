@@ -131,9 +131,22 @@ def unscaled(difference: Tensor, gamma: Tensor | None, layer: nn.Module, feature
     return torch.where(usable, difference / torch.where(usable, gamma, 1), layer(features))
 
 
-def token_weights(tokens: int, num_prefix_tokens: int, last: bool, like: Tensor) -> Tensor:
-    """How much each token's error counts [tokens]. Only the prefix tokens leave the last block for the classifier;
-    below it CLS, which attention reads the answer into, counts as much as all image tokens."""
-    weights = torch.full((tokens,), 0.0 if last else 1.0, device=like.device)
-    weights[:num_prefix_tokens] = 1.0 if last else max(1.0, (tokens - num_prefix_tokens) / num_prefix_tokens)
+def token_weights(
+    tokens: int, num_prefix_tokens: int, read: tuple[bool, bool] | None, cls_readout: bool, like: Tensor
+) -> Tensor:
+    """How much each token's error counts [tokens].
+
+    Args:
+        tokens: prefix and image tokens, P + N.
+        num_prefix_tokens: P.
+        read: leaving the last block, whether the classifier reads prefix tokens and image tokens; None: other blocks.
+        cls_readout: CLS stands for the image. Below the last block it counts as much as all image tokens then, since
+            attention reads the answer into it.
+        like: a tensor on the device.
+    """
+    weights = torch.ones(tokens, device=like.device)
+    if cls_readout and (read is None or all(read)):
+        weights[:num_prefix_tokens] = max(1.0, (tokens - num_prefix_tokens) / num_prefix_tokens)
+    elif read is not None:
+        weights[:num_prefix_tokens], weights[num_prefix_tokens:] = (float(part) for part in read)
     return weights

@@ -48,6 +48,20 @@ def cls_importance(attention: Tensor, num_prefix_tokens: int) -> Tensor:
     return attention[:, :, 0, num_prefix_tokens:].float().mean(1)
 
 
+def received_importance(attention: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The attention factor where the mean of the image tokens is read in place of CLS (our extension): what each image
+    token receives from all of them on average, `mean_h mean_i A_h[i, j]`.
+
+    Args:
+        attention: softmax attention [B, H, P + N, P + N], row = query.
+        num_prefix_tokens: P.
+
+    Returns:
+        [B, N], FP32 or wider.
+    """
+    return attention[:, :, num_prefix_tokens:, num_prefix_tokens:].float().mean((1, 2))
+
+
 IMPORTANCE: dict[TokenScore, Callable[[Tensor, int], Tensor]] = {"full": attention_importance, "cls": cls_importance}
 
 
@@ -95,9 +109,12 @@ class SeenTokens:
     chance: Tensor  # [N]; empty unless tokens are drawn
     energy_norm: EnergyNorm
     token_score: TokenScore
+    mean_readout: bool = False  # the mean of the image tokens is read, not CLS; goes with the `full` score
 
     def importance(self) -> Tensor:
-        """The attention factor [B, N] (eq. 8, or its direct half)."""
+        """The attention factor [B, N] (eq. 8, its direct half, or without CLS the attention received)."""
+        if self.mean_readout:
+            return received_importance(self.attention, self.num_prefix_tokens)
         return IMPORTANCE[self.token_score](self.attention, self.num_prefix_tokens)
 
     def energy(self) -> Tensor:

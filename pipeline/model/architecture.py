@@ -1,7 +1,7 @@
 """The architecture of a slim ViT: one table of five numbers per block, beside the dense model it came from."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,8 +15,20 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+# What the classifier reads, in timm's terms: CLS, the mean of the image tokens, or what a learned query gathers from
+# tokens; and, not in timm, CLS beside that mean, as the linear heads of DINOv2 do.
+GlobalPool = Literal["token", "avg", "map", "token+avg"]
+
+
 class DenseViT(_Frozen):
-    """What timm needs to rebuild the parts that are never pruned: embedding, prefix tokens, last norm, head."""
+    """What timm needs to rebuild the parts that are never pruned (embedding, prefix tokens, norms around the blocks,
+    head), and which kind of block lies between.
+
+    `pre_norm`: a norm before the blocks (CLIP). `final_norm`: one behind them; `fc_norm`: that one comes after pooling.
+    `attn_norm`, `mlp_norm`: one before each block's projection and second MLP layer (BEiT-3). `differential`: attention
+    is the difference of two softmaxes (Ye et al., 2024), whose heads go whole or not at all.
+    """
 
     name: str
     img_size: tuple[Positive, Positive]
@@ -34,6 +46,16 @@ class DenseViT(_Frozen):
     layer_scale: bool = False
     qkv_bias: bool = True
     head_dim: Positive | None = None  # None: embed_dim / num_heads
+    class_token: bool = True
+    global_pool: GlobalPool = "token"
+    pool_prefix: bool = False  # whether a pool over tokens takes in the prefix tokens
+    pre_norm: bool = False
+    final_norm: bool = True
+    fc_norm: bool = False
+    activation: Activation = "gelu"
+    attn_norm: bool = False
+    mlp_norm: bool = False
+    differential: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -43,12 +65,33 @@ class DenseViT(_Frozen):
     @property
     def num_prefix_tokens(self) -> int:
         """CLS, distillation and register tokens."""
-        return 1 + self.distilled + self.reg_tokens
+        return self.class_token + self.distilled + self.reg_tokens
+
+    @property
+    def reads_image_tokens(self) -> bool:
+        """Whether the classifier reads image tokens; otherwise it reads prefix tokens alone."""
+        return self.global_pool != "token"
+
+    @property
+    def reads_prefix_tokens(self) -> bool:
+        """Whether the classifier reads prefix tokens."""
+        return self.global_pool in ("token", "token+avg") or self.pool_prefix
+
+    @property
+    def mean_readout(self) -> bool:
+        """Whether the mean of the image tokens stands for the image, in scores of tokens and channels; otherwise CLS
+        does."""
+        return self.global_pool in ("avg", "map")
 
     def end_macs(self) -> int:
-        """MACs of the patch embedding and the classifiers."""
+        """MACs of the patch embedding, the pool (of all tokens, were none dropped) and the classifiers."""
         patch = self.patch_size[0] * self.patch_size[1] * self.in_chans
-        return self.num_tokens * patch * self.embed_dim + self.embed_dim * self.num_classes * (1 + self.distilled)
+        read = 2 if self.distilled or self.global_pool == "token+avg" else 1
+        ends = self.num_tokens * patch * self.embed_dim + self.embed_dim * self.num_classes * read
+        if self.global_pool == "map":
+            tokens = self.num_tokens + self.num_prefix_tokens * self.pool_prefix
+            ends += 2 * self.embed_dim * (tokens * (self.embed_dim + 1) + self.embed_dim + self.hidden)
+        return ends
 
     def attention_macs(self, tokens: int, shape: BlockShape) -> int:
         """MACs of query, key, value, their products and the projection over `tokens`, prefix tokens included."""
@@ -74,6 +117,7 @@ class Preprocessing(_Frozen):
     std: tuple[float, ...]
     crop_pct: float
     interpolation: str
+    source: str = ""  # where these come from
 
 
 class Architecture(_Frozen):
@@ -143,6 +187,8 @@ def check_blocks(blocks: tuple[BlockShape, ...], dense: DenseViT) -> None:
                 raise InputError(f"block {index}: {field} is {value}, but {dense.name} has only {limit}")
         if block.keep > tokens:
             raise InputError(f"block {index}: keep is {block.keep}, but only {tokens} image tokens enter it")
+        if dense.differential and (block.qk_dim, block.v_dim) != (limits.qk_dim, limits.v_dim):
+            raise InputError(f"block {index}: {dense.name} has differential attention, whose heads cannot be thinned")
         tokens = block.keep
 
 

@@ -1,17 +1,17 @@
 """What makes up a dense timm ViT, and what a ViT may have that stands in the way."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from typing import cast
 
-from timm.layers import Attention, LayerScale, Mlp, PatchEmbed
+from timm.layers import GELU, Attention, DiffAttention, GELUTanh, LayerScale, Mlp, PatchEmbed, QuickGELU
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.model.architecture import DenseViT
+from lowpass.pipeline.model.architecture import Activation, DenseViT
+from lowpass.pipeline.model.readout import TokenAndMeanViT
 
 
 def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -31,10 +31,10 @@ def describe_dense(model: nn.Module) -> DenseViT:
     """What makes up a dense timm ViT.
 
     Raises:
-        InputError: it is not a plain ViT read out through its CLS token, which is all the method is defined for.
+        InputError: it is not a plain ViT, which is all the method is defined for.
     """
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled, TokenAndMeanViT):
         raise InputError(
             f"{name} is a {type(model).__name__}, not a plain ViT; use a DeiT or ViT such as deit_small_patch16_224"
         )
@@ -61,91 +61,97 @@ def describe_dense(model: nn.Module) -> DenseViT:
         no_embed_class=vit.no_embed_class,
         layer_scale=isinstance(block.ls1, LayerScale),
         qkv_bias=block.attn.qkv.bias is not None,
+        class_token=vit.cls_token is not None,
+        global_pool="token+avg" if isinstance(vit, TokenAndMeanViT) else vit.global_pool,
+        pool_prefix=vit.pool_include_prefix,
+        pre_norm=not _is_identity(vit.norm_pre),
+        final_norm=not (_is_identity(vit.norm) and _is_identity(vit.fc_norm)),
+        fc_norm=not _is_identity(vit.fc_norm),
+        activation=cast(Activation, activation_of(block.mlp.act)),
+        attn_norm=not _is_identity(block.attn.norm),
+        mlp_norm=not _is_identity(block.mlp.norm),
+        differential=isinstance(block.attn, DiffAttention),
     )
 
 
-def _norms(vit: VisionTransformer) -> list[nn.Module]:
-    norms = [getattr(block, name) for block in vit.blocks if type(block) is Block for name in ("norm1", "norm2")]
-    return [*norms, cast(nn.Module, vit.norm)]
+def activation_of(module: nn.Module) -> Activation | None:
+    """The name of an activation; None: it is none of those that a slim block has."""
+    if isinstance(module, nn.GELU):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    kinds: dict[type[nn.Module], Activation] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
+    return kinds.get(type(module))
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity)
 
 
 def _is_layer_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
 
 
-def obstacles(vit: VisionTransformer) -> list[tuple[str, bool]]:
-    """What a ViT may have that the method or the slim blocks do not cover."""
-
-    def any_block(test: Callable[[Block], bool]) -> bool:
-        return any(type(block) is not Block or test(block) for block in vit.blocks)
-
-    def is_identity(module: nn.Module) -> bool:
-        return isinstance(module, nn.Identity)
-
-    return [
-        ("it has no blocks", len(vit.blocks) == 0),
-        ("it has no CLS token", vit.cls_token is None),
-        (f"it reads out by {vit.global_pool!r} pooling, not the CLS token", vit.global_pool != "token"),
-        ("it has no classifier", not isinstance(vit.head, nn.Linear)),
-        ("its position embedding is not a learned table", vit.pos_embed is None or vit.dynamic_img_size),
-        ("it normalises before the blocks", not is_identity(vit.norm_pre) or not is_identity(vit.fc_norm)),
-        ("its norm is not a LayerNorm", not all(map(_is_layer_norm, _norms(vit)))),
-        (
-            "its patch embedding is not a convolution over whole patches",
-            type(vit.patch_embed) is not PatchEmbed
-            or not is_identity(vit.patch_embed.norm)
-            or any(
-                size % patch for size, patch in zip(vit.patch_embed.img_size, vit.patch_embed.patch_size, strict=True)
-            ),
-        ),
-        (
-            "it is distilled and has register tokens, which timm leaves out",
-            isinstance(vit, VisionTransformerDistilled) and vit.num_reg_tokens > 0,
-        ),
-        ("its blocks are not timm's standard Block", any_block(lambda block: False)),
-        ("its attention is not timm's standard Attention", any_block(lambda block: type(block.attn) is not Attention)),
-        (
-            "its attention is normalised or gated",
-            any_block(
-                lambda block: (
-                    type(block.attn) is Attention
-                    and (
-                        not all(is_identity(m) for m in (block.attn.q_norm, block.attn.k_norm, block.attn.norm))
-                        or block.attn.gate is not None
-                    )
-                )
-            ),
-        ),
-        (
-            "its projections have no bias",
-            any_block(lambda block: type(block.attn) is Attention and block.attn.proj.bias is None),
-        ),
-        (
-            "its MLP is not two linear layers with GELU between",
-            any_block(
-                lambda block: (
-                    type(block.mlp) is not Mlp
-                    or not isinstance(block.mlp.act, nn.GELU)
-                    or block.mlp.act.approximate != "none"
-                    or not is_identity(block.mlp.norm)
-                )
-            ),
-        ),
-    ]
+def _norms(vit: VisionTransformer) -> list[nn.Module]:
+    """Every norm there is, in and around the blocks."""
+    around = [vit.norm_pre, vit.norm, vit.fc_norm]
+    inside = [part for block in vit.blocks for part in (block.norm1, block.norm2, block.attn.norm, block.mlp.norm)]
+    return [norm for norm in (*around, *inside) if not _is_identity(norm)]
 
 
-def embedding_and_head(dense: DenseViT) -> VisionTransformer:
-    """timm's ViT without blocks: embedding, prefix tokens, last norm and head."""
-    kind = VisionTransformerDistilled if dense.distilled else VisionTransformer
-    return kind(
-        img_size=dense.img_size,
-        patch_size=dense.patch_size,
-        in_chans=dense.in_chans,
-        num_classes=dense.num_classes,
-        embed_dim=dense.embed_dim,
-        num_heads=dense.num_heads,
-        depth=0,
-        reg_tokens=dense.reg_tokens,
-        no_embed_class=dense.no_embed_class,
-        norm_layer=partial(nn.LayerNorm, eps=dense.norm_eps),
+def _alike(vit: VisionTransformer) -> bool:
+    """Whether all blocks have the same parts of the same sizes, and all norms one epsilon."""
+    shapes = [{name: tensor.shape for name, tensor in block.state_dict().items()} for block in vit.blocks]
+    kinds = [[type(module) for module in block.modules()] for block in vit.blocks]
+    epsilons = {cast(nn.LayerNorm, norm).eps for norm in _norms(vit)}
+    return all(s == shapes[0] for s in shapes) and all(k == kinds[0] for k in kinds) and len(epsilons) == 1
+
+
+def obstacles(vit: VisionTransformer) -> Iterator[tuple[str, bool]]:
+    """What a ViT may have that the method or the slim blocks do not cover. Later ones take the earlier to be absent."""
+    yield "it has no blocks", len(vit.blocks) == 0
+    kinds = {type(block).__name__ for block in vit.blocks} - {Block.__name__}
+    parallel = sorted(kind for kind in kinds if "Parallel" in kind)
+    yield f"its attention and MLP run side by side ({', '.join(parallel)})", bool(parallel)
+    yield f"its blocks are {', '.join(sorted(kinds))}, not timm's standard Block", bool(kinds)
+    pool = vit.global_pool
+    yield f"it reads out by {pool!r} pooling, not 'token', 'avg' or 'map'", pool not in ("token", "avg", "map")
+    yield "it has no classifier", not isinstance(vit.head, nn.Linear)
+    yield "its position embedding is not a learned table", vit.pos_embed is None
+    patch = vit.patch_embed
+    yield (
+        "its patch embedding is not a convolution over whole patches",
+        type(patch) is not PatchEmbed
+        or not _is_identity(patch.norm)
+        or any(size % step for size, step in zip(patch.img_size, patch.patch_size, strict=True)),
     )
+    yield (
+        "it is distilled and has register tokens, which timm leaves out",
+        isinstance(vit, VisionTransformerDistilled) and vit.num_reg_tokens > 0,
+    )
+    blocks: list[Block] = list(vit.blocks)
+    yield (
+        "its attention is not timm's standard or differential Attention",
+        any(type(block.attn) not in (Attention, DiffAttention) for block in blocks),
+    )
+    yield (
+        "its differential attention has a dual lambda or a norm before its projection",
+        any(
+            isinstance(block.attn, DiffAttention) and (block.attn.dual_lambda or not _is_identity(block.attn.norm))
+            for block in blocks
+        ),
+    )
+    yield (
+        "the queries and keys of its attention are normalised, or its output gated",
+        any(
+            not _is_identity(block.attn.q_norm)
+            or not _is_identity(block.attn.k_norm)
+            or getattr(block.attn, "gate", None) is not None
+            for block in blocks
+        ),
+    )
+    yield "its projections have no bias", any(block.attn.proj.bias is None for block in blocks)
+    yield (
+        "its MLP is not two linear layers with a GELU between",
+        any(type(block.mlp) is not Mlp or activation_of(block.mlp.act) is None for block in blocks),
+    )
+    yield "its norm is not a LayerNorm", not all(map(_is_layer_norm, _norms(vit)))
+    yield "its blocks, or the epsilons of its norms, are not all alike", not _alike(vit)

@@ -7,7 +7,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.channels import ChannelChoice
-from lowpass.pipeline.model.slim_block import AttentionWeights, SlimBlock
+from lowpass.pipeline.model.slim_attention import AttentionWeights, DifferentialAttention
+from lowpass.pipeline.model.slim_block import SlimBlock
 
 
 class _QueryKeyPairing(tp.BasePruningFunc):
@@ -37,8 +38,7 @@ class _ExplicitBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         block = self.block
-        mixed, _ = block.attn(block.norm1(x), score="full")
-        x = x + block.ls1(mixed)
+        x = x + block.ls1(block.attn.traceable(block.norm1(x)))
         return x + block.ls2(block.mlp(block.norm2(x)))
 
 
@@ -46,7 +46,10 @@ def dependency_graph(block: SlimBlock) -> tp.DependencyGraph:
     """The graph of one block; (query, key), (value, projection) and the two MLP layers are its three groups."""
     weight = block.attn.query.weight
     # Layer scale works on the residual stream, which is never pruned: tell the graph which axis is its channel.
+    # What differential attention has inside a head goes with no channel either.
     scales = [(parameter, 0) for scale in (block.ls1, block.ls2) for parameter in scale.parameters()]
+    if isinstance(block.attn, DifferentialAttention):
+        scales += [(parameter, 0) for parameter in block.attn.inside_heads()]
     with torch.enable_grad():
         graph = tp.DependencyGraph()
         graph.build_dependency(

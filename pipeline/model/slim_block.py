@@ -1,78 +1,20 @@
 """One block of the slim ViT: its heads, widths and token count are its own."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
 from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.energy import EnergyNorm
 from lowpass.pipeline.method.frequency import token_lowpass_matrix
 from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, SeenTokens, TokenScore, keep_tokens
-from lowpass.pipeline.model.architecture import Architecture
-
-
-class AttentionWeights(nn.Module):
-    """Softmax attention [B, H, T, T] from query and key [B, H, T, qk_dim]. A module of its own, so that the
-    dependency graph can be told that query channels pair with key channels and with nothing else."""
-
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-
-    def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        return ((query * self.scale) @ key.transpose(-2, -1)).softmax(-1)
-
-
-class SlimAttention(nn.Module):
-    """Multi-head attention whose query/key and value heads may differ in size."""
-
-    def __init__(self, dim: int, shape: BlockShape, scale: float, bias: bool) -> None:
-        super().__init__()
-        self.num_heads = shape.heads
-        self.query = nn.Linear(dim, shape.heads * shape.qk_dim, bias=bias)
-        self.key = nn.Linear(dim, shape.heads * shape.qk_dim, bias=bias)
-        self.value = nn.Linear(dim, shape.heads * shape.v_dim, bias=bias)
-        self.weights = AttentionWeights(scale)
-        self.proj = nn.Linear(shape.heads * shape.v_dim, dim)
-
-    @property
-    def qk_dim(self) -> int:
-        """Channels of a query or key head."""
-        return self.query.out_features // self.num_heads
-
-    @property
-    def v_dim(self) -> int:
-        """Channels of a value head."""
-        return self.value.out_features // self.num_heads
-
-    def features(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
-        """[B, T, C] -> what the projection reads [B, T, H * v_dim], and the attention that a token score needs:
-        [B, H, T, T] for `full`, the CLS row [B, H, 1, T] for `cls`. Only `full` keeps attention from running fused."""
-        query, key, value = (
-            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
-        )
-        mixed, weights = attend(query, key, value, self.weights, score)
-        return mixed.transpose(1, 2).flatten(2), weights
-
-    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
-        """[B, T, C] -> [B, T, C], and the attention that a token score needs."""
-        features, weights = self.features(x, score)
-        return self.proj(features), weights
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, weights: AttentionWeights, score: TokenScore | None
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of [B, H, T, D] tensors, and as much of its matrix as the score needs."""
-    if score == "full":
-        matrix = weights(query, key)
-        return matrix @ value, matrix
-    mixed = F.scaled_dot_product_attention(query, key, value, scale=weights.scale)
-    return mixed, weights(query[:, :, :1], key) if score == "cls" else None
+from lowpass.pipeline.model.architecture import Architecture, DenseViT
+from lowpass.pipeline.model.readout import ACTIVATIONS
+from lowpass.pipeline.model.slim_attention import DifferentialAttention, SlimAttention
 
 
 class SlimBlock(nn.Module):
@@ -94,11 +36,14 @@ class SlimBlock(nn.Module):
         self.token_score: TokenScore = architecture.token_score
         self.criterion = TOKEN_CRITERIA[architecture.token_criterion]
         self.token_seed = architecture.token_seed + index
-        self.norm1 = nn.LayerNorm(dim, eps=dense.norm_eps)
-        self.attn = SlimAttention(dim, shape, architecture.qk_scale, dense.qkv_bias)
+        self.mean_readout = dense.mean_readout
+        layer_norm = partial(nn.LayerNorm, eps=dense.norm_eps)
+        self.norm1 = layer_norm(dim)
+        self.attn = _attention(dense, shape, architecture.qk_scale, index)
         self.ls1 = LayerScale(dim) if dense.layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=dense.norm_eps)
-        self.mlp = Mlp(dim, shape.hidden)
+        self.norm2 = layer_norm(dim)
+        norm = layer_norm if dense.mlp_norm else None
+        self.mlp = Mlp(dim, shape.hidden, act_layer=ACTIVATIONS[dense.activation], norm_layer=norm)
         self.ls2 = LayerScale(dim) if dense.layer_scale else nn.Identity()
         self.set_tokens(architecture.tokens_in(index), shape.keep)
 
@@ -152,5 +97,21 @@ class SlimBlock(nn.Module):
         prefix = self.num_prefix_tokens
         attention = x.new_empty(0) if weights is None else weights
         return self.criterion.score(
-            SeenTokens(x[:, prefix:], attention, prefix, self.lowpass, self.chance, self.energy_norm, self.token_score)
+            SeenTokens(
+                x[:, prefix:],
+                attention,
+                prefix,
+                self.lowpass,
+                self.chance,
+                self.energy_norm,
+                self.token_score,
+                self.mean_readout,
+            )
         )
+
+
+def _attention(dense: DenseViT, shape: BlockShape, scale: float, index: int) -> SlimAttention:
+    if dense.differential:
+        return DifferentialAttention(dense.embed_dim, shape, scale, dense.qkv_bias, index)
+    norm = nn.LayerNorm(shape.heads * shape.v_dim, eps=dense.norm_eps) if dense.attn_norm else None
+    return SlimAttention(dense.embed_dim, shape, scale, dense.qkv_bias, norm)

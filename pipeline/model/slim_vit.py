@@ -13,7 +13,8 @@ from lowpass.pipeline.base.files import write_bytes, write_json
 from lowpass.pipeline.method.energy import EnergyNorm
 from lowpass.pipeline.method.token_scores import TokenCriterion, TokenScore
 from lowpass.pipeline.model.architecture import Architecture, Preprocessing, read_architecture
-from lowpass.pipeline.model.from_timm import describe_dense, embedding_and_head, split_qkv
+from lowpass.pipeline.model.from_timm import describe_dense, split_qkv
+from lowpass.pipeline.model.readout import embedding_and_head
 from lowpass.pipeline.model.slim_block import SlimBlock
 
 ARCHITECTURE_FILE = "architecture.json"
@@ -54,7 +55,13 @@ class SlimViT(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] -> the tokens [B, P + N, C] that enter the first block."""
-        return cast(Tensor, self.vit._pos_embed(self.vit.patch_embed(images)))
+        return cast(Tensor, self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images))))
+
+    def summary(self, tokens: Tensor) -> Tensor:
+        """What stands for the image in tokens [B, P + N, C] between blocks, [B, C]: CLS, or the mean of the image
+        tokens where that is read in its place. It is T of LFS (eq. 4)."""
+        dense = self._description.dense
+        return tokens[:, dense.num_prefix_tokens :].mean(1) if dense.mean_readout else tokens[:, 0]
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Tokens as they leave the last block -> logits [B, classes]."""
@@ -83,6 +90,7 @@ class SlimViT(nn.Module):
             InputError: `model` is not a plain ViT; the message says what is in the way.
         """
         dense = describe_dense(model)
+        scale = cast(Any, model).blocks[0].attn.scale
         config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
         architecture = Architecture(
             dense=dense,
@@ -91,11 +99,13 @@ class SlimViT(nn.Module):
                 std=config.get("std", (0.5,) * dense.in_chans),
                 crop_pct=config.get("crop_pct") or 1.0,
                 interpolation=config.get("interpolation", "bicubic"),
+                source=config.get("preprocessing_source", ""),
             ),
-            qk_scale=(dense.embed_dim // dense.num_heads) ** -0.5,
+            qk_scale=scale,
             token_cutoff=token_cutoff,
             energy_norm=energy_norm,
-            token_score=token_score,
+            # Without CLS there is no CLS row: what image tokens receive takes the whole matrix.
+            token_score="full" if dense.mean_readout else token_score,
             token_criterion=token_criterion,
             token_seed=token_seed,
             blocks=dense.blocks(),

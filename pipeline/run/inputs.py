@@ -52,6 +52,11 @@ def read_inputs(recipe: Recipe, model: nn.Module | None = None, in_memory: tuple
         recipe.seed if recipe.token_criterion == "random" else 0,
     )
     architecture = dense.architecture
+    if architecture.dense.differential and not recipe.shaping.whole_heads:
+        raise InputError(
+            f"{architecture.dense.name} has differential attention, whose heads go whole or not at all: leave out "
+            "--thin-heads and --as-published"
+        )
     blocks = None
     if recipe.architecture is not None:
         blocks = read_blocks(recipe.architecture)

@@ -27,8 +27,9 @@ def low_frequency_sensitivity(
 
     With low-passed images X~, `g` is the gradient of `weight * CE(model(X~), y) + (1 - weight) * KL(softmax(T) ||
     softmax(T~))`, where T and T~ are the CLS token leaving the block for X (no gradient) and for X~ and KL is summed
-    and divided by the number of elements (eq. 3-4). Gradients are averaged over the batches; a channel's score is the
-    sum over its weight row of `(g * weight)^2`, bias left out (eq. 5).
+    and divided by the number of elements (eq. 3-4); a model that averages its image tokens has their mean for T.
+    Gradients are averaged over the batches; a channel's score is the sum over its weight row of `(g * weight)^2`, bias
+    left out (eq. 5).
 
     Args:
         model: a SlimViT, or a plain dense timm ViT.
@@ -127,12 +128,12 @@ def _layers(slim: SlimViT, block: int) -> list[nn.Linear]:
 def _loss(slim: SlimViT, clean: Tensor, low: Tensor, labels: Tensor, block: int, weight: float) -> Tensor:
     """Eq. 3-4 for one batch; only what lies above the scored block is differentiated."""
     with torch.no_grad():
-        cls_token = slim.blocks[block](clean)[:, 0]
+        wanted = slim.summary(slim.blocks[block](clean))
     low = slim.blocks[block](low)
-    leaving = low[:, 0]
+    leaving = slim.summary(low)
     for later in slim.blocks[block + 1 :]:
         low = later(low)
-    return sensitivity_loss(slim.classify(low), labels, cls_token, leaving, weight)
+    return sensitivity_loss(slim.classify(low), labels, wanted, leaving, weight)
 
 
 def _below(slim: SlimViT, images: Tensor, block: int) -> Tensor:

@@ -44,20 +44,25 @@ class LatencyTable(BaseModel):
     def attention(self, tokens: int, shape: BlockShape, last: bool) -> float:
         """See `Costs`."""
         rows = shape.heads * (shape.qk_dim + shape.v_dim)
-        points, grid = ((self.rows[0], self.rows[-1]), self.last_ms) if last else (self.rows, self.attention_ms)
+        short = self._short(last)
+        points, grid = ((self.rows[0], self.rows[-1]), self.last_ms) if short else (self.rows, self.attention_ms)
         return _between(self.tokens, [_between(points, row, rows) for row in grid], tokens)
 
     def mlp(self, tokens: int, hidden: int, last: bool) -> float:
         """See `Costs`."""
-        if last:  # a row an image, in `last_ms` however wide
+        if self._short(last):  # a row an image, in `last_ms` however wide
             return 0.0
         return _between(self.tokens, [_between(self.hidden, row, hidden) for row in self.mlp_ms], tokens)
 
     def selection(self, image_tokens: int, last: bool) -> float:
         """See `Costs`."""
-        if last:  # nobody reads what it would select
+        if self._short(last):  # nobody reads what it would select
             return 0.0
         return _between(self.tokens, self.selection_ms, image_tokens + self.dense.num_prefix_tokens)
+
+    def _short(self, last: bool) -> bool:
+        """Whether a block is computed for a row or two alone. Where image tokens are read, the last is not."""
+        return last and not self.dense.reads_image_tokens
 
 
 def read_table(path: Path) -> LatencyTable:

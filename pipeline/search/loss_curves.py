@@ -39,6 +39,8 @@ def measure_loss_curves(state: SearchState, log: SearchLog) -> list[BlockCurve]:
 def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
     """Every part of the block at hand, cut alone."""
     model, index, shaping = state.model, state.index, state.settings.shaping
+    dense = model.architecture.dense
+    normed = dense.attn_norm or dense.mlp_norm
     block, above = model.blocks[index], model.blocks[index + 1 :]
     batches = state.clean[: len(wanted)]
     scores = state.sensitivity()
@@ -48,14 +50,17 @@ def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
         return state.divergence([candidate, *above], batches, wanted)
 
     def cut(shape: BlockShape) -> SlimBlock:
-        candidate, choice = copy.deepcopy(block), choose_for_shape(scores, shape)
+        choice = choose_for_shape(scores, shape)
+        # What is read of a part is part of what was read of the whole, unless thinned heads attend differently or a
+        # norm comes between.
+        if moments is not None and (normed or shape.qk_dim < block.attn.qk_dim):
+            return state.cut(choice)[0]
+        candidate = copy.deepcopy(block)
         remove_channels(candidate, choice)
         if moments is not None:
             (fitted, judged), (mlp_fitted, mlp_judged) = moments
             if shape.hidden < block.shape.hidden:
                 refit(candidate.mlp.fc2, "mlp.fc2", mlp_fitted.take(choice.hidden), mlp_judged.take(choice.hidden))
-            elif shape.qk_dim < block.attn.qk_dim:
-                return state.cut(choice)[0]  # thinned heads attend differently
             else:
                 size = block.attn.v_dim
                 rows = [h * size + i for h, kept in zip(choice.heads, choice.value, strict=True) for i in kept]

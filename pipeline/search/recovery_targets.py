@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowpass.pipeline.method.query_key_recovery import QueryKey, refit_query_key
 from lowpass.pipeline.method.recovery import Moments, Refit, Rows, moments, refit, token_weights, unscaled
 from lowpass.pipeline.method.token_scores import kept_indices
+from lowpass.pipeline.model.architecture import DenseViT
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.search.activation_store import Store
 
@@ -23,8 +24,15 @@ class RecoveryTargets:
     all of it, each [B, T, C] a batch. `alive` [B, t] says which of the dense model's tokens the pruned one still has.
     """
 
-    def __init__(self, dense: Sequence[SlimBlock], entering: list[Tensor], store: Store, device: torch.device) -> None:
-        self.dense, self.store, self.device, self.index = dense, store, device, 0
+    def __init__(
+        self,
+        dense: Sequence[SlimBlock],
+        described: DenseViT,
+        entering: list[Tensor],
+        store: Store,
+        device: torch.device,
+    ) -> None:
+        self.dense, self.described, self.store, self.device, self.index = dense, described, store, device, 0
         self.entering = entering
         self.alive = [torch.arange(tokens.shape[1]).expand(len(tokens), -1) for tokens in entering]
         self._run_dense()
@@ -92,14 +100,15 @@ class RecoveryTargets:
         """What the second MLP layer reads, and what it should give."""
         for tokens, alive, leaving in zip(self._visiting(clean), self.alive, self.leaving, strict=True):
             middle, left = self._selected(block, tokens, alive.to(self.device))
-            hidden = block.mlp.act(block.mlp.fc1(block.norm2(middle)))
+            hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.norm2(middle))))
             wanted = _pick(leaving.to(self.device), left) - middle
             target = unscaled(wanted, _gamma(block.ls2), block.mlp.fc2, hidden)
             yield hidden, target, self._weights(block, middle)
 
     def _weights(self, block: SlimBlock, tokens: Tensor) -> Tensor:
         last = self.index == len(self.dense) - 1
-        return token_weights(tokens.shape[1], block.num_prefix_tokens, last, tokens)
+        read = (self.described.reads_prefix_tokens, self.described.reads_image_tokens) if last else None
+        return token_weights(tokens.shape[1], block.num_prefix_tokens, read, not self.described.mean_readout, tokens)
 
     def _selected(self, block: SlimBlock, tokens: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens after attention and selection, and which of the dense model's tokens they are."""

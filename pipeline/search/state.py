@@ -57,7 +57,7 @@ class SearchState:
             self.measured = [self._embedded(images) for images, _ in ordered]
         self.measured_labels = [labels for _, labels in ordered]
         blocks = copy.deepcopy(model.blocks) if settings.recovery else []
-        self.targets = RecoveryTargets(blocks, first_images(self.clean, refitted), self.store, self.device)
+        self.targets = RecoveryTargets(blocks, dense, first_images(self.clean, refitted), self.store, self.device)
 
     def _embedded(self, images: Tensor) -> Tensor:
         return self.store(self.model.embed(images.to(self.device)).float())

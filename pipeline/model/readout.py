@@ -1,0 +1,58 @@
+"""The parts of a ViT around its blocks: embedding, prefix tokens, norms, pool and head."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import GELUTanh, QuickGELU
+from timm.models import VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+
+from lowpass.pipeline.model.architecture import Activation, DenseViT
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": GELUTanh,
+    "quick_gelu": QuickGELU,
+}
+
+
+class TokenAndMeanViT(VisionTransformer):
+    """timm's ViT with a classifier that reads CLS beside the mean of the image tokens, as the linear heads of DINOv2 do
+    (Oquab et al., 2024). timm has no such pool."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.head = nn.Linear(2 * self.embed_dim, self.num_classes)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Tokens [B, P + N, C] -> [B, 2 C]."""
+        return torch.cat([x[:, 0], x[:, self.num_prefix_tokens :].mean(1)], -1)
+
+
+def embedding_and_head(dense: DenseViT) -> VisionTransformer:
+    """timm's ViT without blocks: embedding, prefix tokens, norms, pool and head."""
+    settings: dict[str, Any] = {
+        "img_size": dense.img_size,
+        "patch_size": dense.patch_size,
+        "in_chans": dense.in_chans,
+        "num_classes": dense.num_classes,
+        "embed_dim": dense.embed_dim,
+        "num_heads": dense.num_heads,
+        "mlp_ratio": dense.hidden / dense.embed_dim,  # of a pool that attends
+        "depth": 0,
+        "class_token": dense.class_token,
+        "reg_tokens": dense.reg_tokens,
+        "no_embed_class": dense.no_embed_class,
+        "pre_norm": dense.pre_norm,
+        "final_norm": dense.final_norm,
+        "fc_norm": dense.fc_norm,
+        "norm_layer": partial(nn.LayerNorm, eps=dense.norm_eps),
+        "act_layer": ACTIVATIONS[dense.activation],
+    }
+    if dense.distilled:
+        return VisionTransformerDistilled(**settings)
+    if dense.global_pool == "token+avg":
+        return TokenAndMeanViT(**settings)
+    return VisionTransformer(**settings, global_pool=dense.global_pool, pool_include_prefix=dense.pool_prefix)

@@ -1,0 +1,82 @@
+"""One small model of every family of plain ViTs, and the count of timm's pretrained classifiers that are plain."""
+
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DiffAttention, GELUTanh, QuickGELU
+from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
+from timm.models.deit import VisionTransformerDistilled
+from torch import nn
+
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.model.from_timm import describe_dense
+from lowpass.pipeline.model.readout import TokenAndMeanViT
+
+CLIP = {"pre_norm": True, "norm_layer": partial(nn.LayerNorm, eps=1e-5)}
+GAP = {"class_token": False, "global_pool": "avg"}
+DIFFERENTIAL = GAP | {"reg_tokens": 1, "init_values": 0.5, "attn_layer": DiffAttention, "no_embed_class": True}
+# Name -> what timm's `VisionTransformer` is told beside the size of a small one, and a model of timm's that is like it.
+FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
+    "ViT, DeiT": ({}, "deit_small_patch16_224"),
+    "DeiT distilled": ({"kind": VisionTransformerDistilled}, "deit_small_distilled_patch16_224"),
+    "DeiT III: layer scale, no class position": (
+        {"init_values": 0.5, "no_embed_class": True},
+        "deit3_small_patch16_224",
+    ),
+    "CLIP: a norm before the blocks": (CLIP, "vit_base_patch16_clip_224"),
+    "CLIP with QuickGELU": (CLIP | {"act_layer": QuickGELU}, "vit_base_patch16_clip_quickgelu_224"),
+    "tanh GELU": ({"act_layer": GELUTanh}, "vit_so400m_patch14_siglip_378"),
+    "no bias on query, key and value": ({"qkv_bias": False}, "vit_base_patch16_224_miil"),
+    "registers": ({"reg_tokens": 3}, "vit_small_patch14_reg4_dinov2"),
+    "MAE, EVA: averages, with CLS": ({"global_pool": "avg"}, "eva_large_patch14_196"),
+    "averages, no CLS": (GAP, "vit_so400m_patch14_siglip_gap_378"),
+    "averages, the norm before": (GAP | {"fc_norm": False, "qkv_bias": False}, "vit_medium_patch16_gap_256"),
+    "averages, registers, no CLS": (
+        GAP | {"reg_tokens": 2, "init_values": 0.5, "no_embed_class": True},
+        "vit_betwixt_patch16_reg4_gap_256",
+    ),
+    "BEiT-3: norms inside the block": (
+        {"scale_attn_norm": True, "scale_mlp_norm": True, "global_pool": "avg"} | CLIP | {"pre_norm": False},
+        "beit3_base_patch16_224",
+    ),
+    "a learned query pools": ({"class_token": False, "global_pool": "map"}, "vit_so400m_patch14_siglip_378"),
+    "differential attention": (DIFFERENTIAL, "vit_dlittle_patch16_reg1_gap_256"),
+    "any size, fixed at one": ({"dynamic_img_size": True}, "test_vit"),
+    "DINOv2's linear head: CLS and average": ({"kind": TokenAndMeanViT, "init_values": 0.5}, "(Hugging Face)"),
+}
+FILES = ("timm.models.vision_transformer", "timm.models.deit")
+
+
+def pretrained_classifiers() -> list[str]:
+    """timm's pretrained models of these two files that have a classifier."""
+    names = []
+    for name in timm.list_pretrained():
+        entrypoint = model_entrypoint(split_model_name_tag(name)[0])
+        config = get_pretrained_cfg(name)
+        if entrypoint.__module__ in FILES and config is not None and config.num_classes:
+            names.append(name)
+    return names
+
+
+def refused() -> tuple[int, dict[str, list[str]]]:
+    """How many of them there are, and by reason those that are refused. Nothing is downloaded."""
+    reasons = defaultdict(list)
+    names = pretrained_classifiers()
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        try:
+            describe_dense(model)
+        except InputError as error:
+            reasons[str(error).split(": ", 1)[1].split(";")[0]].append(name)
+    return len(names), dict(reasons)
+
+
+if __name__ == "__main__":
+    count, reasons = refused()
+    print(f"accepted: {count - sum(map(len, reasons.values()))} of {count}")
+    for reason, models in reasons.items():
+        print(f"  {reason}: {', '.join(models)}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lowpass.api import Run, compress
     from lowpass.pipeline.base.errors import InputError, RunError
     from lowpass.pipeline.base.progress import Step
-    from lowpass.pipeline.checkpoints.timm_models import load_model
+    from lowpass.pipeline.checkpoints.load import load_model
     from lowpass.pipeline.method.channels import ChannelChoice, choose_channels
     from lowpass.pipeline.method.energy import low_frequency_energy
     from lowpass.pipeline.method.frequency import lowpass_images
@@ -59,7 +59,7 @@ _HOMES = {
     "Step": "pipeline.base.progress",
     "choose_channels": "pipeline.method.channels",
     "compress": "api",
-    "load_model": "pipeline.checkpoints.timm_models",
+    "load_model": "pipeline.checkpoints.load",
     "low_frequency_energy": "pipeline.method.energy",
     "low_frequency_sensitivity": "pipeline.search.channel_criteria",
     "lowpass_images": "pipeline.method.frequency",

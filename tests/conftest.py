@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from timm.models import VisionTransformer
 
 from lowpass.pipeline.base.allocator import keep_freed_memory
-from lowpass.pipeline.checkpoints.timm_models import load_model
+from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.compress import compress
 from lowpass.pipeline.run.finetune import finetune_run

@@ -18,7 +18,7 @@ from lowpass.benchmarks.accuracy.studies import STUDIES, Study, Variant
 from lowpass.benchmarks.accuracy.study import directory_of, one_seed, run_study, waves
 from lowpass.benchmarks.accuracy.table import Accuracy, SeedResult, as_markdown, spread, summarise
 from lowpass.benchmarks.latency.machine import describe
-from lowpass.pipeline.checkpoints.timm_models import load_model
+from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.data.datasets import load_data
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.compress import compress

@@ -176,21 +176,20 @@ def test_a_search_goes_through(family: str, make_vit: MakeViT, tmp_path: Any) ->
 
 
 @families
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_exports_run_and_build(family: str, precision: Precision, make_vit: MakeViT) -> None:
-    """Slim and dense. Heads of 16 channels: TensorRT fuses none of 8."""
+def test_exports_run_and_build(family: str, make_vit: MakeViT) -> None:
+    """Heads of 16 channels: TensorRT fuses none of 8."""
     slim = SlimViT.from_timm(dense_of(family, make_vit, embed_dim=48), token_score="cls")
+    tolerances: dict[Precision, float] = {"fp32": 1e-5, "fp16": 0.01}
     for model in (slim, cut(slim)):
-        content = to_onnx(model, ExportOptions(precision=precision)).SerializeToString()
         images = pictures(model)
         with torch.no_grad():
             wanted = model(images).numpy()
-        if precision != "bf16":  # of which ONNX Runtime lacks operators
-            tolerance = 1e-4 if precision == "fp32" else 0.05 * np.abs(wanted).max()
-            np.testing.assert_allclose(logits_of(OnnxRuntime(content), images.numpy()), wanted, atol=tolerance)
-            with torch.no_grad():
-                np.testing.assert_allclose(deployable(model)(images).numpy(), wanted, atol=1e-4)
-        assert compile_engine("tensorrt-rtx", content, BatchProfile.parse("1:2:4"))[0]
+            np.testing.assert_allclose(deployable(model)(images).numpy(), wanted, atol=1e-5)
+        for precision, tolerance in tolerances.items():
+            content = to_onnx(model, ExportOptions(precision=precision)).SerializeToString()
+            found = logits_of(OnnxRuntime(content), images.numpy())
+            np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
+    assert compile_engine("tensorrt-rtx", content, BatchProfile.parse("1:2:4"))[0]  # slim, FP16
 
 
 def test_heads_of_differential_attention_go_whole(make_vit: MakeViT) -> None:

@@ -100,7 +100,7 @@ def test_weights_do_not_change_with_the_file_they_were_read_from(tmp_path: Path)
 
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(1000)}, path)
-    read = read_weights(path)["a"]
+    read = read_weights(path).state["a"]
     with path.open("r+b") as file:
         file.seek(200)
         file.write(b"\xff" * 3000)

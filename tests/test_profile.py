@@ -24,7 +24,7 @@ from lowpass.export.runtimes.registry import RuntimeName, missing
 from lowpass.export.runtimes.session import logits_of
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import cache_dir
-from lowpass.pipeline.checkpoints.timm_models import load_model
+from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.costs import total

@@ -30,7 +30,7 @@ def scores(lfs: dict[str, np.ndarray]) -> ChannelScores:
     model = VisionTransformer(
         img_size=32, patch_size=4, embed_dim=WIDTH, depth=3, num_heads=HEADS, num_classes=10, init_values=1.0
     )
-    model.load_state_dict(read_weights(DATA / "lfs_model.pth"))
+    model.load_state_dict(read_weights(DATA / "lfs_model.pth").state)
     size = int(lfs["batch_size"])
     batches = zip(torch.from_numpy(lfs["images"]).split(size), torch.from_numpy(lfs["labels"]).split(size), strict=True)
     return low_frequency_sensitivity(

@@ -26,7 +26,7 @@ from lowpass.benchmarks.accuracy.table import spread
 from lowpass.benchmarks.latency.machine import describe
 from lowpass.benchmarks.rows import write_rows
 from lowpass.pipeline.base.progress import track
-from lowpass.pipeline.checkpoints.timm_models import load_model
+from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.data.datasets import Batches, Data, load_data
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.token_scores import keep_tokens

@@ -32,7 +32,7 @@ from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.rows import Row, write_rows
 from lowpass.pipeline.base.files import write_json
 from lowpass.pipeline.base.progress import console, track
-from lowpass.pipeline.checkpoints.timm_models import load_model
+from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.data.datasets import Batches, load_data, made_batches
 from lowpass.pipeline.method.channels import choose_channels
 from lowpass.pipeline.method.frequency import lowpass_images

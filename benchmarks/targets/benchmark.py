@@ -29,7 +29,7 @@ from lowpass.export.options import Precision
 from lowpass.export.runtimes.registry import RuntimeName, parse_runtimes
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.progress import console
-from lowpass.pipeline.checkpoints.timm_models import load_model
+from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.compress import compress

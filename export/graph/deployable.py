@@ -31,6 +31,8 @@ def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selectio
     whole = model.blocks
     if not (dense.reads_image_tokens or dense.differential or dense.attn_norm):
         model.vit.blocks[-1] = LastBlock(whole.pop(), rows=2 if dense.distilled else 1)
+    if model.vit.attn_pool is not None:
+        model.vit.attn_pool.fused_attn = False  # one row of attention: TensorRT has no fused kernel for it
     for block in whole:
         block.attn = _attention(block, precision)  # type: ignore[assignment]
         block.keep_tokens = LOWERINGS[selection]

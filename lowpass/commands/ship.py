@@ -126,7 +126,7 @@ def profile(
     from lowpass.api import checked_runtime
     from lowpass.benchmarks.latency.parts import as_markdown
     from lowpass.benchmarks.latency.target import latency_table
-    from lowpass.pipeline.checkpoints.timm_models import load_model
+    from lowpass.pipeline.checkpoints.load import load_model
     from lowpass.pipeline.model.slim_vit import SlimViT
 
     dense = load_model(model, random_weights=model != "digits_deit")  # a latency does not hang on weights

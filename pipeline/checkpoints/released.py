@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger
-from lowpass.pipeline.checkpoints.state_dict import read_checkpoint, state_of, timm_key
+from lowpass.pipeline.checkpoints.files import read_checkpoint
+from lowpass.pipeline.checkpoints.state_dict import find_tensors
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture, DenseViT, Preprocessing, check_blocks
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -94,7 +95,7 @@ def read_released(path: Path, qk_scale: float, token_cutoff: float) -> SlimViT:
 
 def _read(path: Path) -> Released:
     content = read_checkpoint(path)
-    state = {name.removeprefix("module."): tensor for name, tensor in state_of(content, path).items()}
+    found = find_tensors(content, path)
     dim_cfg, token_cfg = content.get("dim_cfg"), content.get("token_cfg")
     if dim_cfg is not None and not isinstance(dim_cfg, Mapping):
         raise InputError(f"{path}: dim_cfg is a {type(dim_cfg).__name__}, not a table of sizes by name")
@@ -102,8 +103,8 @@ def _read(path: Path) -> Released:
         raise InputError(f"{path}: token_cfg is {token_cfg!r}, not a list of token counts, one a block")
     return Released(
         path,
-        {timm_key(name): tensor for name, tensor in state.items()},
-        {timm_key(name): name for name in state},
+        found.state,
+        {name: original.removeprefix(found.prefix) for name, original in found.names.items()},
         dim_cfg or {},
         None if token_cfg is None else list(token_cfg),
     )

@@ -1,80 +1,167 @@
-"""Tensors by name, out of a checkpoint file."""
+"""The tensors of a ViT by name, out of whatever a training script wrapped them in."""
 
-from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.progress import logger
+from lowpass.pipeline.checkpoints.files import read_checkpoint
+
+# The patch embedding, by which a ViT is told from what lies beside it: timm's, Hugging Face's and torchvision's name.
+ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "conv_proj.weight")
+# Classifiers may lie outside a backbone's prefix.
+HEADS = ("head.", "head_dist.", "classifier.", "cls_classifier.", "distillation_classifier.", "heads.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+COUNTERS = ("total_ops", "total_params")  # thop's
+DEPTH = 4  # of tables in tables
+FIRST, TEACHER, PLAIN, STUDENT = range(4)  # which weights are taken where there are several
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, under timm's names; pickles are read with `weights_only=True`.
+@dataclass(frozen=True)
+class Tensors:
+    """A table of tensors as it was found.
+
+    `state` is under the model's own names, in FP32. `key` says where it lay, such as `state_dict_ema`, and `prefix`
+    what its names began with. `others` are the keys of other models in the file; `names` gives each name in the file.
+    """
+
+    state: dict[str, Tensor]
+    key: str
+    prefix: str
+    others: tuple[str, ...]
+    names: dict[str, str]
+
+
+def read_weights(path: Path, key: str | None = None) -> Tensors:
+    """The weights in a checkpoint file. EMA weights come first, then a teacher's, a plain model's, a student's.
+
+    Args:
+        path: `.safetensors` or `.pth`; pickles are read with `weights_only=True`.
+        key: which of several models in it, such as `state_dict_ema`; None: the first by that order.
 
     Raises:
-        InputError: missing, truncated, of no known layout, or not finite.
+        InputError: missing, truncated, of no known layout, ambiguous, or not finite.
     """
-    return {timm_key(name): tensor for name, tensor in state_of(read_checkpoint(path), path).items()}
+    found = find_tensors(read_checkpoint(path), path, key)
+    if found.others:
+        logger.info(
+            "weights: %s of %s, which holds %s as well (--weights-key chooses)",
+            found.key or "the file's own",
+            path.name,
+            ", ".join(found.others),
+        )
+    elif found.key:
+        logger.info("weights: %s of %s", found.key, path.name)
+    return found
 
 
-def read_checkpoint(path: Path) -> Any:
-    """What a `.safetensors` or `.pth` file holds; pickles are read with `weights_only=True`.
-
-    Raises:
-        InputError: missing or truncated.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            # Not `load_file`: its tensors are mapped on the file, and change when that is rewritten in place.
-            return load(path.read_bytes())
-        with torch.serialization.safe_globals([Namespace]):  # training scripts keep their arguments beside the weights
-            return torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"there are no weights at {path}") from None
-    except Exception as error:  # a damaged pickle raises anything, from struct.error to AttributeError
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot read the weights {path}: truncated or not a checkpoint ({reason[:120]})") from None
-
-
-def state_of(content: Any, path: Path) -> dict[str, Tensor]:
-    """The table of tensors in a checkpoint, alone or under `model` or `state_dict`, under its own names.
-
-    Raises:
-        InputError: there is none, or it is not finite.
-    """
-    for wrapper in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    ):
-        raise InputError(f"{path} holds no state dict (a table of tensors, alone or under 'model' or 'state_dict')")
-    state = dict[str, Tensor](content)
+def find_tensors(content: Any, path: Path, key: str | None = None) -> Tensors:
+    """See `read_weights`; from what the file holds."""
+    models = dict(_models(content))
+    if any(_has_anchor(table) for table, _ in models.values()):
+        models = {name: (table, prefix) for name, (table, prefix) in models.items() if _has_anchor(table)}
+    if not models:
+        raise InputError(
+            f"{path} holds no state dict: no table of tensors by name, alone or under a key such as 'model', "
+            "'state_dict' or 'model_ema'"
+        )
+    if key is None:
+        best = min(map(_rank, models))
+        chosen = [name for name in models if _rank(name) == best]
+        if len(chosen) > 1 and not _same(*(models[name][0] for name in chosen)):
+            raise InputError(f"{path} holds several models: {', '.join(chosen)}; choose one with --weights-key")
+        key = chosen[0]
+    elif key not in models:
+        raise InputError(f"{path} has no weights under {key!r} (--weights-key); it has {', '.join(models) or 'none'}")
+    table, prefix = models[key]
+    names = {timm_key(name): prefix + name if prefix + name in table else name for name in _unprefixed(table, prefix)}
+    state = {name: _as_fp32(table[original]) for name, original in names.items()}
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InputError(f"{path}: {name} holds NaN or infinite values; these weights cannot be used")
-    return state
+            raise InputError(f"{path}: {names[name]} holds NaN or infinite values; these weights cannot be used")
+    return Tensors(state, key, prefix, tuple(name for name in models if name != key), names)
 
 
 def timm_key(name: str) -> str:
-    """DDP's prefix removed, DeiT-III's layer scale renamed."""
-    name = name.removeprefix("module.")
+    """DeiT-III's layer scale renamed."""
     return name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma")
 
 
-def load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
-    expected = model.state_dict()
-    for key, tensor in expected.items():
-        if key not in state:
-            raise InputError(f"{path} has no {key}, which {name} needs; is it a checkpoint of {name}?")
-        if state[key].shape != tensor.shape:
-            raise InputError(f"{path}: {key} is {tuple(state[key].shape)}, but {name} has {tuple(tensor.shape)}")
-    unknown = sorted(set(state) - set(expected))
-    if unknown:
-        raise InputError(f"{path} holds {unknown[0]}, which {name} does not have; is it a checkpoint of {name}?")
-    model.load_state_dict(state)
+def _models(content: Any) -> Iterator[tuple[str, tuple[dict[str, Tensor], str]]]:
+    """Every model in a checkpoint: a key, its table of tensors, and the prefix of its names there."""
+    for key, table in _tables(content, "", DEPTH):
+        prefixes = sorted(
+            {name[: -len(a)] for name in table for a in ANCHORS if name.endswith(a) and _at_a_dot(name, a)}
+        )
+        if len(prefixes) < 2:
+            yield key, (table, prefixes[0] if prefixes else _common_prefix(table))
+        else:
+            for prefix in prefixes:
+                yield ".".join(filter(None, (key, prefix.rstrip(".")))), (table, prefix)
+
+
+def _tables(content: Any, key: str, depth: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    if not isinstance(content, Mapping):
+        return
+    named = {name: value for name, value in content.items() if isinstance(name, str)}
+    tensors = {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, Tensor) and name.rpartition(".")[2] not in COUNTERS
+    }
+    nested = [(name, value) for name, value in named.items() if isinstance(value, Mapping)]
+    if tensors and (not nested or any("." in name for name in tensors)):
+        yield key, tensors
+    for name, value in nested if depth else ():
+        yield from _tables(value, f"{key}.{name}" if key else name, depth - 1)
+
+
+def _at_a_dot(name: str, anchor: str) -> bool:
+    return len(name) == len(anchor) or name[-len(anchor) - 1] == "."
+
+
+def _has_anchor(table: Mapping[str, Tensor]) -> bool:
+    return any(name.endswith(anchor) and _at_a_dot(name, anchor) for name in table for anchor in ANCHORS)
+
+
+def _common_prefix(table: Mapping[str, Tensor]) -> str:
+    """What all names of something that is no known ViT begin with, of the usual wrappers."""
+    prefix = ""
+    while found := [p for p in PREFIXES if all(name.startswith(prefix + p) for name in table)]:
+        prefix += found[0]
+    return prefix
+
+
+def _unprefixed(table: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """The model's own names: what follows the prefix, and classifiers that lie outside it."""
+    names = [name[len(prefix) :] for name in table if name.startswith(prefix)]
+    outer = prefix
+    while outer:
+        outer = outer[: outer.rstrip(".").rfind(".") + 1]
+        beside = [name for name in table if name.startswith(outer) and name[len(outer) :].startswith(HEADS)]
+        names += [name for name in beside if not name.startswith(prefix) and name[len(outer) :] not in names]
+    return names
+
+
+def _rank(key: str) -> int:
+    """Which of several models is taken: the lowest."""
+    parts = key.lower().split(".")
+    if any("ema" in part.split("_") or part == "ema" for part in parts):
+        return FIRST
+    return TEACHER if "teacher" in parts else STUDENT if "student" in parts else PLAIN
+
+
+def _same(first: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> bool:
+    return all(
+        first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
+        for other in others
+    )
+
+
+def _as_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

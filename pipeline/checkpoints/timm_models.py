@@ -1,66 +1,135 @@
-"""Dense models by timm name, with weights from a local file."""
+"""Dense models by timm's names and in the folders that timm saves for a hub."""
 
 import difflib
+import json
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from timm.data import ImageNetInfo
 from timm.models import get_pretrained_cfg, list_pretrained, split_model_name_tag
 from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.digits_deit import DIGITS_MODEL, DIGITS_WEIGHTS
-from lowpass.pipeline.checkpoints.state_dict import load_strictly, read_weights
+from lowpass.pipeline.checkpoints.misfit import load_strictly
+from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, set_preprocessing
+from lowpass.pipeline.checkpoints.shape import channels_of, classes_of, fit_positions
+from lowpass.pipeline.checkpoints.state_dict import Tensors, read_weights
+
+IMAGENET_CLASSES = 1000
+CONFIG = "config.json"
 
 
-def load_model(model: str, weights: Path | str | None = None, random_weights: bool = False, seed: int = 0) -> nn.Module:
-    """A dense timm model in evaluation mode.
-
-    Args:
-        model: any timm model name; `digits_deit` brings its own weights.
-        weights: local checkpoint, `.safetensors` or `.pth`, with timm's or DeiT's own keys. The class count is read off
-            its head.
-        random_weights: create the model untrained, from `seed`, for speed studies.
+def by_name(name: str, weights: Path | None, random_weights: bool, choices: Choices) -> nn.Module:
+    """A timm model by name, with or without a tag.
 
     Raises:
-        InputError: unknown name, no weights, or weights that are damaged, not finite or of another shape.
-
-    Example:
-        >>> load_model("digits_deit").num_classes
-        10
+        InputError: unknown name or tag, no weights, or weights that do not fit.
     """
-    if not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise InputError(f"timm has no model {model!r}{hint}")
-    _refuse_unknown_tag(model)
-    if weights is not None and random_weights:
-        raise InputError("give --weights or --random-weights, not both")
-    if weights is None and not random_weights and model == DIGITS_MODEL:
+        raise InputError(f"timm has no model {name!r}{hint}")
+    tag = _checked_tag(name)
+    if weights is None and not random_weights and name == DIGITS_MODEL:
         weights = DIGITS_WEIGHTS
     if weights is None and not random_weights:
         raise InputError(
-            f"{model} needs trained weights: give --weights FILE (.safetensors or .pth), "
+            f"{name} needs trained weights: give --weights FILE (.safetensors or .pth), "
             "or --random-weights to study its speed only"
         )
-    torch.manual_seed(seed)
-    if weights is None:
-        return timm.create_model(model).eval()
-    state = read_weights(Path(weights))
-    head = state.get("head.weight")
-    classes = {"num_classes": len(head)} if head is not None and head.ndim == 2 else {}
-    dense: nn.Module = timm.create_model(model, **classes)
-    load_strictly(dense, state, Path(weights), model)
-    return dense.eval()
+    tensors = None if weights is None else read_weights(weights, choices.weights_key)
+    model = _built(name, {}, tensors, weights, choices)
+    source = f"timm's {name}" if tag or weights == DIGITS_WEIGHTS else f"timm's default for {name}"
+    set_preprocessing(model, source, {}, choices)
+    classes, said = None, ""
+    known = get_pretrained_cfg(name)
+    if model.num_classes == IMAGENET_CLASSES and known is not None and known.num_classes == IMAGENET_CLASSES:
+        classes, said = tuple(ImageNetInfo("imagenet-1k").label_names()), "ImageNet's synsets"
+    mark(model, _origin(tensors, classes, said))
+    return model
 
 
-def _refuse_unknown_tag(name: str) -> None:
-    architecture, tag = split_model_name_tag(name)
-    if not tag:
-        return
+def from_hub_folder(folder: Path, choices: Choices, config: dict[str, Any], weights: Path) -> nn.Module:
+    """A model in timm's hub layout: `config.json` with an architecture, and its weights.
+
+    Raises:
+        InputError: the architecture is unknown, or the weights do not fit.
+    """
+    name = str(config["architecture"])
+    if not timm.is_model(name):
+        raise InputError(f"{folder / CONFIG}: timm has no model {name!r}")
+    tensors = read_weights(weights, choices.weights_key)
+    settings = dict(config.get("model_args") or {})
+    if config.get("global_pool"):
+        settings.setdefault("global_pool", config["global_pool"])
+    model = _built(name, settings, tensors, weights, choices)
+    found = config.get("pretrained_cfg") or {}
+    kept = {key: found[key] for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode") if key in found}
+    set_preprocessing(model, str(folder / CONFIG) if kept else f"timm's default for {name}", kept, choices)
+    names = config.get("label_names") or found.get("label_names")
+    classes = tuple(map(str, names)) if isinstance(names, list) and len(names) == model.num_classes else None
+    mark(model, _origin(tensors, classes, str(folder / CONFIG)))
+    return model
+
+
+def _built(
+    name: str, settings: dict[str, Any], tensors: Tensors | None, weights: Path | None, choices: Choices
+) -> nn.Module:
+    """The architecture at the size, channels and classes of its weights, with them."""
+    with torch.device("meta"):
+        plain = timm.create_model(name, **settings)
+    if tensors is None or weights is None:
+        sizes: dict[str, Any] = {"img_size": choices.img_size, "in_chans": choices.in_chans}
+        return timm.create_model(name, **settings, **{k: v for k, v in sizes.items() if v is not None}).eval()
+    state = tensors.state
+    settings = settings | {
+        "num_classes": classes_of(state),
+        "in_chans": channels_of(state, weights, choices.in_chans),
+    }
+    patch = getattr(plain, "patch_embed", None)
+    if patch is not None and hasattr(plain, "num_prefix_tokens"):
+        prefix = 0 if plain.no_embed_class else plain.num_prefix_tokens
+        size = fit_positions(state, weights, patch.patch_size, prefix, patch.img_size, choices.img_size)
+        if size != tuple(patch.img_size):
+            settings["img_size"] = size
+    model: nn.Module = timm.create_model(name, **{key: value for key, value in settings.items() if value is not None})
+    load_strictly(model, state, weights, name)
+    return model.eval()
+
+
+def _origin(tensors: Tensors | None, classes: tuple[str, ...] | None, classes_from: str) -> Origin:
+    if tensors is None:
+        return Origin(classes, classes_from if classes else "")
+    return Origin(classes, classes_from if classes else "", tensors.key, tensors.others)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`.
+
+    Raises:
+        InputError: it is missing or no JSON object.
+    """
     try:
-        get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError:
-        known = [split_model_name_tag(full)[1] for full in list_pretrained(f"{architecture}.*")]
-        tags = ", ".join(filter(None, known)) or "none"
-        raise InputError(f"timm's {architecture} has no tag {tag!r}; it knows {tags}") from None
+        config = json.loads((folder / CONFIG).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {folder / CONFIG}: {error.strerror}; is {folder} a model?") from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG} is not a JSON object")
+    return config
+
+
+def _checked_tag(name: str) -> str:
+    architecture, tag = split_model_name_tag(name)
+    if tag:
+        try:
+            get_pretrained_cfg(name, allow_unregistered=False)
+        except RuntimeError:
+            known = [split_model_name_tag(full)[1] for full in list_pretrained(f"{architecture}.*")]
+            tags = ", ".join(filter(None, known)) or "none"
+            raise InputError(f"timm's {architecture} has no tag {tag!r}; it knows {tags}") from None
+    return tag

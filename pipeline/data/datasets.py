@@ -150,7 +150,7 @@ def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
         "std": prep.std,
         "interpolation": prep.interpolation,
     }
-    plain = create_transform(**settings, crop_pct=prep.crop_pct)
+    plain = create_transform(**settings, crop_pct=prep.crop_pct, crop_mode=prep.crop_mode)
     # DeiT's augmentation (Touvron et al., 2021), without mixing. Beyond magnitude 9 timm may posterize to 0 bits, which
     # Pillow 13 refuses.
     augment = create_transform(**settings, is_training=True, auto_augment="rand-m9-mstd0.5-mmax9-inc1", re_prob=0.25)

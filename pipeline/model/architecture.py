@@ -117,6 +117,7 @@ class Preprocessing(_Frozen):
     std: tuple[float, ...]
     crop_pct: float
     interpolation: str
+    crop_mode: Literal["center", "squash", "border"] = "center"  # `squash` does not keep the picture's proportions
     source: str = ""  # where these come from
 
 

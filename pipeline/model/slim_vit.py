@@ -27,7 +27,7 @@ class SlimViT(nn.Module):
 
     Example:
         >>> import torch
-        >>> from lowpass.pipeline.checkpoints.timm_models import load_model
+        >>> from lowpass.pipeline.checkpoints.load import load_model
         >>> slim = SlimViT.from_timm(load_model("digits_deit"))
         >>> slim.set_keep(2, 40)  # block 2 and all above it pass on 40 of the 64 image tokens
         >>> slim(torch.zeros(1, 3, 32, 32)).shape, slim.architecture.blocks[5].keep
@@ -99,6 +99,7 @@ class SlimViT(nn.Module):
                 std=config.get("std", (0.5,) * dense.in_chans),
                 crop_pct=config.get("crop_pct") or 1.0,
                 interpolation=config.get("interpolation", "bicubic"),
+                crop_mode=config.get("crop_mode") or "center",
                 source=config.get("preprocessing_source", ""),
             ),
             qk_scale=scale,

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.checkpoints.timm_models import load_model
+from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.data.datasets import Data, data_in_memory, load_data
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.recovery import HELD_OUT_EVERY

@@ -43,7 +43,7 @@ def low_frequency_sensitivity(
         InputError: `model` is not a plain ViT.
 
     Example:
-        >>> from lowpass.pipeline.checkpoints.timm_models import load_model
+        >>> from lowpass.pipeline.checkpoints.load import load_model
         >>> batches = [(torch.rand(4, 3, 32, 32), torch.tensor([3, 1, 4, 1]))]
         >>> scores = low_frequency_sensitivity(load_model("digits_deit"), batches, block=0)
         >>> scores.query_key.shape, scores.value.shape, scores.hidden.shape

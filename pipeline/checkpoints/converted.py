@@ -1,0 +1,74 @@
+"""A ViT of another library as a timm ViT: its sizes, and its tensors under timm's names."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from lowpass.pipeline.checkpoints.misfit import load_strictly
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How one library's ViT is written as timm's.
+
+    `renames` are patterns and what takes their place, all of which are applied in turn. A name that ends up with
+    `attn.query`, `attn.key` or `attn.value` becomes a third of `attn.qkv`.
+    """
+
+    kind: type[VisionTransformer]
+    settings: Mapping[str, Any]
+    renames: tuple[tuple[str, str], ...]
+    dropped: tuple[str, ...] = ()  # names that a classifier does not need
+
+    def built(self, state: Mapping[str, Tensor], source: object, name: str) -> nn.Module:
+        """The timm ViT with these weights, in evaluation mode.
+
+        Raises:
+            InputError: the weights do not fit the settings.
+        """
+        renamed = {self._renamed(key): tensor for key, tensor in state.items() if key not in self.dropped}
+        model = self.kind(**self.settings)
+        model.pretrained_cfg = {"architecture": name}
+        load_strictly(model, fused(renamed), source, name)
+        return model.eval()
+
+    def _renamed(self, key: str) -> str:
+        for pattern, replacement in self.renames:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+
+def fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value layers as timm's one `qkv`."""
+    whole = dict(state)
+    for name in state:
+        before, query, after = name.partition("attn.query.")
+        if query:
+            parts = [whole.pop(f"{before}attn.{part}.{after}", None) for part in ("query", "key", "value")]
+            there = [part for part in parts if part is not None]
+            whole[f"{before}attn.qkv.{after}"] = torch.cat(there)
+    return whole
+
+
+def vit_settings(
+    img_size: tuple[int, int], patch_size: tuple[int, int], channels: int, classes: int, dim: int, depth: int,
+    heads: int, hidden: int, eps: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Of timm's `VisionTransformer`, in its words."""
+    return {
+        "img_size": img_size,
+        "patch_size": patch_size,
+        "in_chans": channels,
+        "num_classes": classes,
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": hidden / dim,
+        "norm_layer": partial(nn.LayerNorm, eps=eps),
+    }

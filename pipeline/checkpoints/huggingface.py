@@ -1,0 +1,217 @@
+"""Models that Hugging Face Transformers saved: ViT, DeiT with and without a teacher's head, DINOv2 with its head.
+
+Read from `config.json`, `preprocessor_config.json` and the weights; the library itself is not needed.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import GELUTanh, QuickGELU
+from timm.models import VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.progress import logger
+from lowpass.pipeline.checkpoints.converted import Conversion, vit_settings
+from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, set_preprocessing
+from lowpass.pipeline.checkpoints.shape import fit_positions
+from lowpass.pipeline.model.readout import TokenAndMeanViT
+
+PREPROCESSOR = "preprocessor_config.json"
+KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers")
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_pytorch_tanh": GELUTanh,
+    "gelu_new": GELUTanh,
+    "quick_gelu": QuickGELU,
+}
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+RENAMES = (
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(?:encoder\.layer|layers)\.", "blocks."),
+    (r"\.attention\.(?:attention\.)?(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.q_proj\.", ".attn.query."),
+    (r"\.attention\.k_proj\.", ".attn.key."),
+    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"^layernorm\.", "norm."),
+    (r"^(?:cls_)?classifier\.", "head."),
+    (r"^distillation_classifier\.", "head_dist."),
+)
+
+
+def from_huggingface(
+    config: Mapping[str, Any],
+    state: dict[str, Tensor],
+    source: object,
+    choices: Choices,
+    processor: Mapping[str, Any] | None,
+) -> nn.Module:
+    """A timm ViT with the same logits.
+
+    Args:
+        config: of `config.json`.
+        state: tensors under Transformers' names, without the model's prefix.
+        source: what messages call the weights.
+        choices: of the user.
+        processor: of `preprocessor_config.json`, or None.
+
+    Raises:
+        InputError: it is no such classifier, or the weights do not fit the config.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in KINDS:
+        raise InputError(f"{source} is a Hugging Face {kind!r}; lowpass takes {', '.join(KINDS)} with a classifier")
+    if "classifier.weight" not in state and "cls_classifier.weight" not in state:
+        raise InputError(f"{source} is a Hugging Face {kind} without a classifier; save the ...ForImageClassification")
+    activation = str(config.get("hidden_act", "gelu"))
+    if activation not in ACTIVATIONS or config.get("use_swiglu_ffn"):
+        raise InputError(f"{source} has {'SwiGLU' if config.get('use_swiglu_ffn') else activation} MLPs, not GELU")
+    name = f"{kind} (Hugging Face)"
+    found = _preprocessing(kind, processor)
+    model = _converted(kind, config, state, source, choices, found.get("input_size"), activation).built(
+        state, source, name
+    )
+    said = str(source) if processor is None else f"{PREPROCESSOR} of {source}"
+    if processor is None:
+        said = f"Transformers' default for {kind} ({source} has no {PREPROCESSOR})"
+    set_preprocessing(model, said, {key: value for key, value in found.items() if key != "input_size"}, choices)
+    mark(model, Origin(*_classes(config, int(cast(int, model.num_classes)))))
+    return model
+
+
+def _converted(
+    kind: str,
+    config: Mapping[str, Any],
+    state: dict[str, Tensor],
+    source: object,
+    choices: Choices,
+    processed: tuple[int, int] | None,
+    activation: str,
+) -> Conversion:
+    """Sizes and renames of one kind. Positions of DINOv2 are resampled to what its processor gives, as Transformers
+    does as it runs."""
+    dim, patch = int(config["hidden_size"]), _pair(config["patch_size"])
+    own, dino = _pair(config["image_size"]), kind.startswith("dinov2")
+    hidden = int(config["mlp_ratio"] * dim) if dino else int(config["intermediate_size"])
+    positions = {"pos_embed": state["embeddings.position_embeddings"]}
+    asked = choices.img_size or (processed if dino else None)
+    prefix = 2 if kind == "deit" else 1
+    size = fit_positions(positions, Path(str(source)), patch, prefix, own, asked, antialias=not dino)
+    state["embeddings.position_embeddings"] = positions["pos_embed"]
+    if size != own:
+        logger.info("images of %dx%d, where %s was made for %dx%d", *size, source, *own)
+    channels = int(config.get("num_channels", 3))
+    if choices.in_chans not in (None, channels):
+        raise InputError(f"--in-chans is {choices.in_chans}, but {source} takes images of {channels} channels")
+    head = state["cls_classifier.weight" if "cls_classifier.weight" in state else "classifier.weight"]
+    heads, depth = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
+    settings = vit_settings(
+        size, patch, channels, len(head), dim, depth, heads, hidden, float(config["layer_norm_eps"])
+    )
+    settings |= {"qkv_bias": bool(config.get("qkv_bias", True)), "act_layer": ACTIVATIONS[activation]}
+    dropped, renames = ["embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias"], list(RENAMES)
+    model: type[VisionTransformer] = VisionTransformer
+    if dino:
+        model, settings["init_values"] = TokenAndMeanViT, 1.0
+        if kind == "dinov2_with_registers":
+            settings |= {"reg_tokens": int(config["num_register_tokens"]), "no_embed_class": True}
+            # Registers join when positions have been added: what CLS was given becomes part of it.
+            whole = state["embeddings.position_embeddings"]
+            state["embeddings.cls_token"] = state["embeddings.cls_token"] + whole[:, :1]
+            state["embeddings.position_embeddings"] = whole[:, 1:]
+    elif kind == "deit" and "cls_classifier.weight" in state:
+        model = VisionTransformerDistilled
+        renames.append((r"^embeddings\.distillation_token$", "dist_token"))
+    elif kind == "deit":
+        # Nobody reads this one's distillation token: it is a register with a position of its own.
+        settings["reg_tokens"] = 1
+        renames.append((r"^embeddings\.distillation_token$", "reg_token"))
+    return Conversion(model, settings, tuple(renames), tuple(dropped))
+
+
+def _preprocessing(kind: str, processor: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A processor's settings in timm's words; its default for the kind where there is none."""
+    half, imagenet = ((0.5,) * 3, (0.5,) * 3), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    mean, std = half if kind == "vit" else imagenet
+    if processor is None:
+        crop = {"vit": 1.0, "deit": 224 / 256}.get(kind, 224 / 256)
+        mode = "center" if kind.startswith("dinov2") else "squash"
+        interpolation = "bilinear" if kind == "vit" else "bicubic"
+        return {"mean": mean, "std": std, "crop_pct": crop, "crop_mode": mode, "interpolation": interpolation}
+    if not processor.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    else:
+        mean, std = tuple(processor.get("image_mean") or mean), tuple(processor.get("image_std") or std)
+    resized, cropped = processor.get("size"), processor.get("crop_size")
+    crops = bool(processor.get("do_center_crop", cropped is not None and kind != "vit")) and cropped is not None
+    final = _sides(cropped) if crops else _sides(resized)
+    squash = not (isinstance(resized, Mapping) and "shortest_edge" in resized)
+    share = 1.0
+    if crops and (before := _sides(resized)) is not None and final is not None:
+        share = final[0] / before[0]
+    found = {"mean": mean, "std": std, "crop_pct": share, "crop_mode": "squash" if squash else "center"}
+    resample = processor.get("resample")
+    if resample in RESAMPLING:
+        found["interpolation"] = RESAMPLING[resample]
+    return found | ({"input_size": final} if final is not None else {})
+
+
+def _classes(config: Mapping[str, Any], count: int) -> tuple[tuple[str, ...] | None, str]:
+    """The names of `id2label`, unless they are only numbers that Transformers made up."""
+    labels = config.get("id2label")
+    if not isinstance(labels, Mapping):
+        return None, ""
+    by_number = {int(number): str(name) for number, name in labels.items()}
+    if sorted(by_number) != list(range(count)) or all(n == f"LABEL_{i}" for i, n in by_number.items()):
+        return None, ""
+    return tuple(by_number[number] for number in range(count)), "id2label"
+
+
+def read_processor(folder: Path) -> dict[str, Any] | None:
+    """A folder's `preprocessor_config.json`; None: it has none.
+
+    Raises:
+        InputError: it is no JSON object.
+    """
+    path = folder / PREPROCESSOR
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return content
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return int(height), int(width)
+
+
+def _sides(size: Any) -> tuple[int, int] | None:
+    """Height and width of a processor's size."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, Mapping):
+        if "height" in size:
+            return int(size["height"]), int(size["width"])
+        if "shortest_edge" in size:
+            return (int(size["shortest_edge"]),) * 2
+    return None

@@ -1,0 +1,81 @@
+"""Where a dense model comes from: what was read of its source, kept beside it on the module itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lowpass.pipeline.base.errors import InputError
+
+_ATTRIBUTE = "lowpass_origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """`classes`: names in the order of the logits, and `classes_from`, who says so; None: nobody does. `other_weights`:
+    keys of other weights in the same file, such as EMA's."""
+
+    classes: tuple[str, ...] | None = None
+    classes_from: str = ""
+    weights_key: str = ""
+    other_weights: tuple[str, ...] = ()
+
+
+def mark(model: nn.Module, origin: Origin) -> None:
+    """Remember where a model comes from."""
+    setattr(model, _ATTRIBUTE, origin)
+
+
+def origin_of(model: nn.Module) -> Origin:
+    """Where a model comes from, as far as it is known."""
+    origin = getattr(model, _ATTRIBUTE, None)
+    return origin if isinstance(origin, Origin) else Origin()
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What may be said of a model beside its name and weights; None: as its source says.
+
+    `img_size` is (height, width). `mean`, `std`, `crop_pct` and `interpolation` are those of preprocessing.
+    """
+
+    weights_key: str | None = None
+    img_size: tuple[int, int] | None = None
+    in_chans: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+
+
+def set_preprocessing(model: nn.Module, source: str, found: dict[str, Any], choices: Choices) -> None:
+    """Give a timm model its preprocessing in `pretrained_cfg`, with what was chosen in place of what was found.
+
+    Args:
+        model: a timm model.
+        source: who says `found`.
+        found: `mean`, `std`, `crop_pct`, `interpolation` and `crop_mode`, as many as the source knows.
+        choices: of the user.
+
+    Raises:
+        InputError: a mean or a deviation does not fit the model's channels, or makes no sense.
+    """
+    config: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {}) | found
+    channels = int(getattr(model, "in_chans", 3))
+    given = {name: getattr(choices, name) for name in ("mean", "std", "crop_pct", "interpolation")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in ("mean", "std"):
+        values = given.get(name, config.get(name) or (0.5,) * channels)
+        if len(values) != channels:
+            if name in given:
+                raise InputError(f"--{name} has {len(values)} values, but the model takes {channels} channels")
+            # Of RGB, for a model of other channels: their average, of each.
+            values, source = (sum(values) / len(values),) * channels, f"{source}, averaged over its channels"
+        config[name] = tuple(float(value) for value in values)
+    if not all(value > 0 for value in config["std"]):
+        raise InputError(f"--std must be above 0, not {config['std']}")
+    config |= {name: given[name] for name in ("crop_pct", "interpolation") if name in given}
+    if given:
+        source += "; " + ", ".join("--" + name.replace("_", "-") for name in given)
+    config["preprocessing_source"] = source
+    setattr(model, "pretrained_cfg", config)  # noqa: B010 - of timm, which says nothing of its type

@@ -44,20 +44,23 @@ def compress(
     memory_budget: float = DEFAULT_BUDGET_GIB,
     tune_for: TunedFor = "tensorrt",
     as_published: bool = False,
+    yes: bool = False,
     progress: Listener | None = None,
     **settings: Any,
 ) -> "Run":
     """Search a slim model to a target and save it in a run directory: the command `lowpass compress`.
 
     Args:
-        model: a timm name (with `weights=FILE`; `digits_deit` brings its own), or any plain timm ViT in memory.
-        data: `digits`, an image folder or a timm reader; or two torch data sets or loaders (train, test) of
+        model: what `load_model` takes (with `weights=FILE`; `digits_deit` brings its own), or a plain ViT of timm,
+            Transformers or torchvision in memory.
+        data: `digits`, an image folder or `hfds/NAME`; or two torch data sets or loaders (train, test) of
             (image [C, H, W] as the model takes it, label).
         out: the run directory, new or empty.
         resume: go on with an interrupted run; the outcome is the same.
         memory_budget: GiB for the search's activations; past it they are files in the run directory.
         tune_for: the runtime whose liking the shapes default to.
         as_published: the paper's own shapes instead.
+        yes: go on although the dense model does no better than a guess, or far better under another reading.
         progress: called with a `Step` now and then.
         settings: one of `target_macs` (a share, such as 0.46), `target_latency` (ms, with `runtime`), `allowable_drop`
             (points of top-1) and `architecture` (a table); and any option of the command by its name, such as
@@ -74,7 +77,7 @@ def compress(
     """
     recipe = recipe_of(model, data, tune_for, as_published, **settings)
     with report_to(progress):
-        run_recipe(recipe, Path(out), resume, memory_budget, model, data)
+        run_recipe(recipe, Path(out), resume, memory_budget, model, data, yes)
     return Run(out, data if isinstance(data, tuple) else None, progress)
 
 
@@ -116,8 +119,10 @@ def run_recipe(
     memory_budget: float = DEFAULT_BUDGET_GIB,
     model: str | nn.Module | None = None,
     data: DataSource = None,
+    yes: bool = False,
 ) -> Metrics:
-    """A recipe from start to end; `model` and `data` where they are in memory.
+    """A recipe from start to end; `model` and `data` where they are in memory. `yes`: go on with a dense model that is
+    suspiciously bad.
 
     Raises:
         InputError, RunError: see `compress`.
@@ -130,6 +135,7 @@ def run_recipe(
         memory_budget,
         model=model if isinstance(model, nn.Module) else None,
         data=data if isinstance(data, tuple) else None,
+        check=not yes,
     )
 
 

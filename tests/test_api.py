@@ -47,12 +47,12 @@ def test_api_and_command_give_the_same_bytes(
 ) -> None:
     ours, theirs = tmp_path / "api", tmp_path / "command"
     run = lowpass.compress(
-        tiny_source["model"], "digits", ours, weights=tiny_source["weights"], target_macs=0.6, **QUICK
+        tiny_source["model"], "digits", ours, weights=tiny_source["weights"], target_macs=0.6, yes=True, **QUICK
     )
     told = answer(
         capsys,
         *("compress", "--model", tiny_source["model"], "--weights", str(tiny_source["weights"]), "--data", "digits"),
-        *("--target-macs", "0.6", "--out", str(theirs), *FLAGS),
+        *("--target-macs", "0.6", "--out", str(theirs), "--yes", *FLAGS),
     )
     assert {name: (ours / name).read_bytes() for name in FILES} == {
         name: (theirs / name).read_bytes() for name in FILES
@@ -65,16 +65,23 @@ def test_what_is_in_memory_is_pruned_like_what_has_a_name(
     tmp_path: Path, tiny_source: dict[str, Any], loaders: bool
 ) -> None:
     named = lowpass.compress(
-        tiny_source["model"], "digits", tmp_path / "named", weights=tiny_source["weights"], target_macs=0.6, **QUICK
+        tiny_source["model"],
+        "digits",
+        tmp_path / "named",
+        weights=tiny_source["weights"],
+        target_macs=0.6,
+        yes=True,
+        **QUICK,
     )
     model = lowpass.load_model(tiny_source["model"], tiny_source["weights"])
     data: tuple[Any, Any] = in_memory()
     if loaders:
         data = tuple(DataLoader(part, 16) for part in data)
-    held = lowpass.compress(model, data, tmp_path / "held", target_macs=0.6, **QUICK)
+    held = lowpass.compress(model, data, tmp_path / "held", target_macs=0.6, yes=True, **QUICK)
     for name in ("slim.safetensors", "architecture.json"):
         assert (named.path / name).read_bytes() == (held.path / name).read_bytes()
-    assert named.metrics == held.metrics
+    assert (named.metrics.data, held.metrics.data) == ("digits", "data in memory")
+    assert named.metrics == held.metrics.model_copy(update={"data": "digits"})
     before = held.metrics.slim.top1
     assert held.finetune(epochs=1, lr=1e-3, batch_size=64).finetuned_epochs == 1
     assert held.evaluate().slim.top1 == held.metrics.slim.top1 and before is not None
@@ -112,6 +119,7 @@ def test_progress_and_log_go_where_the_caller_says(
             weights=tiny_source["weights"],
             target_macs=0.6,
             progress=steps.append,
+            yes=True,
             **QUICK,
         )
     assert capfd.readouterr().err == ""

@@ -58,7 +58,7 @@ def test_same_seed_same_bytes(
     quick = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     for name in ("a", "b"):
         run = str(tmp_path / name)
-        answer(capsys, "compress", *quick, "--target-macs", "0.8", "--out", run, "--seed", "3")
+        answer(capsys, "compress", *quick, "--target-macs", "0.8", "--out", run, "--seed", "3", "--yes")
         answer(capsys, "finetune", run, "--epochs", "1")
         answer(capsys, "export", run)
     for file in ("architecture.json", "search.jsonl", "slim.safetensors", "dense.safetensors", "model.fp32.onnx"):

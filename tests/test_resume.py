@@ -123,7 +123,7 @@ def test_a_disk_in_trouble_is_said_and_the_run_goes_on_later(
     for name, value in tiny_source.items():
         recipe += [f"--{name}", str(value)]
     command = "import sys; sys.path.append('tests'); import tiny; from lowpass.cli import main; main()"
-    compress_to = [sys.executable, "-c", command, "compress", *recipe, "--resume", "--out"]
+    compress_to = [sys.executable, "-c", command, "compress", *recipe, "--yes", "--resume", "--out"]
     whole, troubled = tmp_path / "whole", tmp_path / "disk"
     troubled.mkdir()
     subprocess.run([*compress_to, str(whole)], check=True, capture_output=True)
@@ -173,7 +173,7 @@ def test_a_memory_budget_changes_nothing(goal: dict[str, float], tmp_path: Path)
     """Past the budget activations are mapped files, which leave nothing behind."""
     for name, budget in (("memory", 8.0), ("files", 0.0)):
         compress(small(**goal), tmp_path / name, budget_gib=budget)
-        assert {file.name for file in (tmp_path / name).iterdir()} == {*RESULTS, "dense.safetensors"}
+        assert {file.name for file in (tmp_path / name).iterdir()} == {*RESULTS, "dense.safetensors", "inputs.json"}
     assert results(tmp_path / "memory") == results(tmp_path / "files")
 
 

@@ -20,6 +20,7 @@ from tritonclient.utils import InferenceServerException
 from lowpass.export.graph.pixels import to_pixels
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.data.datasets import MODES
+from lowpass.pipeline.data.pictures import UNREADABLE, as_mode
 from lowpass.pipeline.model.architecture import Preprocessing
 
 Protocol = Literal["http", "grpc"]
@@ -150,13 +151,14 @@ def prepare(served: Served, files: Sequence[Path]) -> NDArray[Any]:
         std=prep.std,
         interpolation=prep.interpolation,
         crop_pct=prep.crop_pct,
+        crop_mode=prep.crop_mode,
     )
     prepared = []
     for file in files:
         try:
             with Image.open(file) as image:
-                prepared.append(transform(image.convert(MODES[served.size[0]])).numpy())
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+                prepared.append(transform(as_mode(image, MODES[served.size[0]])).numpy())
+        except UNREADABLE as error:
             raise InputError(f"{file} cannot be read as an image: {error}") from None
     images = np.stack(prepared).astype(np.float32, copy=False)
     return to_pixels(images, prep) if served.uint8 else images

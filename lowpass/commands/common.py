@@ -8,6 +8,8 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from lowpass.pipeline.base.errors import InputError
+
 if TYPE_CHECKING:
     from lowpass.benchmarks.latency.compare import Benchmark
     from lowpass.pipeline.run.metrics import Metrics
@@ -19,12 +21,28 @@ DataOption = Annotated[
     str | None,
     typer.Option(
         help="'digits'; a folder with train/CLASS/... and val/CLASS/... (or CLASS/... alone); "
-        "or a timm reader such as hfds/NAME. For a run: its own unless given."
+        "or hfds/NAME. For a run: its own unless given."
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything drawn at random.")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Of fine-tuning; 40 for the digits, 150 otherwise.")]
 Resume = Annotated[bool, typer.Option(help="Go on with an interrupted run; the outcome is the same.")]
+
+
+def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers with commas between them; None: nothing was given.
+
+    Raises:
+        InputError: they are none.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"{option} takes numbers with commas between them, such as 0.5,0.5,0.5; not {text!r}"
+        ) from None
 
 
 def answer(directory: Path, metrics: "Metrics", measured: "Benchmark | None", as_json: bool) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lowpass.commands.common import AsJson, PrecisionOption, Resume, Seed, answer, say
+from lowpass.commands.common import AsJson, PrecisionOption, Resume, Seed, answer, numbers, say
 from lowpass.pipeline.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # What `compress --recipe` takes beside the file.
 BESIDE_RECIPE = (
-    "recipe_file", "weights", "data", "out", "resume", "ship", "dry_run", "epochs", "memory_budget", "as_json",
+    "recipe_file", "weights", "data", "out", "resume", "ship", "dry_run", "epochs", "memory_budget", "as_json", "yes",
 )  # fmt: skip
 # Arguments of the function that are no settings of a recipe by that name.
 RENAMED = {"batch": "latency_batch", "precision": "latency_precision"}
@@ -59,7 +59,7 @@ def compress(
     ] = 1,
     precision: Annotated[
         PrecisionOption | None,
-        typer.Option(help="Of --target-latency. [default: the runtime's own]", rich_help_panel=GOAL),
+        typer.Option(help="Of --target-latency. Default: the runtime's own.", rich_help_panel=GOAL),
     ] = None,
     allowable_drop: Annotated[
         float | None,
@@ -74,11 +74,30 @@ def compress(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="timm name of the dense model, or digits_deit.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(
+            help="timm's or torchvision's name, a folder that Transformers or timm saved, hf-hub:NAME, or digits_deit.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Its checkpoint: .safetensors or .pth, timm's or DeiT's own keys.", rich_help_panel=MODEL),
+        typer.Option(help="Its checkpoint, .safetensors or .pth, whatever wraps the tensors.", rich_help_panel=MODEL),
+    ] = None,
+    weights_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of several models in it, such as state_dict_ema. Default: EMA.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    img_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="H[xW]", help="Resample positions to this size. Default: the checkpoint's.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    in_chans: Annotated[
+        int | None, typer.Option(min=1, help="Input channels. Default: the checkpoint's.", rich_help_panel=MODEL)
     ] = None,
     random_weights: Annotated[
         bool,
@@ -98,17 +117,53 @@ def compress(
     data: Annotated[
         str | None,
         typer.Option(
-            help="'digits'; a folder with train/CLASS/... and val/CLASS/... (or CLASS/... alone); "
-            "or a timm reader such as hfds/NAME.",
+            help="'digits'; a folder with train/CLASS/... and val/CLASS/... (or CLASS/... alone); or hfds/NAME.",
             rich_help_panel=DATA,
         ),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Names of the model's classes, a line each, by its logits.", rich_help_panel=DATA
+        ),
+    ] = None,
+    class_order: Annotated[
+        Literal["natural", "plain"],
+        typer.Option(help="How folders are numbered: as timm does, or torchvision.", rich_help_panel=DATA),
+    ] = "natural",
+    mean: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Of the pixels. Default: the model's own.", rich_help_panel=DATA),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Of the pixels, likewise.", rich_help_panel=DATA)
+    ] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(help="Share of the picture's shorter side that is seen.", rich_help_panel=DATA)
+    ] = None,
+    interpolation: Annotated[
+        Literal["nearest", "bilinear", "bicubic", "lanczos"] | None,
+        typer.Option(help="Of resizing.", rich_help_panel=DATA),
+    ] = None,
+    exif: Annotated[
+        bool, typer.Option("--exif", help="Turn pictures as their cameras were held.", rich_help_panel=DATA)
+    ] = False,
+    skip_unreadable: Annotated[
+        bool,
+        typer.Option("--skip-unreadable", help="Leave out images that cannot be read.", rich_help_panel=DATA),
+    ] = False,
+    input_key: Annotated[
+        str | None, typer.Option(help="Column of the pictures of hfds/NAME.", rich_help_panel=DATA)
+    ] = None,
+    target_key: Annotated[
+        str | None, typer.Option(help="Column of the classes of hfds/NAME.", rich_help_panel=DATA)
     ] = None,
     score_images: Annotated[int, typer.Option(help="Training images for LFS.", rich_help_panel=DATA)] = 2000,
     measure_images: Annotated[
         int, typer.Option(help="Training images on which a step's top-1 is measured.", rich_help_panel=DATA)
     ] = 5000,
     out: Annotated[
-        Path | None, typer.Option(help="Run directory, new or empty. [default: runs/MODEL]", rich_help_panel=RUN)
+        Path | None, typer.Option(help="Run directory, new or empty. Default: runs/MODEL.", rich_help_panel=RUN)
     ] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on with an interrupted run; the outcome is the same.", rich_help_panel=RUN)
@@ -126,6 +181,10 @@ def compress(
         typer.Option(
             "--dry-run", help="Check every input and say what it would cost; nothing is written.", rich_help_panel=RUN
         ),
+    ] = False,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", help="Go on with a dense model that is suspiciously bad.", rich_help_panel=RUN),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn at random.", rich_help_panel=RUN)] = 0,
     as_json: Annotated[
@@ -176,6 +235,10 @@ def compress(
             rich_help_panel=MACHINE,
         ),
     ] = 8.0,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that read images. Default: a core each.", rich_help_panel=MACHINE),
+    ] = None,
     mixed_precision: Annotated[
         bool,
         typer.Option(
@@ -242,8 +305,9 @@ def compress(
     else:
         beside = {*BESIDE_RECIPE, "model", "tune_for", "as_published"} - {"weights"}
         settings = {RENAMED.get(name, name): value for name, value in context.params.items() if name not in beside}
+        settings |= {name: numbers(f"--{name}", settings[name]) for name in ("mean", "std")}
         recipe = recipe_of(model, data, tune_for, as_published, **settings)
-    _start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run)
+    _start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run, yes)
 
 
 def _refuse_beside_recipe(context: typer.Context) -> None:
@@ -263,19 +327,20 @@ def _start(
     as_json: bool = False,
     memory_budget: float = 8.0,
     dry_run: bool = False,
+    yes: bool = False,
 ) -> None:
     """Compress, or say what that would take; with `ship` take the result all the way to timed engines."""
     from lowpass.api import Run, cost_target_of, run_recipe
     from lowpass.pipeline.run.dry_run import dry_run as estimated
     from lowpass.pipeline.run.estimate import as_table
 
-    out = out or Path("runs") / recipe.model
+    out = out or Path("runs") / Path(recipe.model.rpartition(":")[2]).name
     if dry_run:
         cost_target_of(recipe)  # refuses a runtime that is not here
         estimate = estimated(recipe, out, resume, epochs)
         say(estimate.model_dump(mode="json"), as_table(estimate), as_json)
         return
-    metrics, measured = run_recipe(recipe, out, resume, memory_budget), None
+    metrics, measured = run_recipe(recipe, out, resume, memory_budget, yes=yes), None
     if ship:
         run = Run(out)
         if recipe.data is not None and not metrics.finetuned_epochs:

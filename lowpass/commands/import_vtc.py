@@ -1,11 +1,11 @@
 """From a checkpoint that the authors' code compressed to a run directory: `import-vtc`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from lowpass.commands.common import AsJson, DataOption, answer
+from lowpass.commands.common import AsJson, DataOption, answer, numbers
 
 
 def import_vtc(
@@ -22,6 +22,14 @@ def import_vtc(
         typer.Option(metavar="CHECKPOINT", help="The dense model it was cut out of: needed to distil and to compare."),
     ] = None,
     data: DataOption = None,
+    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Of the pixels. Default: ImageNet's.")] = None,
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Of the pixels, likewise.")] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(help="Share of the picture's shorter side that is seen. Default: DeiT's 0.9.")
+    ] = None,
+    interpolation: Annotated[
+        Literal["nearest", "bilinear", "bicubic", "lanczos"] | None, typer.Option(help="Of resizing. Default: bicubic.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a run of a model that VTC-LFC's released code compressed.
@@ -30,4 +38,11 @@ def import_vtc(
     with random weights."""
     from lowpass.pipeline.run.import_released import import_released
 
-    answer(out, import_released(checkpoint, out, qk_scale, cutoff, dense, data), None, as_json)
+    pixels = {
+        "mean": numbers("--mean", mean),
+        "std": numbers("--std", std),
+        "crop_pct": crop_pct,
+        "interpolation": interpolation,
+    }
+    given = {name: value for name, value in pixels.items() if value is not None}
+    answer(out, import_released(checkpoint, out, qk_scale, cutoff, dense, data, given), None, as_json)

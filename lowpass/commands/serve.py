@@ -18,25 +18,25 @@ Port = Annotated[int, typer.Option(min=1, max=65535)]
 def deploy(
     directory: RunDirectory,
     repository: Annotated[Path, typer.Option(help="Triton model repository; made if missing.")],
-    name: Annotated[str | None, typer.Option(help="What clients call the model. [default: the run's name]")] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. Default: the run's name.")] = None,
     version: Annotated[int | None, typer.Option(min=1, help="[default: one more than the last]")] = None,
     backend: Annotated[
         Literal["tensorrt", "onnxruntime", "python"],
         typer.Option(help="python: ONNX Runtime on a CPU; the other two as in Triton's own container."),
     ] = "python",
     precision: Annotated[
-        PrecisionOption | None, typer.Option(help="Of the exported file. [default: fp16 in tensorrt, else fp32]")
+        PrecisionOption | None, typer.Option(help="Of the exported file. Default: fp16 in tensorrt, else fp32.")
     ] = None,
     with_dense: Annotated[
         bool, typer.Option("--with-dense", help="The dense model too, as NAME-dense, for comparison.")
     ] = False,
     labels: Annotated[
-        Path | None, typer.Option(help="Class names, one a line. [default: the data's classes, or numbers]")
+        Path | None, typer.Option(help="Class names, one a line. Default: the data's classes, or numbers.")
     ] = None,
     instances: Annotated[
-        int | None, typer.Option(min=1, help="Sessions side by side. [default: 2 in python, else 1]")
+        int | None, typer.Option(min=1, help="Sessions side by side. Default: 2 in python, else 1.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of a session. [default: its share of the cores]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of a session. Default: its share of the cores.")] = None,
     rollback: Annotated[
         bool, typer.Option("--rollback", help="Add nothing: serve --version, or the one before the present.")
     ] = False,
@@ -71,10 +71,10 @@ def serve(
     triton: Annotated[
         Path | None,
         typer.Option(
-            envvar="LOWPASS_TRITON", help="Virtual environment of the server. [default: .venv-triton, or the PATH's]"
+            envvar="LOWPASS_TRITON", help="Virtual environment of the server. Default: .venv-triton, or the PATH's."
         ),
     ] = None,
-    log: Annotated[Path | None, typer.Option(help="The server's log. [default: REPO.log]")] = None,
+    log: Annotated[Path | None, typer.Option(help="The server's log. Default: REPO.log.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve a repository until interrupted; a server that dies is started again."""

@@ -83,7 +83,7 @@ def benchmark(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="Runtimes, separated by commas. [default: all but pytorch-compile; missing ones are reported]"
+            help="Runtimes, separated by commas. Default: all but pytorch-compile; missing ones are reported."
         ),
     ] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,32",

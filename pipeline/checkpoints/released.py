@@ -81,7 +81,13 @@ def read_released(path: Path, qk_scale: float, token_cutoff: float) -> SlimViT:
     slim = SlimViT(
         Architecture(
             dense=dense,
-            preprocessing=Preprocessing(mean=prep[0], std=prep[1], crop_pct=DEIT_CROP, interpolation="bicubic"),
+            preprocessing=Preprocessing(
+                mean=prep[0],
+                std=prep[1],
+                crop_pct=DEIT_CROP,
+                interpolation="bicubic",
+                source="DeiT's, which VTC-LFC trains with; the file does not say",
+            ),
             qk_scale=qk_scale,
             token_cutoff=token_cutoff,
             energy_norm="l1",

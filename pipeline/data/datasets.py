@@ -1,32 +1,41 @@
-"""Images to score, measure, train and test on: the embedded digits, an image folder, any reader timm knows, or what is
-in memory already."""
+"""Images to score, measure, train and test on: the embedded digits, an image folder, a table of Hugging Face's, or what
+is in memory already."""
 
-from collections.abc import Sized
+import shutil
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.progress import track
+from lowpass.pipeline.base.progress import logger, track
+from lowpass.pipeline.data.classes import arrange, ordered
 from lowpass.pipeline.data.digits import NUM_CLASSES, DigitScenes
-from lowpass.pipeline.data.folders import Split, read_folders
+from lowpass.pipeline.data.folders import FolderImages, read_splits
+from lowpass.pipeline.data.hugging_face import TableImages, read_tables
+from lowpass.pipeline.data.options import DataOptions
 from lowpass.pipeline.model.architecture import Architecture
 
 Images = Dataset[tuple[Tensor, int]]
 Batches = list[tuple[Tensor, Tensor]]
+Keep = Callable[[Tensor], Tensor]
 
-READERS = ("hfds", "hfids", "wds", "tfds", "torch")  # timm's dataset readers besides the image folder
+READERS = ("hfds",)
 MODES = {1: "L", 3: "RGB"}  # input channels -> how Pillow opens an image
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where processes that read hand over their batches
+PREFETCHED = 2  # batches that each of them has ready
 
 
 @dataclass(frozen=True)
 class Data:
     """One data set, normalised for one model. `train` is augmented; `calibration` is the same images, plain. `classes`
-    are named in the order of the labels; None: the reader does not say."""
+    are named in the order of the labels; None: nobody names them. `rows`: the model's logits that they are, where it
+    has others besides."""
 
     name: str
     train: Images
@@ -35,6 +44,8 @@ class Data:
     classes: tuple[str, ...] | None
     num_classes: int
     workers: int = 0
+    image_bytes: int = 0  # of one image as the model takes it
+    rows: tuple[int, ...] | None = None
 
     def loader(self, images: Images, batch_size: int) -> "Checked":
         """Batches in fixed order.
@@ -42,14 +53,46 @@ class Data:
         Raises:
             InputError: as they are read, a label is none of the model's classes.
         """
-        return Checked(DataLoader(cast(Any, images), batch_size, num_workers=self.workers), self)
+        return Checked(DataLoader(cast(Any, images), batch_size, num_workers=self.safe_workers(batch_size)), self)
 
-    def calibration_batches(self, count: int, batch_size: int, seed: int, description: str) -> Batches:
-        """At most `count` plain training images in memory, drawn by `seed`."""
-        total = len(cast(Sized, self.calibration))
-        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
-        batches = self.loader(Subset(self.calibration, chosen.tolist()), batch_size)
-        return [(images, labels) for images, labels in track(batches, description)]
+    def train_loader(self, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Shuffled batches of augmented images, of which those that cannot be read are left out; a batch without any is
+        None."""
+        return DataLoader(
+            cast(Any, self.train),
+            batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=self.safe_workers(batch_size),
+            collate_fn=skipping,
+        )
+
+    def safe_workers(self, batch_size: int) -> int:
+        """Processes that read: none where shared memory is too small for what they would hand over."""
+        if not self.workers or not SHARED_MEMORY.exists():
+            return self.workers
+        needed = (self.workers * PREFETCHED + 1) * batch_size * self.image_bytes
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if needed <= free:
+            return self.workers
+        logger.info(
+            "%s has %d MiB free, %d are needed for %d reading processes: reading in this one (--workers 0)",
+            SHARED_MEMORY,
+            free >> 20,
+            needed >> 20,
+            self.workers,
+        )
+        return 0
+
+    def calibration_batches(
+        self, count: int, batch_size: int, seed: int, description: str, keep: Keep | None = None
+    ) -> Batches:
+        """At most `count` plain training images, drawn by `seed`, kept by `keep` (None: in memory)."""
+        chosen = torch.randperm(len_of(self.calibration), generator=torch.Generator().manual_seed(seed))[:count]
+        loader = self.loader(Subset(self.calibration, chosen.tolist()), batch_size)
+        # Copied: what reading processes hand over lies in shared memory, of which there is little.
+        kept = keep or (lambda tensor: tensor.clone())
+        return [(kept(images), labels.clone()) for images, labels in track(loader, description)]
 
     def check_labels(self, labels: Tensor) -> None:
         """Refuse labels that are none of the model's classes.
@@ -74,39 +117,110 @@ class Checked:
     def __len__(self) -> int:
         return len(self.inner)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.inner:
             self.data.check_labels(labels)
             yield images, labels
 
 
-def load_data(spec: str, architecture: Architecture, seed: int = 0) -> Data:
+def len_of(images: Images) -> int:
+    """How many images there are."""
+    return len(cast(Sized, images))
+
+
+def image_bytes(architecture: Architecture) -> int:
+    """Of one image as the model takes it, in FP32."""
+    dense = architecture.dense
+    return 4 * dense.in_chans * dense.img_size[0] * dense.img_size[1]
+
+
+def skipping(items: Sequence[tuple[Tensor, int] | None]) -> Any:
+    """A batch of the items that are there, or None."""
+    there = [item for item in items if item is not None]
+    return default_collate(there) if there else None
+
+
+def load_data(spec: str, architecture: Architecture, seed: int = 0, options: DataOptions | None = None) -> Data:
     """The data set that `spec` names, preprocessed as the model expects.
 
     Args:
         spec: `digits`; a folder in the ImageNet layout (`train/CLASS/...` and `val/CLASS/...`, or `CLASS/...` alone, of
-            which a fifth is then held out for testing); or a timm reader such as `hfds/NAME` or `wds/NAME`.
+            which a fifth is then held out for testing); or `hfds/NAME`, see `hugging_face.py`.
         architecture: of the model that will see the images.
         seed: of the held-out split and of the digit scenes.
+        options: how images are read, and who names the classes.
 
     Raises:
-        InputError: missing, empty or unreadable, or its class count is not the model's.
+        InputError: missing, empty or unreadable, or its classes are not the model's.
     """
+    options = options or DataOptions()
     dense = architecture.dense
     if spec == "digits":
         if dense.img_size != (32, 32) or dense.in_chans != 3:
             raise InputError(f"digits are 3x32x32 images, but {dense.name} takes {dense.in_chans}x{dense.img_size}")
         scenes = (DigitScenes("train", seed=seed + 1), DigitScenes("train", renders=2), DigitScenes("test", renders=2))
-        names = tuple(str(digit) for digit in range(NUM_CLASSES))
-        data = Data("digits", *scenes, classes=names, num_classes=dense.num_classes)
-    else:
-        data = _from_timm(spec, architecture, seed)
-    if data.classes is not None and len(data.classes) != dense.num_classes:
-        raise InputError(
-            f"{spec} has {len(data.classes)} classes, but the model has {dense.num_classes}; "
-            "give the data the model was trained on, or weights trained on this data"
-        )
-    return data
+        names = arrange([str(digit) for digit in range(NUM_CLASSES)], dense.num_classes, options, spec).names
+        return Data("digits", *scenes, classes=names, num_classes=dense.num_classes)
+    if dense.in_chans not in MODES:
+        raise InputError(f"{dense.name} takes {dense.in_chans} channels; images can be read as 1 (grey) or 3 (RGB)")
+    workers = min(8, torch.multiprocessing.cpu_count()) if options.workers is None else options.workers
+    if spec.split("/")[0] in READERS:
+        return _from_tables(spec, architecture, seed, options, workers)
+    return _from_folders(spec, architecture, seed, options, workers)
+
+
+def _from_folders(spec: str, architecture: Architecture, seed: int, options: DataOptions, workers: int) -> Data:
+    dense, (augment, plain) = architecture.dense, transforms(architecture)
+    mode = MODES[dense.in_chans]
+    train, test = read_splits(spec, mode, seed, options)
+    own = ordered(train.classes | test.classes, options.class_order)
+    classes = arrange(own, dense.num_classes, options, spec)
+    label = {name: index for index, name in enumerate(classes.names)}
+    files, tested = ([(path, label[name]) for path, name in part.files] for part in (train, test))
+    return Data(
+        spec,
+        FolderImages(files, augment, mode, options.exif, skips=True),
+        FolderImages(files, plain, mode, options.exif),
+        FolderImages(tested, plain, mode, options.exif),
+        classes.names,
+        len(classes.names),
+        workers,
+        image_bytes(architecture),
+        classes.rows,
+    )
+
+
+def _from_tables(spec: str, architecture: Architecture, seed: int, options: DataOptions, workers: int) -> Data:
+    dense, (augment, plain) = architecture.dense, transforms(architecture)
+    mode = MODES[dense.in_chans]
+    train, test, keys, own = read_tables(spec, options, seed)
+    names, labels, rows = None, None, None
+    if own is not None:
+        classes = arrange(own, dense.num_classes, options, spec)
+        names, rows = classes.names, classes.rows
+        labels = [names.index(name) for name in own]
+
+    def images(table: Any, transform: Any, skips: bool = False) -> TableImages:
+        return TableImages(table, keys, labels, transform, mode, spec, skips)
+
+    count = dense.num_classes if names is None else len(names)
+    parts = images(train, augment, True), images(train, plain), images(test, plain)
+    return Data(spec, *parts, names, count, workers, image_bytes(architecture), rows)
+
+
+def transforms(architecture: Architecture) -> tuple[Any, Any]:
+    """From a picture to the model's input: for training, and plain."""
+    dense, prep = architecture.dense, architecture.preprocessing
+    settings: dict[str, Any] = {
+        "input_size": (dense.in_chans, *dense.img_size),
+        "mean": prep.mean,
+        "std": prep.std,
+        "interpolation": prep.interpolation,
+    }
+    # DeiT's augmentation (Touvron et al., 2021), without mixing. Beyond magnitude 9 timm may posterize to 0 bits, which
+    # Pillow 13 refuses.
+    augment = create_transform(**settings, is_training=True, auto_augment="rand-m9-mstd0.5-mmax9-inc1", re_prob=0.25)
+    return augment, create_transform(**settings, crop_pct=prep.crop_pct, crop_mode=prep.crop_mode)
 
 
 def data_in_memory(train: Any, test: Any, architecture: Architecture) -> Data:
@@ -137,40 +251,6 @@ def data_in_memory(train: Any, test: Any, architecture: Architecture) -> Data:
     names = getattr(parts[0], "classes", None)
     classes = tuple(map(str, names)) if names is not None and len(names) == dense.num_classes else None
     return Data("data in memory", parts[0], parts[0], parts[1], classes, dense.num_classes)
-
-
-def _from_timm(spec: str, architecture: Architecture, seed: int) -> Data:
-    dense, prep = architecture.dense, architecture.preprocessing
-    if dense.in_chans not in MODES:
-        raise InputError(f"{dense.name} takes {dense.in_chans} channels; images can be read as 1 (grey) or 3 (RGB)")
-    mode = MODES[dense.in_chans]
-    settings: dict[str, Any] = {
-        "input_size": (dense.in_chans, *dense.img_size),
-        "mean": prep.mean,
-        "std": prep.std,
-        "interpolation": prep.interpolation,
-    }
-    plain = create_transform(**settings, crop_pct=prep.crop_pct, crop_mode=prep.crop_mode)
-    # DeiT's augmentation (Touvron et al., 2021), without mixing. Beyond magnitude 9 timm may posterize to 0 bits, which
-    # Pillow 13 refuses.
-    augment = create_transform(**settings, is_training=True, auto_augment="rand-m9-mstd0.5-mmax9-inc1", re_prob=0.25)
-
-    if spec.split("/")[0] in READERS:
-        make = {
-            split: lambda t, s=split: create_dataset(spec, None, split=s, transform=t, input_img_mode=mode)
-            for split in ("train", "val")
-        }
-        try:
-            parts = make["train"](augment), make["train"](plain), make["val"](plain)
-        except Exception as error:  # whatever the third-party reader raises: the spec is the user's
-            raise InputError(f"timm cannot read {spec}: {error}") from None
-        return Data(spec, *parts, None, dense.num_classes, _workers())
-    split: Split = read_folders(spec, augment, plain, mode, seed)
-    return Data(spec, split.train, split.calibration, split.test, split.classes, dense.num_classes, _workers())
-
-
-def _workers() -> int:
-    return min(8, torch.multiprocessing.cpu_count())
 
 
 def made_batches(architecture: Architecture, count: int, batch_size: int, seed: int) -> Batches:

@@ -1,7 +1,8 @@
 """The parts of a ViT around its blocks: embedding, prefix tokens, norms, pool and head."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import GELUTanh, QuickGELU
@@ -29,6 +30,20 @@ class TokenAndMeanViT(VisionTransformer):
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens [B, P + N, C] -> [B, 2 C]."""
         return torch.cat([x[:, 0], x[:, self.num_prefix_tokens :].mean(1)], -1)
+
+
+def keep_classes(model: nn.Module, rows: Sequence[int]) -> None:
+    """Cut the classifiers of a timm ViT to some of their logits, in that order, in place."""
+    vit = cast(VisionTransformer, model)
+    for name in ("head", "head_dist") if isinstance(vit, VisionTransformerDistilled) else ("head",):
+        whole = getattr(vit, name)
+        part = nn.Linear(whole.in_features, len(rows), bias=whole.bias is not None)
+        with torch.no_grad():
+            part.weight.copy_(whole.weight[list(rows)])
+            if part.bias is not None:
+                part.bias.copy_(whole.bias[list(rows)])
+        setattr(vit, name, part.to(whole.weight.device, whole.weight.dtype).train(whole.training))
+    vit.num_classes = len(rows)
 
 
 def embedding_and_head(dense: DenseViT) -> VisionTransformer:

@@ -15,6 +15,11 @@ def save_classes(directory: Path, classes: Sequence[str]) -> None:
     write_json(directory / CLASSES_FILE, list(classes))
 
 
+def has_classes(directory: Path) -> bool:
+    """Whether the run's classes have names."""
+    return (directory / CLASSES_FILE).exists()
+
+
 def load_classes(directory: Path, num_classes: int) -> tuple[str, ...]:
     """The class names of a run; numbered ones where its images did not name any.
 

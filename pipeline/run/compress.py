@@ -10,6 +10,7 @@ from lowpass.pipeline.base.files import remove_parts, write_bytes
 from lowpass.pipeline.data.datasets import Batches, made_batches
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
 from lowpass.pipeline.run.classes import save_classes
+from lowpass.pipeline.run.dense_check import check_dense
 from lowpass.pipeline.run.evaluate import best_device, measured_top1
 from lowpass.pipeline.run.images import MADE_IMAGES
 from lowpass.pipeline.run.inputs import Inputs, check_budget, claim, read_inputs
@@ -30,6 +31,7 @@ def compress(
     dense_top1: float | None = None,
     model: nn.Module | None = None,
     data: tuple[Any, Any] | None = None,
+    check: bool = False,
 ) -> Metrics:
     """Search (or apply the recipe's table), remove, measure and save into `directory`.
 
@@ -42,6 +44,7 @@ def compress(
         dense_top1: of the dense model on the test split, where it is known; None: to be measured.
         model: the dense model, where it is in memory; None: the recipe's.
         data: the images to train and to test on, where they are in memory; None: the recipe's.
+        check: refuse a dense model that is suspiciously bad, see `dense_check.py`; otherwise it is only said.
 
     Raises:
         InputError: some input cannot be used, found before anything is written.
@@ -49,14 +52,17 @@ def compress(
     check_budget(budget_gib)
     finished = claim(recipe, directory, resume)
     inputs = read_inputs(recipe, model, data)
+    if finished:
+        _keep_dense(inputs.dense, directory)
+        return Metrics.load(directory)
+    provenance = check_dense(inputs, go_on=not check)
     if resume:
         remove_parts(directory)  # what a kill left half-written
     recipe.save(directory)
     _keep_dense(inputs.dense, directory)
-    if finished:
-        return Metrics.load(directory)
-    if inputs.data is not None and inputs.data.classes is not None:
-        save_classes(directory, inputs.data.classes)
+    provenance.save(directory)
+    if (names := _names(inputs)) is not None:
+        save_classes(directory, names)
     dense = inputs.dense.to(best_device())
     if dense_top1 is None:
         dense_top1 = measured_top1(dense, inputs.data, recipe.batch_size, "testing dense")
@@ -71,15 +77,24 @@ def compress(
         ),
         slim=slim_figures(slim, slim_top1, directory),
         pruned_top1=slim_top1,
+        data=None if inputs.data is None else inputs.data.name,
     )
     metrics.save(directory)
     return metrics
 
 
+def _names(inputs: Inputs) -> tuple[str, ...] | None:
+    """The classes in the order of the logits: the data's, or those of a model whose images name none."""
+    if inputs.data is None or inputs.data.classes is not None:
+        return None if inputs.data is None else inputs.data.classes
+    known = inputs.origin.classes
+    return known if known is not None and len(known) == inputs.data.num_classes else None
+
+
 def _prune(
     slim: SlimViT, inputs: Inputs, directory: Path, cost_target_of: CostTargetOf | None, budget_gib: float
 ) -> None:
-    recipe = inputs.recipe
+    recipe = inputs.settings
     if inputs.blocks is None:
         assert inputs.data is not None  # a recipe without a table has images
         logged_search(slim, inputs.data, recipe, directory, cost_target_of, budget_gib)
@@ -90,7 +105,7 @@ def _prune(
 
 
 def _scoring(inputs: Inputs) -> Batches:
-    recipe = inputs.recipe
+    recipe = inputs.settings
     if inputs.data is None:
         return made_batches(inputs.dense.architecture, MADE_IMAGES, recipe.batch_size, recipe.seed)
     return inputs.data.calibration_batches(recipe.score_images, recipe.batch_size, recipe.seed, "reading images")

@@ -1,10 +1,9 @@
 """`--dry-run`: every input is checked as a run would, and nothing is written."""
 
-from collections.abc import Sized
 from pathlib import Path
-from typing import cast
 
 from lowpass.pipeline.checkpoints.digits_deit import DIGITS_MODEL, DIGITS_WEIGHTS
+from lowpass.pipeline.data.datasets import len_of
 from lowpass.pipeline.run.estimate import Estimate, estimate
 from lowpass.pipeline.run.inputs import claim, read_inputs
 from lowpass.pipeline.run.recipe import Recipe
@@ -31,8 +30,8 @@ def dry_run(recipe: Recipe, directory: Path, resume: bool, epochs: int | None) -
         weights = DIGITS_WEIGHTS.name
     inputs = read_inputs(recipe.model_copy(update={"random_weights": True}) if weights is None else recipe)
     data = inputs.data
-    train, test = (0, 0) if data is None else (len(cast(Sized, part)) for part in (data.train, data.test))
+    train, test = (0, 0) if data is None else (len_of(part) for part in (data.train, data.test))
     changes = {} if epochs is None else {"epochs": epochs}
     settings = finetune_settings(recipe.data or "", changes, recipe.finetune)
     found = None if weights is None else str(weights)
-    return estimate(recipe, inputs.dense.architecture, inputs.blocks, train, test, settings, found)
+    return estimate(inputs.settings, inputs.dense.architecture, inputs.blocks, train, test, settings, found)

@@ -24,7 +24,7 @@ def evaluate_run(directory: Path, data: DataSource) -> Metrics:
         model = SlimViT.load(directory, file)
         accuracy = measured_top1(model, images, recipe.batch_size, f"testing {field}")
         measured[field] = getattr(metrics, field).model_copy(update={"top1": accuracy})
-    return metrics.model_copy(update=measured)
+    return metrics.model_copy(update=measured | {"data": images.name})
 
 
 def measured_top1(model: SlimViT | None, data: Data | None, batch_size: int, description: str) -> float | None:

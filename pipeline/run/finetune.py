@@ -41,11 +41,22 @@ def finetune_run(directory: Path, data: DataSource, changes: dict[str, Any], see
     seed = recipe.seed if seed is None else seed
     images = run_data(directory, data)
     settings = finetune_settings(images.name, changes, recipe.finetune)
+    before: dict[str, Any] = {}
+    if metrics.data not in (None, images.name):
+        # Figures that stand side by side are measured on the same images.
+        logger.info("testing on %s from here on: the run's figures were of %s", images.name, metrics.data)
+        dense_top1 = measured_top1(dense, images, recipe.batch_size, "testing dense")
+        before = {
+            "dense": metrics.dense.model_copy(update={"top1": dense_top1}),
+            "pruned_top1": measured_top1(slim, images, recipe.batch_size, "testing slim before"),
+        }
     slim = finetune(slim, dense, images, settings, seed)
     accuracy = measured_top1(slim, images, recipe.batch_size, "testing slim")
     slim.save(directory)
     metrics = metrics.model_copy(
-        update={
+        update=before
+        | {
+            "data": images.name,
             "slim": slim_figures(slim, accuracy, directory),
             "finetuned_epochs": metrics.finetuned_epochs + settings.epochs,
         }

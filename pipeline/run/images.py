@@ -1,17 +1,18 @@
 """The images of a run: its own or others, to test on, to verify exports on, and to quantise by."""
 
-from collections.abc import Sized
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import Subset
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import track
-from lowpass.pipeline.data.datasets import Batches, Data, data_in_memory, load_data, made_batches
+from lowpass.pipeline.data.datasets import Batches, Data, data_in_memory, len_of, load_data, made_batches
 from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.classes import CLASSES_FILE, has_classes, load_classes
 from lowpass.pipeline.run.recipe import IN_MEMORY, Recipe
 
 # What --data takes, or two data sets in memory (`data_in_memory`); None: the run's own.
@@ -34,7 +35,15 @@ def run_data(directory: Path, data: DataSource) -> Data:
     if spec is None or spec == IN_MEMORY:
         how = "without images" if spec is None else "with images in memory"
         raise InputError(f"{directory} was made {how}; give `evaluate`, `finetune` or `export` --data")
-    return load_data(spec, SlimViT.load(directory).architecture, recipe.seed)
+    return load_run_data(directory, recipe, spec)
+
+
+def load_run_data(directory: Path, recipe: Recipe, spec: str) -> Data:
+    """Images for a run's model, with the classes that were fixed when the run was made."""
+    architecture = SlimViT.load(directory).architecture
+    names = load_classes(directory, architecture.dense.num_classes) if has_classes(directory) else None
+    options = recipe.data_options(names, CLASSES_FILE, exact=True).model_copy(update={"cut": False})
+    return load_data(spec, architecture, recipe.seed, options)
 
 
 def verification_batches(directory: Path, data: DataSource) -> tuple[Batches, bool]:
@@ -44,7 +53,8 @@ def verification_batches(directory: Path, data: DataSource) -> tuple[Batches, bo
     if data is None and (recipe.random_weights or recipe.data is None):
         return made_batches(SlimViT.load(directory).architecture, MADE_IMAGES, recipe.batch_size, recipe.seed), True
     images = run_data(directory, data)
-    chosen = Subset(images.test, range(min(VERIFIED_IMAGES, len(cast(Sized, images.test)))))
+    drawn = torch.randperm(len_of(images.test), generator=torch.Generator().manual_seed(recipe.seed))[:VERIFIED_IMAGES]
+    chosen = Subset(images.test, sorted(drawn.tolist()))  # of all classes, which lie in order
     return list(track(images.loader(chosen, recipe.batch_size), "reading images to verify on")), False
 
 

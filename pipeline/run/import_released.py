@@ -5,6 +5,7 @@ is unknown, and there is nothing to distil; dense MACs and parameters are those 
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ def import_released(
     token_cutoff: float,
     dense_checkpoint: Path | None = None,
     data: str | None = None,
+    pixels: dict[str, Any] | None = None,
 ) -> Metrics:
     """Make a run of a released checkpoint.
 
@@ -38,6 +40,7 @@ def import_released(
         token_cutoff: of the low-pass over tokens, in (0, 1).
         dense_checkpoint: of the dense model it was cut out of; a dense `checkpoint` is its own.
         data: images that the run is to remember, and to be tested on; None: it has no top-1 yet.
+        pixels: `mean`, `std`, `crop_pct` and `interpolation` that differ from DeiT's, of which the file says nothing.
 
     Raises:
         InputError: some input cannot be used; nothing has been written.
@@ -50,8 +53,13 @@ def import_released(
         slim, dense = _pair(slim, read_released(dense_checkpoint, qk_scale, token_cutoff), checkpoint, dense_checkpoint)
     elif slim.architecture.blocks == slim.architecture.dense.blocks():
         dense = slim
+    if pixels:
+        own = dense is slim
+        slim = _with_pixels(slim, pixels)
+        dense = slim if own else None if dense is None else _with_pixels(dense, pixels)
     architecture = slim.architecture
     recipe = make_recipe(
+        **(pixels or {}),
         model=architecture.dense.name,
         released=checkpoint,
         weights=dense_checkpoint,
@@ -79,6 +87,7 @@ def import_released(
         ),
         slim=slim_figures(slim, slim_top1, directory),
         pruned_top1=slim_top1,
+        data=None if images is None else images.name,
     )
     metrics.save(directory)
     return metrics
@@ -107,6 +116,24 @@ def _pair(slim: SlimViT, dense: SlimViT, slim_path: Path, dense_path: Path) -> t
     except InputError as error:
         raise InputError(f"{slim_path} was not cut out of {dense_path}: {error}") from None
     return _described(slim, described), _described(dense, described)
+
+
+def _with_pixels(model: SlimViT, pixels: dict[str, Any]) -> SlimViT:
+    """The same model for images that are preprocessed otherwise.
+
+    Raises:
+        InputError: a mean or a deviation does not fit the model's channels.
+    """
+    architecture = model.architecture
+    for name in ("mean", "std"):
+        if name in pixels and len(pixels[name]) != architecture.dense.in_chans:
+            channels = architecture.dense.in_chans
+            raise InputError(f"--{name} has {len(pixels[name])} values, but the model takes {channels} channels")
+    source = architecture.preprocessing.source + "; " + ", ".join("--" + name.replace("_", "-") for name in pixels)
+    changed = architecture.preprocessing.model_copy(update=pixels | {"source": source})
+    again = SlimViT(architecture.model_copy(update={"preprocessing": changed}))
+    again.vit.load_state_dict(model.vit.state_dict())
+    return again.eval()
 
 
 def _described(model: SlimViT, dense: DenseViT) -> SlimViT:

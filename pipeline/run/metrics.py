@@ -24,7 +24,8 @@ class Figures(BaseModel):
 
 
 class Metrics(BaseModel):
-    """What a run has come to. `pruned_top1` is the slim model's before any fine-tuning."""
+    """What a run has come to. `pruned_top1` is the slim model's before any fine-tuning, `data` the images that every
+    top-1 here was measured on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,6 +33,7 @@ class Metrics(BaseModel):
     slim: Figures
     pruned_top1: float | None
     finetuned_epochs: int = 0
+    data: str | None = None
 
     @classmethod
     def load(cls, directory: Path) -> "Metrics":

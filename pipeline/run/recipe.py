@@ -1,14 +1,15 @@
 """Everything a run can be told, typed and validated; saved beside its result as `recipe.yaml`."""
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from lowpass.pipeline.base.errors import InputError, first_problem
 from lowpass.pipeline.base.files import write_text
-from lowpass.pipeline.search.settings import SearchSettings
+from lowpass.pipeline.data.options import ClassOrder, DataOptions
+from lowpass.pipeline.search.settings import Count, SearchSettings
 from lowpass.pipeline.train.settings import FinetuneSettings
 
 RECIPE_FILE = "recipe.yaml"
@@ -24,8 +25,22 @@ class Recipe(SearchSettings):
 
     model: str
     weights: Path | None = None
+    weights_key: str | None = None
     random_weights: bool = False
+    img_size: str | None = None
+    in_chans: Count | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: Annotated[float | None, Field(gt=0, le=1)] = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     data: str | None = None
+    classes: Path | None = None
+    class_order: ClassOrder = "natural"
+    exif: bool = False
+    skip_unreadable: bool = False
+    input_key: str | None = None
+    target_key: str | None = None
+    workers: Annotated[int | None, Field(ge=0)] = None
     architecture: Path | None = None
     released: Path | None = None
     finetune: FinetuneSettings | None = None  # None: what suits the data
@@ -44,10 +59,21 @@ class Recipe(SearchSettings):
         if self.order != "bottom-up" and self.allowable_drop is not None:
             raise ValueError(f"--order {self.order} goes with a target or a table: what is allowed is spent bottom-up")
         if self.data is None and not self.random_weights:
-            raise ValueError("give --data: 'digits', an image folder, or a timm reader like hfds/NAME")
+            raise ValueError("give --data: 'digits', an image folder, or hfds/NAME")
         if self.random_weights and self.architecture is None:
             raise ValueError("random weights have no accuracy to search by; give --architecture FILE")
         return self
+
+    def choices(self) -> dict[str, Any]:
+        """What is said of the model beside its name and weights, as `load_model` takes it."""
+        names = ("weights_key", "img_size", "in_chans", "mean", "std", "crop_pct", "interpolation")
+        return {name: getattr(self, name) for name in names}
+
+    def data_options(self, classes: tuple[str, ...] | None, classes_from: str, exact: bool) -> DataOptions:
+        """How its images are read, when `classes_from` names the classes."""
+        names = ("class_order", "exif", "skip_unreadable", "input_key", "target_key", "workers")
+        given = {name: getattr(self, name) for name in names}
+        return DataOptions(classes=classes, classes_from=classes_from, exact=exact, **given)
 
     def save(self, directory: Path) -> None:
         """Write `recipe.yaml`."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from lowpass.pipeline.base.files import sha256
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.base.version import __version__
-from lowpass.pipeline.data.datasets import Batches, Data
+from lowpass.pipeline.data.datasets import Batches, Data, image_bytes, len_of
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
-from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB
+from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB, activation_store
 from lowpass.pipeline.search.cascade import search_to_drop
 from lowpass.pipeline.search.costs import Macs
 from lowpass.pipeline.search.log import SEARCH_FILE, SearchLog, digest, open_log
@@ -22,6 +22,7 @@ from lowpass.pipeline.search.settings import SearchSettings
 from lowpass.pipeline.search.state import SearchState
 from lowpass.pipeline.search.target import CostTarget, check_measured_target, search_to_target
 
+IMAGE_SHARE = 0.5  # of the memory budget that images may take; past it they are files, like activations
 CostTargetOf = Callable[[Architecture], CostTarget]
 
 
@@ -92,8 +93,16 @@ def logged_search(
         InputError: the log is damaged or of other inputs, or the target is out of reach.
     """
     size, seed = settings.batch_size, settings.seed
-    scoring = data.calibration_batches(settings.score_images, size, seed, "reading images to score")
-    measuring = data.calibration_batches(settings.measure_images, size, seed + 1, "reading images to measure")
+    # The images take part in the budget, before the activations do.
+    images = min(settings.score_images, len_of(data.calibration)) + min(
+        settings.measure_images, len_of(data.calibration)
+    )
+    needed = images * image_bytes(slim.architecture)
+    in_memory = needed <= budget_gib * 2**30 * IMAGE_SHARE
+    keep = None if in_memory else activation_store(needed, 0, directory)
+    budget_gib = max(0.0, budget_gib - needed / 2**30) if in_memory else budget_gib
+    scoring = data.calibration_batches(settings.score_images, size, seed, "reading images to score", keep)
+    measuring = data.calibration_batches(settings.measure_images, size, seed + 1, "reading images to measure", keep)
     header = {
         "lowpass": __version__,
         "dense_sha256": sha256(directory / DENSE_WEIGHTS_FILE),

@@ -1,6 +1,5 @@
 """Fine-tuning by hard distillation from the dense model (Touvron et al., 2021; weights after VTC-LFC)."""
 
-from collections.abc import Sized
 from typing import Any, cast
 
 import torch
@@ -9,11 +8,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from lowpass.pipeline.base.errors import InputError, RunError
-from lowpass.pipeline.base.progress import track
-from lowpass.pipeline.data.datasets import Data
+from lowpass.pipeline.base.errors import RunError
+from lowpass.pipeline.base.progress import logger, track
+from lowpass.pipeline.data.datasets import Data, len_of
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.train.settings import FinetuneSettings
 
@@ -35,20 +33,21 @@ def finetune(slim: SlimViT, dense: SlimViT | None, data: Data, settings: Finetun
         seed: of the order of images and of what augmentation draws.
 
     Raises:
-        InputError: a batch is larger than the training split.
+        InputError: a label is none of the model's classes.
         ValueError: there is something to distil, but no teacher.
         RunError: the loss stopped being finite.
     """
     if dense is None and settings.distill_weight:
         raise ValueError("distillation needs a teacher")
-    if len(cast(Sized, data.train)) < settings.batch_size:
-        raise InputError(
-            f"a batch of {settings.batch_size} is more than the {len(cast(Sized, data.train))} training images; "
-            "lower --batch-size"
+    images_in_all = len_of(data.train)
+    if images_in_all < settings.batch_size:
+        logger.info(
+            "a batch of %d is more than the %d training images: of that many", settings.batch_size, images_in_all
         )
+        settings = settings.model_copy(update={"batch_size": images_in_all})
     accelerator = Accelerator()
     torch.manual_seed(seed)
-    loader: Any = DataLoader(data.train, settings.batch_size, shuffle=True, drop_last=True, num_workers=data.workers)
+    loader: Any = data.train_loader(settings.batch_size)
     optimiser: Any = create_optimizer_v2(
         slim.vit,
         opt="adamw",
@@ -64,11 +63,15 @@ def finetune(slim: SlimViT, dense: SlimViT | None, data: Data, settings: Finetun
         optimiser, t_initial=steps, warmup_t=round(WARMUP * steps), warmup_prefix=True, t_in_epochs=False
     )
     model.train()
-    step = 0
+    step = skipped = 0
     for epoch in track(range(settings.epochs), "fine-tuning"):
         if hasattr(data.train, "epoch"):
             data.train.epoch = epoch  # new digit scenes
-        for images, labels in loader:
+        for batch in loader:
+            skipped += settings.batch_size - (0 if batch is None else len(batch[1]))
+            if batch is None:
+                continue
+            images, labels = batch
             if data.classes is None:  # where the classes are known, so are the labels
                 data.check_labels(labels)
             logits = model(images)
@@ -86,4 +89,6 @@ def finetune(slim: SlimViT, dense: SlimViT | None, data: Data, settings: Finetun
             step += 1
             schedule.step_update(step)
             ema.update(accelerator.unwrap_model(model), step=step)
+    if skipped:
+        logger.info("fine-tuning: passed over %d images that cannot be read, in %d epochs", skipped, settings.epochs)
     return cast(SlimViT, ema.module).cpu().eval()

@@ -1,0 +1,83 @@
+"""Image files as Pillow images of the mode a model takes."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lowpass.pipeline.base.errors import InputError
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
+# What Pillow reads by itself: no PostScript, which is a program, and no formats that it only knows by name.
+EXTENSIONS = frozenset(
+    [
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".gif",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".tga",
+        ".jp2",
+        ".j2k",
+        ".avif",
+    ]
+)
+
+
+def open_picture(path: Path, mode: str, exif: bool = False) -> Image.Image:
+    """A picture in `mode` (`RGB` or `L`): the first frame, deep greys scaled to 8 bits, alpha dropped.
+
+    Args:
+        path: of the file.
+        mode: Pillow's.
+        exif: turn it as its camera was held. timm does not, in training either.
+
+    Raises:
+        InputError: it cannot be read; the message names the file.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of large pictures, and of transparency that goes
+            image.load()
+            return as_mode(ImageOps.exif_transpose(image) if exif else image, mode)
+    except UNREADABLE as error:
+        raise InputError(
+            f"cannot read the image {path}: {error}; mend it, take it away, or leave such images out with "
+            "--skip-unreadable"
+        ) from None
+
+
+def as_mode(image: Image.Image, mode: str) -> Image.Image:
+    """A picture in `mode`. Greys of 16 bits are scaled; Pillow's own conversion would clip them at 255."""
+    return _eight_bits(image).convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
+        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
+            values /= 257
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    return image
+
+
+def is_readable(path: Path, mode: str) -> bool:
+    """Whether all of a picture can be read."""
+    try:
+        open_picture(path, mode)
+    except InputError:
+        return False
+    return True

@@ -15,9 +15,10 @@ demo: $(READY)
 	$(BIN)/lowpass demo --out $(OUT)
 
 # In random order; to have an order again: make test SEED=...
-# Two processes share the cores: a second thread of each would only wait for its turn.
+# Two processes share the cores: a second thread of each would only wait for its turn. A file's tests run in one process,
+# for what they share.
 SEED ?= $(shell date +%s)
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --randomly-seed $(SEED) --durations 20
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --randomly-seed $(SEED) --durations 20
 
 test: lint $(TRITON_READY)
 	@echo 'order of tests: SEED=$(SEED)'

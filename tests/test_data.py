@@ -318,9 +318,7 @@ def test_two_images_are_enough(tmp_path: Path, two_classes: Architecture) -> Non
     assert (len(data.train), len(data.test)) == (1, 1)
 
 
-def test_an_unknown_data_set_of_a_reader_is_refused(
-    two_classes: Architecture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_data_set_of_a_reader_is_refused(two_classes: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # or it tries for a while
     with pytest.raises(InputError, match="datasets cannot read nobody/no_such_set"):
         load_data("hfds/nobody/no_such_set", two_classes)

@@ -35,8 +35,6 @@ from lowpass.export.triton.server import Supervisor, find_server, is_ready
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.run.images import verification_batches
 
-pytestmark = pytest.mark.xdist_group("serving")  # one server for all of them
-
 
 @pytest.fixture(scope="module")
 def running(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:

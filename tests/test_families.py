@@ -9,6 +9,7 @@ import torch
 from conftest import MakeViT
 from families import FAMILIES, pretrained_classifiers, refused
 from torch import nn
+from what_loads import DOCUMENT, agrees
 
 from lowpass.export.batch import BatchProfile
 from lowpass.export.graph.deployable import deployable
@@ -207,4 +208,13 @@ def test_the_models_of_timm_that_are_accepted() -> None:
     print(f"accepted: {count - len(turned_away)} of {count}", *turned_away.items(), sep="\n")
     assert count == len(pretrained_classifiers()) >= 210
     assert len(turned_away) <= 5
+    assert (
+        f"{count} pretrained classifiers in its `vision_transformer` and `deit` files {count - len(turned_away)} are"
+        in (DOCUMENT.read_text().replace("\n", " "))
+    )
     assert all("side by side" in reason for name, reason in turned_away.items() if "dpwee" in name or "pwee" in name)
+
+
+def test_the_table_of_what_loads_agrees() -> None:
+    """Made of what the tests load: `python tests/what_loads.py`."""
+    assert agrees()

@@ -5,6 +5,7 @@ import math
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+from lowpass.pipeline.data.datasets import image_bytes
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.run.recipe import Recipe
@@ -25,6 +26,7 @@ class Estimate(BaseModel):
     `weights`: None where a run would still need `--weights`. `dense_macs` and `slim_macs` are of one image (None: the
     search finds out, and what hangs on it is counted as if slim were dense), other MACs of a whole step.
     `search_image_forwards`, in forwards of one image through the dense model, is an estimate within a factor of two.
+    `search_bytes` are of the images and activations that a search holds; past the memory budget they are files.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +43,7 @@ class Estimate(BaseModel):
     slim_macs: int | None
     search_image_forwards: int
     search_macs: int
+    search_bytes: int
     test_macs: int
     finetune_epochs: int
     finetune_images: int
@@ -97,6 +100,7 @@ def estimate(
         slim_macs=slim_macs,
         search_image_forwards=forwards,
         search_macs=forwards * macs,
+        search_bytes=_held(recipe, dense, scored, measured) if train_images else 0,
         test_macs=test,
         finetune_epochs=settings.epochs,
         finetune_images=seen,
@@ -119,12 +123,22 @@ def as_table(done: Estimate) -> Table:
         f"~{done.search_image_forwards:,}",
         _macs(done.search_macs),
     )
+    table.add_row("", "holds", f"{done.search_bytes / 2**30:.2f} GiB")
     table.add_row("test, of dense and slim", f"{done.test_images:,}", _macs(done.test_macs))
     epochs = f"fine-tuning ({done.finetune_epochs} epochs of {done.train_images:,} images)"
     table.add_row(epochs, f"{done.finetune_images:,}", _macs(done.finetune_macs))
     table.add_row("in all", "", _macs(done.total_macs))
     table.add_row(f"weights: {done.weights or 'none yet, give --weights'}", "", "")
     return table
+
+
+def _held(recipe: Recipe, dense: Architecture, scored: int, measured: int) -> int:
+    """Bytes of the images, and of what enters the block at hand: of the images that measure, of those that score and
+    of their low-pass, and for recovery three times what it looks at."""
+    tokens = dense.dense.num_tokens + dense.dense.num_prefix_tokens
+    refitted = math.ceil(REFIT_ROWS / tokens) if recipe.recovery else 0
+    kept = measured + 2 * scored + 3 * min(refitted, scored)
+    return (scored + measured) * image_bytes(dense) + kept * tokens * dense.dense.embed_dim * 4
 
 
 def _macs(macs: int) -> str:

@@ -1,5 +1,6 @@
 """Everything a run begins with, read and checked before anything is written."""
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import nn
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.checkpoints.load import as_timm, load_model
-from lowpass.pipeline.checkpoints.origin import Origin, origin_of
+from lowpass.pipeline.checkpoints.origin import Choices, Origin, origin_of, set_preprocessing
 from lowpass.pipeline.data.classes import read_class_names
 from lowpass.pipeline.data.datasets import Data, data_in_memory, len_of, load_data
 from lowpass.pipeline.data.options import DataOptions
@@ -50,8 +51,7 @@ def read_inputs(recipe: Recipe, model: nn.Module | None = None, in_memory: tuple
     Raises:
         InputError: the first that cannot be used.
     """
-    given = model
-    model = dense_model(recipe) if given is None else as_timm(given)
+    model = dense_model(recipe) if model is None else _in_memory(model, recipe)
     origin, dense = origin_of(model), as_slim(model, recipe)
     if dense.architecture.dense.differential and not recipe.shaping.whole_heads:
         raise InputError(
@@ -77,6 +77,17 @@ def dense_model(recipe: Recipe) -> nn.Module:
         InputError: see `load_model`.
     """
     return load_model(recipe.model, recipe.weights, recipe.random_weights, recipe.seed, **recipe.choices())
+
+
+def _in_memory(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """A copy of a program's model as a timm ViT, with the preprocessing that the recipe chooses."""
+    copied = copy.deepcopy(as_timm(model))
+    config = getattr(copied, "pretrained_cfg", None) or {}
+    chosen = Choices(mean=recipe.mean, std=recipe.std, crop_pct=recipe.crop_pct, interpolation=recipe.interpolation)
+    if isinstance(config, dict):
+        said = config.get("preprocessing_source") or ("the model's pretrained_cfg" if "mean" in config else "a default")
+        set_preprocessing(copied, said, {}, chosen)
+    return copied
 
 
 def as_slim(model: nn.Module, recipe: Recipe) -> SlimViT:

@@ -1,7 +1,7 @@
 """One small model of every family of plain ViTs, and the count of timm's pretrained classifiers that are plain."""
 
 from collections import defaultdict
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import timm
@@ -66,13 +66,21 @@ def refused() -> tuple[int, dict[str, list[str]]]:
     reasons = defaultdict(list)
     names = pretrained_classifiers()
     for name in names:
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        try:
-            describe_dense(model)
-        except InputError as error:
-            reasons[str(error).split(": ", 1)[1].split(";")[0]].append(name)
+        if reason := reason_against(split_model_name_tag(name)[0]):
+            reasons[reason].append(name)
     return len(names), dict(reasons)
+
+
+@cache
+def reason_against(architecture: str) -> str:
+    """Why an architecture is refused, or nothing. A tag changes its weights, not its parts."""
+    with torch.device("meta"):
+        model = timm.create_model(architecture)
+    try:
+        describe_dense(model)
+    except InputError as error:
+        return str(error).split(": ", 1)[1].split(";")[0]
+    return ""
 
 
 if __name__ == "__main__":

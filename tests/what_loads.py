@@ -12,7 +12,7 @@ from test_sources import HUGGING_FACE
 from lowpass.pipeline.checkpoints.torchvision_models import NAMES
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models-and-data.md"
-BLOCK = re.compile(r"(<!-- table: what-loads -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- what loads -->\n)(.*?)(<!-- /what loads -->)", re.DOTALL)
 
 
 def table() -> str:

@@ -73,9 +73,9 @@ def refused() -> tuple[int, dict[str, list[str]]]:
 
 @cache
 def reason_against(architecture: str) -> str:
-    """Why an architecture is refused, or nothing. A tag changes its weights, not its parts."""
+    """Why an architecture is refused, or nothing. A tag changes its weights and classes, not its parts."""
     with torch.device("meta"):
-        model = timm.create_model(architecture)
+        model = timm.create_model(architecture, num_classes=1000)
     try:
         describe_dense(model)
     except InputError as error:

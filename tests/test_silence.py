@@ -51,7 +51,7 @@ print(json.dumps(seen))
 # Imports what lowpass imports, and runs a model in either CPU runtime.
 THROUGH_LOWPASS = """
 import lowpass
-import accelerate, huggingface_hub, matplotlib, onnx, onnxruntime, timm, torch, torch_pruning, torchvision
+import accelerate, datasets, huggingface_hub, matplotlib, onnx, onnxruntime, timm, torch, torch_pruning, torchvision
 import tritonclient.grpc, tritonclient.http
 import lowpass.api, lowpass.benchmarks.latency.compare, lowpass.export.artefacts, lowpass.export.triton.repository
 from lowpass.export.onnx.trace import to_onnx

@@ -32,6 +32,7 @@ from lowpass.pipeline.data.options import ClassOrder
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.evaluate import best_device
 from lowpass.pipeline.run.inputs import Inputs, as_slim
+from lowpass.pipeline.run.recipe import IN_MEMORY
 
 CHECKED_IMAGES = 300
 FAR_BETTER = 10.0  # points of top-1
@@ -100,7 +101,10 @@ def check_dense(inputs: Inputs, go_on: bool) -> Provenance:
     batches = [(images.clone(), labels.clone()) for images, labels in track(loader, "checking the dense model")]
     predicted, labels = _predicted(inputs.dense, batches), torch.cat([labels for _, labels in batches])
     top1 = _top1(predicted, labels)
-    others = sorted(_alternatives(inputs, batches, predicted, labels), key=lambda other: -other.top1)
+    others = [*_other_orders(inputs, predicted, labels)]
+    if top1 <= 100 - FAR_BETTER:  # otherwise none can be far better
+        others += [*_other_pixels(inputs, batches, labels), *_other_weights(inputs, batches, labels)]
+    others.sort(key=lambda other: -other.top1)
     logger.info(
         "preprocessing: mean %s, std %s, crop %g (%s), %s; from %s",
         _numbers(prep.mean),
@@ -139,10 +143,10 @@ def _trouble(top1: float, count: int, classes: int, best: Alternative | None) ->
     )
 
 
-def _alternatives(inputs: Inputs, batches: Batches, predicted: Tensor, labels: Tensor) -> Iterator[Alternative]:
+def _other_orders(inputs: Inputs, predicted: Tensor, labels: Tensor) -> Iterator[Alternative]:
+    """The same predictions, with the classes numbered otherwise."""
     data, recipe = inputs.data, inputs.recipe
-    assert data is not None
-    if data.classes is not None:
+    if data is not None and data.classes is not None:
         orders: tuple[ClassOrder, ...] = ("natural", "plain")
         for order in orders:
             other = ordered(data.classes, order)
@@ -151,14 +155,23 @@ def _alternatives(inputs: Inputs, batches: Batches, predicted: Tensor, labels: T
                 yield Alternative(
                     f"classes in {order} order", f"--class-order {order}", _top1(predicted, moved[labels])
                 )
+
+
+def _other_pixels(inputs: Inputs, batches: Batches, labels: Tensor) -> Iterator[Alternative]:
+    """The same pixels, normalised as other models want them."""
     prep = inputs.dense.architecture.preprocessing
-    if len(prep.mean) == 3 and data.name != "data in memory":
+    if len(prep.mean) == 3 and inputs.recipe.data != IN_MEMORY:
         for what, (mean, std) in NORMALISATIONS.items():
             if (tuple(mean), tuple(std)) != (prep.mean, prep.std):
                 seen = [(_renormalised(images, prep.mean, prep.std, mean, std), y) for images, y in batches]
                 options = f"--mean {_numbers(mean)} --std {_numbers(std)}"
                 yield Alternative(what, options, _top1(_predicted(inputs.dense, seen), labels))
-    for key in inputs.origin.other_weights if data.rows is None else ():
+
+
+def _other_weights(inputs: Inputs, batches: Batches, labels: Tensor) -> Iterator[Alternative]:
+    """Other weights of the same file."""
+    recipe, cut = inputs.recipe, inputs.data is not None and inputs.data.rows is not None
+    for key in () if cut else inputs.origin.other_weights:
         try:
             choices = recipe.choices() | {"weights_key": key}
             model = load_model(recipe.model, recipe.weights, seed=recipe.seed, **choices)

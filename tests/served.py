@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import tritonclient.http
 
-from lowpass.export.artefacts import open_session, quantization_of
+from lowpass.export.artefacts import open_session
 from lowpass.export.batch import BatchProfile
+from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.onnx.verify import export
 from lowpass.export.options import ExportOptions, Input, Precision
 from lowpass.export.runtimes.session import logits_of
 from lowpass.export.triton.client import Client, Protocol
-from lowpass.export.triton.server import Address, Supervisor, find_server, is_ready
-from lowpass.pipeline.run.images import verification_batches
+from lowpass.export.triton.server import POLL_S, Address, Supervisor, find_server, is_ready
+from lowpass.pipeline.run.images import quantization_batches, verification_batches
 
 PROFILE = BatchProfile.parse("1:4:8")
 ROOT = Path(__file__).parent.parent
@@ -69,14 +70,24 @@ def served(run: Path, repository: Path, images: np.ndarray) -> Iterator[Running]
     address, log = free_address(), repository.with_name("triton.log")
     with Supervisor(find_server(TRITON), repository, address, log) as supervisor:
         threading.Thread(target=supervisor.watch, daemon=True).start()
+        time.sleep(2 * POLL_S)  # at its first poll the server loads everything once more, and counts anew
+        until(lambda: loading(log) == 0)
         yield Running(run, repository, address, log, images)
     assert not is_ready(address)  # it has stopped
 
 
+def loading(log: Path) -> int:
+    """How many models the server is still loading, by its log."""
+    text = log.read_text()
+    return text.count('"loading: ') - text.count("successfully loaded") - text.count('"failed to load ')
+
+
 def exported(run: Path, precision: Precision, dense: bool = False, input: Input = "float32") -> None:
-    batches, made = verification_batches(run, None)
+    """An export that is served, not judged: few images stand for many."""
+    batches = verification_batches(run, None)[0][:2]
     options = ExportOptions(precision=precision, profile=PROFILE, input=input)
-    export(run, options, batches, made, dense, quantization_of(run, precision))
+    ranges = Quantization(quantization_batches(run, None)[0][:1]) if precision == "int8" else None
+    export(run, options, batches, made_images=True, dense=dense, calibration=ranges)
 
 
 def raw(address: Address, content: bytes, patience: float = 5) -> bytes:

@@ -191,7 +191,7 @@ def test_another_run_is_not_overwritten(slim_run: Path, tmp_path: Path, capsys: 
         (["evaluate", "nowhere"], "is nowhere a run directory"),
         (["evaluate", "RUN", "--data", "nowhere"], "no folder nowhere"),
         (["finetune", "RUN", "--lr", "-1"], "lr"),
-        (["finetune", "RUN", "--batch-size", "99999"], "99999"),
+        (["finetune", "RUN", "--batch-size", "0"], "--batch-size"),
         (["benchmark", "RUN", "--batches", "0"], "--batches"),
         (["benchmark", "RUN", "--runtime", "tflite"], "tflite"),
         (["benchmark", "RUN", "--against", "eyesight"], "eyesight"),
@@ -209,7 +209,7 @@ def test_an_image_folder_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[s
     folder = _folder(tmp_path / "images", images=10)
     made = answer(
         capsys, "compress", "--model", "digits_deit", "--data", str(folder), "--target-macs", "0.9",
-        "--batch-size", "16", "--out", str(tmp_path / "run"),
+        "--batch-size", "16", "--yes", "--out", str(tmp_path / "run"),
     )  # fmt: skip
     assert made["dense"]["top1"] is not None and made["slim"]["macs"] <= 0.9 * made["dense"]["macs"]
 

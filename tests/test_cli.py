@@ -191,7 +191,6 @@ def test_another_run_is_not_overwritten(slim_run: Path, tmp_path: Path, capsys: 
         (["evaluate", "nowhere"], "is nowhere a run directory"),
         (["evaluate", "RUN", "--data", "nowhere"], "no folder nowhere"),
         (["finetune", "RUN", "--lr", "-1"], "lr"),
-        (["finetune", "RUN", "--batch-size", "0"], "--batch-size"),
         (["benchmark", "RUN", "--batches", "0"], "--batches"),
         (["benchmark", "RUN", "--runtime", "tflite"], "tflite"),
         (["benchmark", "RUN", "--against", "eyesight"], "eyesight"),

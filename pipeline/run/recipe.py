@@ -27,7 +27,7 @@ class Recipe(SearchSettings):
     weights: Path | None = None
     weights_key: str | None = None
     random_weights: bool = False
-    img_size: str | None = None
+    img_size: str | int | None = None
     in_chans: Count | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None

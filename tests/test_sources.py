@@ -147,10 +147,15 @@ def test_hugging_face_that_is_none_of_these(tmp_path: Path) -> None:
         ({"model_type": "bert"}, "is a Hugging Face 'bert'; lowpass takes vit, deit, dinov2"),
         ({"hidden_act": "relu"}, "has relu MLPs, not GELU"),
         ({"num_hidden_layers": 3}, "has no blocks.2.norm1.weight"),
+        ({"patch_size": None}, "do not describe a vit"),
+        ({"hidden_size": "many"}, "do not describe a vit"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=said):
             load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "hidden_size": 24}))
+    with pytest.raises(InputError, match="do not describe a vit: it lacks 'patch_size'"):
+        load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match=r"config\.json is not a JSON object"):
         load_model(str(tmp_path))

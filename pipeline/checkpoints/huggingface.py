@@ -81,9 +81,12 @@ def from_huggingface(
         raise InputError(f"{source} has {'SwiGLU' if config.get('use_swiglu_ffn') else activation} MLPs, not GELU")
     name = f"{kind} (Hugging Face)"
     found = _preprocessing(kind, processor)
-    model = _converted(kind, config, state, source, choices, found.get("input_size"), activation).built(
-        state, source, name
-    )
+    try:
+        conversion = _converted(kind, config, state, source, choices, found.get("input_size"), activation)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{source}: its config.json and weights do not describe a {kind}: {reason}") from None
+    model = conversion.built(state, source, name)
     said = str(source) if processor is None else f"{PREPROCESSOR} of {source}"
     if processor is None:
         said = f"Transformers' default for {kind} ({source} has no {PREPROCESSOR})"

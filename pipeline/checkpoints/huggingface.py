@@ -83,6 +83,8 @@ def from_huggingface(
     found = _preprocessing(kind, processor)
     try:
         conversion = _converted(kind, config, state, source, choices, found.get("input_size"), activation)
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{source}: its config.json and weights do not describe a {kind}: {reason}") from None

@@ -1,5 +1,6 @@
 """Where a dense model comes from: what was read of its source, kept beside it on the module itself."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,8 @@ def set_preprocessing(model: nn.Module, source: str, found: dict[str, Any], choi
             # Of RGB, for a model of other channels: their average, of each.
             values, source = (sum(values) / len(values),) * channels, f"{source}, averaged over its channels"
         config[name] = tuple(float(value) for value in values)
+    if not all(math.isfinite(value) for value in (*config["mean"], *config["std"], config.get("crop_pct") or 1.0)):
+        raise InputError(f"--mean, --std and --crop-pct take finite numbers, not {given}")
     if not all(value > 0 for value in config["std"]):
         raise InputError(f"--std must be above 0, not {config['std']}")
     config |= {name: given[name] for name in ("crop_pct", "interpolation") if name in given}

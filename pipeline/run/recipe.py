@@ -12,6 +12,7 @@ from lowpass.pipeline.data.options import ClassOrder, DataOptions
 from lowpass.pipeline.search.settings import Count, SearchSettings
 from lowpass.pipeline.train.settings import FinetuneSettings
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 RECIPE_FILE = "recipe.yaml"
 IN_MEMORY = "(in memory)"  # the `data` of a run whose images a program gave
 
@@ -29,9 +30,9 @@ class Recipe(SearchSettings):
     random_weights: bool = False
     img_size: str | int | None = None
     in_chans: Count | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    crop_pct: Annotated[float | None, Field(gt=0, le=1)] = None
+    mean: tuple[Finite, ...] | None = None
+    std: tuple[Finite, ...] | None = None
+    crop_pct: Annotated[float | None, Field(gt=0, le=1, allow_inf_nan=False)] = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     data: str | None = None
     classes: Path | None = None

@@ -148,6 +148,7 @@ def test_hugging_face_that_is_none_of_these(tmp_path: Path) -> None:
         ({"hidden_act": "relu"}, "has relu MLPs, not GELU"),
         ({"num_hidden_layers": 3}, "has no blocks.2.norm1.weight"),
         ({"patch_size": None}, "do not describe a vit"),
+        ({"num_attention_heads": 5}, "24 channels cannot be divided into the 5 heads"),
         ({"hidden_size": "many"}, "do not describe a vit"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -174,11 +175,13 @@ def test_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         parameter.add_(0.1 * torch.randn_like(parameter))
     agree(as_timm(model), noise(), model(noise()))
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "w.pth")
-    monkeypatch.setitem(NAMES, "vit_b_16", Named(3))
+    monkeypatch.setitem(NAMES, "vit_b_16", Named(24, 4, 3))
     converted = load_model("vit_b_16", tmp_path / "w.pth")
     agree(converted, noise(), model(noise()))
     prep = SlimViT.from_timm(converted).architecture.preprocessing
     assert (prep.crop_pct, prep.interpolation, prep.source) == (224 / 256, "bilinear", "torchvision's vit_b_16")
+    with pytest.raises(InputError, match="has 24 channels and patches of 4x4; vit_b_32 has 768 and 32x32"):
+        load_model("vit_b_32", tmp_path / "w.pth")
     with pytest.raises(InputError, match="vit_b_16 is torchvision's: give its state dict"):
         load_model("vit_b_16")
     torch.save(load_model("digits_deit").state_dict(), tmp_path / "digits.pth")
@@ -198,6 +201,7 @@ def test_names_of_torchvision_are_its_own() -> None:
             first = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1
         transform = first.transforms()
         assert model.encoder.layers[0].num_heads == known.heads
+        assert (model.hidden_dim, model.patch_size) == (known.dim, known.patch)
         assert (transform.resize_size, transform.crop_size) == ([known.resize], [known.crop])
         assert transform.interpolation.value == known.interpolation
 

@@ -10,6 +10,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.misfit import load_strictly
 
 
@@ -32,6 +33,9 @@ class Conversion:
         Raises:
             InputError: the weights do not fit the settings.
         """
+        channels, heads = self.settings["embed_dim"], self.settings["num_heads"]
+        if channels % heads:
+            raise InputError(f"{source}: {channels} channels cannot be divided into the {heads} heads of {name}")
         renamed = {self._renamed(key): tensor for key, tensor in state.items() if key not in self.dropped}
         model = self.kind(**self.settings)
         model.pretrained_cfg = {"architecture": name}

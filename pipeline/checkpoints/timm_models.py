@@ -80,10 +80,10 @@ def _built(
 ) -> nn.Module:
     """The architecture at the size, channels and classes of its weights, with them."""
     with torch.device("meta"):
-        plain = timm.create_model(name, **settings)
+        plain: Any = _created(name, settings)
     if tensors is None or weights is None:
         sizes: dict[str, Any] = {"img_size": choices.img_size, "in_chans": choices.in_chans}
-        return timm.create_model(name, **settings, **{k: v for k, v in sizes.items() if v is not None}).eval()
+        return _created(name, settings | sizes).eval()
     state = tensors.state
     settings = settings | {
         "num_classes": classes_of(state),
@@ -95,9 +95,24 @@ def _built(
         size = fit_positions(state, weights, patch.patch_size, prefix, patch.img_size, choices.img_size)
         if size != tuple(patch.img_size):
             settings["img_size"] = size
-    model: nn.Module = timm.create_model(name, **{key: value for key, value in settings.items() if value is not None})
+    model = _created(name, settings)
     load_strictly(model, state, weights, name)
     return model.eval()
+
+
+def _created(name: str, settings: dict[str, Any]) -> nn.Module:
+    """What timm makes of a name; settings that are None are left at their defaults.
+
+    Raises:
+        InputError: it has no such setting, or cannot follow it.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    try:
+        model: nn.Module = timm.create_model(name, **given)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"timm cannot make {name} with {given}: {reason}") from None
+    return model
 
 
 def _origin(tensors: Tensors | None, classes: tuple[str, ...] | None, classes_from: str) -> Origin:

@@ -31,8 +31,11 @@ RENAMES = (
 
 @dataclass(frozen=True)
 class Named:
-    """What the tensors do not tell: the head count, and how torchvision preprocesses."""
+    """What a name says: width and patch, by which its weights are known, and what they do not tell: the head count, and
+    how torchvision preprocesses."""
 
+    dim: int
+    patch: int
     heads: int
     resize: int = 256
     crop: int = 224
@@ -40,11 +43,11 @@ class Named:
 
 
 NAMES = {
-    "vit_b_16": Named(12),
-    "vit_b_32": Named(12),
-    "vit_l_16": Named(16, resize=242),
-    "vit_l_32": Named(16),
-    "vit_h_14": Named(16, resize=518, crop=518, interpolation="bicubic"),
+    "vit_b_16": Named(768, 16, 12),
+    "vit_b_32": Named(768, 32, 12),
+    "vit_l_16": Named(1024, 16, 16, resize=242),
+    "vit_l_32": Named(1024, 32, 16),
+    "vit_h_14": Named(1280, 14, 16, resize=518, crop=518, interpolation="bicubic"),
 }
 
 
@@ -66,6 +69,12 @@ def from_torchvision(name: str, heads: int, state: dict[str, Tensor], source: ob
             raise InputError(f"{source} has no {key}, which torchvision's {name} needs; is it a checkpoint of {name}?")
     dim, _, *sides = state["conv_proj.weight"].shape
     patch = (sides[0], sides[1])
+    known = NAMES.get(name, Named(dim, patch[0], heads))
+    if (dim, *patch) != (known.dim, known.patch, known.patch):
+        raise InputError(
+            f"{source} has {dim} channels and patches of {patch[0]}x{patch[1]}; {name} has {known.dim} and "
+            f"{known.patch}x{known.patch}: another --model"
+        )
     layers = {key.split(".")[2] for key in state if key.startswith("encoder.layers.")}
     first = "encoder.layers.encoder_layer_0.mlp."
     hidden = next((len(state[first + mlp]) for mlp in ("0.weight", "linear_1.weight") if first + mlp in state), 4 * dim)
@@ -77,7 +86,6 @@ def from_torchvision(name: str, heads: int, state: dict[str, Tensor], source: ob
     classes = len(state["heads.head.weight"])
     settings = vit_settings(size, patch, channels or 3, classes, dim, len(layers), heads, hidden, NORM_EPS)
     model = Conversion(VisionTransformer, settings, RENAMES).built(state, source, name)
-    known = NAMES.get(name, Named(heads))
     found = {
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,

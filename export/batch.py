@@ -18,6 +18,12 @@ class BatchProfile(BaseModel):
     best: int
     most: int
 
+    def optimisations(self) -> list[tuple[int, int, int]]:
+        """Least, best and most of each optimisation profile of an engine: the whole range, then each of the three
+        sizes on its own, for which TensorRT fuses more (attention reads query, key and value where they are)."""
+        fixed = [(size, size, size) for size in dict.fromkeys((self.least, self.best, self.most))]
+        return fixed if self.least == self.most else [(self.least, self.best, self.most), *fixed]
+
     def __str__(self) -> str:
         return f"{self.least}:{self.best}:{self.most}"
 

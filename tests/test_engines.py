@@ -25,7 +25,7 @@ def build(slim: SlimViT, precision: Precision, profiles: Sequence[str] = PROFILE
     size = slim.architecture.dense.img_size
     model = trace(deployable(slim, precision), torch.zeros(2, 3, *size))
     for profile in profiles:
-        assert compile_engine("tensorrt-rtx", model.SerializeToString(), BatchProfile.parse(profile))[0]
+        assert compile_engine("tensorrt-rtx", model.SerializeToString(), BatchProfile.parse(profile)).plan
     return sum(node.op_type == "Attention" for node in model.graph.node)
 
 

@@ -190,7 +190,7 @@ def test_exports_run_and_build(family: str, make_vit: MakeViT) -> None:
             content = to_onnx(model, ExportOptions(precision=precision)).SerializeToString()
             found = logits_of(OnnxRuntime(content), images.numpy())
             np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
-    assert compile_engine("tensorrt-rtx", content, BatchProfile.parse("1:2:4"))[0]  # slim, FP16
+    assert compile_engine("tensorrt-rtx", content, BatchProfile.parse("1:2:4")).plan  # slim, FP16
 
 
 def test_heads_of_differential_attention_go_whole(make_vit: MakeViT) -> None:

@@ -86,11 +86,9 @@ def open_graph(graph: onnx.ModelProto, setup: TimingSetup) -> Session:
     if setup.runtime in FLAVOURS:
         profile = BatchProfile(least=setup.batch, best=setup.batch, most=setup.batch)
         timing = setup.folder / "timing.cache"  # parts share kernels
-        plan, cache, _ = compile_engine(
-            setup.runtime, content, profile, timing.read_bytes() if timing.exists() else b""
-        )
-        timing.write_bytes(cache)
-        return TensorRT(plan, setup.runtime, {})
+        compiled = compile_engine(setup.runtime, content, profile, timing.read_bytes() if timing.exists() else b"")
+        timing.write_bytes(compiled.timing_cache)
+        return TensorRT(compiled.plan, setup.runtime, {})
     return onnx_session(setup.runtime, content, setup.precision, setup.folder)
 
 

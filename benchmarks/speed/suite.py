@@ -201,8 +201,8 @@ def open_rival(
         files[rival.name, precision] = _exported(rival, precision)
     content = files[rival.name, precision]
     if runtime in FLAVOURS:
-        plan, _, _ = compile_engine(runtime, content, BatchProfile(least=1, best=32, most=128))
-        return TensorRT(plan, runtime, {}), content
+        compiled = compile_engine(runtime, content, BatchProfile(least=1, best=32, most=128))
+        return TensorRT(compiled.plan, runtime, {}), content
     cache = ENGINES / f"{rival.name}.{precision}"
     if runtime in PROVIDERS and PROVIDERS[runtime] == "Tensorrt":
         write_bytes(cache / "model.onnx", content)

@@ -39,7 +39,9 @@ class FusedAttention(nn.Module):
         """As `SlimAttention.forward`."""
         sizes = [self.num_heads * d for d in (self.qk_dim, self.qk_dim, self.v_dim)]
         query, key, value = (by_head(part, self.num_heads) for part in self.qkv(x).split(sizes, -1))
-        mixed, weights = attend(query, key, value, self.weights, score)
+        mixed, weights = attend(query, key, value, self.weights, score if score == "full" else None)
+        if score == "cls":
+            weights = cls_row(query, key, self.weights.scale)
         if self.own < self.v_dim:
             mixed = mixed[..., : self.own]
         return self.proj(self.norm(mixed.transpose(1, 2).flatten(2))), weights
@@ -76,6 +78,15 @@ class RowAttention(nn.Module):
         return torch.onnx.ops.symbolic(
             "Attention", (query, key, value), attributes, dtype=value.dtype, shape=value.shape, version=OPSET
         )
+
+
+def cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """What CLS attends to: [B, H, T, d] -> [B, H, 1, T] FP32.
+
+    As products and sums, which TensorRT fuses with what comes before: for a MatMul of one row it would copy and pad the
+    keys.
+    """
+    return ((query[:, :, :1] * scale).float() * key.float()).sum(-1).softmax(-1).unsqueeze(2)
 
 
 def unbiased(layer: nn.Linear) -> nn.Linear:

@@ -4,11 +4,13 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lowpass.export.graph.attention import FusedAttention, RowAttention, fused_head_dim
+from lowpass.export.graph.bias_free import drop_biases
 from lowpass.export.graph.last_block import LastBlock
 from lowpass.export.graph.precision import AtPrecision, WideLinear
-from lowpass.export.graph.selection import LOWERINGS
+from lowpass.export.graph.selection import lowering
 from lowpass.export.options import DTYPES, Precision, Selection
 from lowpass.pipeline.model.slim_attention import DifferentialAttention
 from lowpass.pipeline.model.slim_block import SlimBlock
@@ -29,13 +31,20 @@ def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selectio
     model = copy.deepcopy(slim).eval().requires_grad_(False)
     dense = slim.architecture.dense
     whole = model.blocks
+    if precision in ("fp16", "bf16") and not dense.differential:
+        for block in whole:
+            drop_biases(block)
     if not (dense.reads_image_tokens or dense.differential or dense.attn_norm):
         model.vit.blocks[-1] = LastBlock(whole.pop(), rows=2 if dense.distilled else 1)
     if model.vit.attn_pool is not None:
         model.vit.attn_pool.fused_attn = False  # one row of attention: TensorRT has no fused kernel for it
-    for block in whole:
+    # The low-pass of LFE runs along the tokens; where no later block has one, their order does not matter.
+    last_lowpass = max((i for i, block in enumerate(whole) if len(block.lowpass)), default=-1)
+    for index, block in enumerate(whole):
         block.attn = _attention(block, precision)  # type: ignore[assignment]
-        block.keep_tokens = LOWERINGS[selection]
+        if len(block.lowpass):
+            block.lowpass = F.pad(block.lowpass, (0, 0, dense.num_prefix_tokens, 0))
+        block.keep_tokens = lowering(selection, ordered=index < last_lowpass)
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return model

@@ -27,11 +27,11 @@ class LastBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """All tokens that enter -> those that are read."""
-        kept = x[:, : self.rows]
+        kept, normed = x[:, : self.rows], self.norm1(x)
         sizes = [self.query.out_features, self.proj.in_features]
         query, key, value = (
             by_head(part, self.num_heads)
-            for part in (self.query(self.norm1(kept)), *self.key_value(self.norm1(x)).split(sizes, -1))
+            for part in (self.query(normed[:, : self.rows]), *self.key_value(normed).split(sizes, -1))
         )
         mixed = self.weights(query, key) @ value
         kept = kept + self.ls1(self.proj(mixed.transpose(1, 2).flatten(2)))

@@ -1,6 +1,7 @@
-"""Token selection as deployed: two lowerings of `keep_tokens`, which keep the same tokens."""
+"""Token selection as deployed: lowerings of `keep_tokens`, which keep the same tokens."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import torch
@@ -12,8 +13,10 @@ from lowpass.pipeline.method.token_scores import kept_indices
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 
-def gather_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:
+def gather_tokens(tokens: Tensor, scores: Tensor, keep: int, ordered: bool = True) -> Tensor:
     """TopK, then rows of the flattened batch: [B, P + N, C], [B, N] -> [B, P + keep, C].
+
+    In raster order, for which a second TopK sorts, or in any unless `ordered`.
 
     Whole rows are copied, prefix tokens with the rest; `keep_tokens` itself would export an index as large as its
     output, and a concatenation.
@@ -21,7 +24,7 @@ def gather_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:
     batch, length, width = tokens.shape
     num_prefix_tokens = length - scores.shape[1]
     prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(batch, -1)
-    kept = torch.cat([prefix, kept_indices(scores, keep) + num_prefix_tokens], 1)
+    kept = torch.cat([prefix, kept_indices(scores, keep, ordered) + num_prefix_tokens], 1)
     rows = kept + torch.arange(batch, device=tokens.device)[:, None] * length
     return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(batch, num_prefix_tokens + keep, width)
 
@@ -44,7 +47,6 @@ def one_hot_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:
     return torch.cat([tokens[:, :num_prefix_tokens], one_hot @ tokens[:, num_prefix_tokens:]], 1)
 
 
-LOWERINGS: dict[Selection, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "gather": gather_tokens,
-    "onehot": one_hot_tokens,
-}
+def lowering(selection: Selection, ordered: bool) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """How a block keeps its tokens; unless `ordered`, nothing after it reads their order."""
+    return partial(gather_tokens, ordered=ordered) if selection == "gather" else one_hot_tokens

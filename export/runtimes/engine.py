@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal
@@ -13,6 +14,19 @@ from lowpass.pipeline.base.errors import InputError, RunError
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
+# What TensorRT-RTX compiles for: Turing (T4), A100, other Ampere (A10), Ada (L4, L40S), Blackwell.
+Capability = Literal["75", "80", "86", "89", "120"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An engine, the timing cache it leaves, what the builder warned of, and the lines of its log that may name a
+    kernel (TensorRT-RTX alone has any)."""
+
+    plan: bytes
+    timing_cache: bytes
+    warnings: tuple[str, ...]
+    log: tuple[str, ...]
 
 
 def installed_flavours() -> dict[Flavour, str]:
@@ -71,12 +85,19 @@ def tensorrt_module(flavour: Flavour) -> ModuleType:
 
 
 def compile_engine(
-    flavour: Flavour, content: bytes, profile: BatchProfile, cache: bytes = b""
-) -> tuple[bytes, bytes, list[str]]:
-    """ONNX bytes -> engine, timing cache, warnings.
+    flavour: Flavour, content: bytes, profile: BatchProfile, cache: bytes = b"", capability: Capability | None = None
+) -> Compiled:
+    """ONNX bytes -> engine.
+
+    Args:
+        flavour: `tensorrt` or `tensorrt-rtx`.
+        content: the ONNX file.
+        profile: batch sizes; see `BatchProfile.optimisations`.
+        cache: of an earlier build.
+        capability: for GPUs of that compute capability alone; None: those that TensorRT-RTX chooses, or the GPU here.
 
     Raises:
-        InputError: the flavour is not installed.
+        InputError: the flavour is not installed, or is told a compute capability that it does not take.
         RunError: the parser or the compiler refused the graph.
     """
     trt = tensorrt_module(flavour)
@@ -89,16 +110,28 @@ def compile_engine(
         raise RunError(f"TensorRT's parser refused the ONNX file: {problems}")
     config = builder.create_builder_config()
     config.set_timing_cache(config.create_timing_cache(cache), ignore_mismatch=False)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the builder's log then names every kernel
+    if capability is not None:
+        _compile_for(trt, config, capability, flavour)
     image = network.get_input(0)
-    shapes = builder.create_optimization_profile()
     tail = tuple(image.shape)[1:]
-    shapes.set_shape(image.name, *((batch, *tail) for batch in (profile.least, profile.best, profile.most)))
-    config.add_optimization_profile(shapes)
+    for batches in profile.optimisations():
+        shapes = builder.create_optimization_profile()
+        shapes.set_shape(image.name, *((batch, *tail) for batch in batches))
+        config.add_optimization_profile(shapes)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RunError(f"TensorRT could not build the engine: {log.reason()}")
     serialised = config.get_timing_cache().serialize()
-    return bytes(plan), b"" if serialised is None else bytes(serialised), log.warnings
+    timing = b"" if serialised is None else bytes(serialised)
+    return Compiled(bytes(plan), timing, tuple(log.warnings), tuple(log.kernels))
+
+
+def _compile_for(trt: Any, config: Any, capability: Capability, flavour: Flavour) -> None:
+    if flavour != "tensorrt-rtx":
+        raise InputError("--compute-capability is for tensorrt-rtx; tensorrt builds for the GPU that it runs on")
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), 0)
 
 
 def _parse(trt: Any, network: Any, log: Any, content: bytes) -> str:
@@ -125,12 +158,15 @@ def _log_of(flavour: Flavour) -> Any:
             super().__init__()
             self.warnings: list[str] = []
             self.errors: list[str] = []
+            self.kernels: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.errors.append(message)
             elif severity == trt.ILogger.WARNING and message not in self.warnings:
                 self.warnings.append(message)
+            elif "LayerType:" in message:
+                self.kernels += [line for line in message.splitlines() if "LayerType:" in line]
 
         def reason(self) -> str:
             return self.errors[-1] if self.errors else "it gave no reason"
@@ -141,5 +177,5 @@ def _log_of(flavour: Flavour) -> Any:
 def _fresh_log(flavour: Flavour) -> Any:
     """The logger, with nothing said yet."""
     log = _log_of(flavour)
-    log.warnings, log.errors = [], []
+    log.warnings, log.errors, log.kernels = [], [], []
     return log

@@ -24,6 +24,7 @@ class TensorRT:
     def load(self, images: Images) -> None:
         """See `Session`."""
         self.images = torch.from_numpy(as_input(images, self.metadata)).cuda()
+        self.context.set_optimization_profile_async(self._profile_for(len(images)), self.stream.cuda_stream)
         if not self.context.set_input_shape("images", tuple(self.images.shape)):
             raise RunError(f"the engine's batch profile does not hold a batch of {len(images)}; export with --batch")
         shape = tuple(self.context.get_tensor_shape("logits"))
@@ -32,6 +33,14 @@ class TensorRT:
         self.context.set_tensor_address("logits", self.output.data_ptr())
         torch.cuda.synchronize()
         self._capture()
+
+    def _profile_for(self, batch: int) -> int:
+        """The optimisation profile made for this batch size alone, or the first, for the whole range."""
+        for index in range(self.engine.num_optimization_profiles):
+            least, _, most = self.engine.get_tensor_profile_shape("images", index)
+            if least[0] == most[0] == batch:
+                return index
+        return 0
 
     def _capture(self) -> None:
         self.captured = False

@@ -5,12 +5,21 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import onnx
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from lowpass.export.batch import BatchProfile
 from lowpass.export.onnx.file import current_onnx, onnx_path, read_metadata
 from lowpass.export.options import Precision
-from lowpass.export.runtimes.engine import Flavour, compile_engine, current_gpu, preferred_flavour, tensorrt_module
+from lowpass.export.runtimes.engine import (
+    Capability,
+    Flavour,
+    compile_engine,
+    current_gpu,
+    preferred_flavour,
+    tensorrt_module,
+)
+from lowpass.export.tensorrt.layers import Layers, read_layers
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import sha256, write_bytes, write_json
 
@@ -25,6 +34,7 @@ class Manifest(BaseModel):
     runtime: Flavour
     version: str
     gpu: str
+    capability: Capability | None = None  # it runs on GPUs of this compute capability alone
     precision: Precision
     profile: BatchProfile
     onnx: str
@@ -43,11 +53,23 @@ def manifest_path(plan: Path) -> Path:
     return plan.with_name(plan.name + ".json")
 
 
+def layers_path(plan: Path) -> Path:
+    """`model.<precision>.layers.json`: every kernel of an engine that TensorRT-RTX built."""
+    return plan.with_suffix(".layers.json")
+
+
+def load_layers(plan: Path) -> list[Layers]:
+    """What `layers_path` holds; nothing for an engine of TensorRT, which names no kernels as it builds."""
+    path = layers_path(plan)
+    return TypeAdapter(list[Layers]).validate_json(path.read_bytes()) if path.exists() else []
+
+
 def build(
     directory: Path,
     precision: Precision = "fp16",
     flavour: Flavour | None = None,
     dense: bool = False,
+    capability: Capability | None = None,
 ) -> Path:
     """Compile a run's exported model.
 
@@ -56,9 +78,10 @@ def build(
         precision: of the ONNX file; TensorRT keeps to it (strong typing). FP32 is refused, see below.
         flavour: None for `tensorrt` where it is installed, else `tensorrt-rtx`.
         dense: compile the dense model instead.
+        capability: see `compile_engine`.
 
     Returns:
-        The engine; its manifest and the timing cache lie beside it.
+        The engine; its manifest, the timing cache and, from TensorRT-RTX, what `layers_path` names lie beside it.
 
     Raises:
         InputError: no TensorRT, nothing exported, or FP32, whose `Attention` nodes TensorRT has no fused kernel for.
@@ -72,25 +95,29 @@ def build(
     profile = BatchProfile.parse(read_metadata(onnx_file)["batch"])
     content = onnx_file.read_bytes()
     cache_file = directory / f"timing.{flavour}.cache"
-    plan, cache, messages = compile_engine(
-        flavour, content, profile, cache_file.read_bytes() if cache_file.exists() else b""
-    )
+    known = cache_file.read_bytes() if cache_file.exists() else b""
+    compiled = compile_engine(flavour, content, profile, known, capability)
     target = plan_path(directory, precision, dense)
-    if cache:
-        write_bytes(cache_file, cache)
+    if compiled.timing_cache:
+        write_bytes(cache_file, compiled.timing_cache)
     # The old manifest goes first: should we die between the two, a plan without a manifest is refused, never mistaken.
     manifest_path(target).unlink(missing_ok=True)
-    write_bytes(target, plan)
+    layers_path(target).unlink(missing_ok=True)
+    write_bytes(target, compiled.plan)
+    if compiled.log:
+        layers = read_layers(compiled.log, onnx.load_model_from_string(content), profile)
+        write_json(layers_path(target), [at.model_dump(mode="json") for at in layers])
     manifest = Manifest(
         runtime=flavour,
         version=str(trt.__version__),
         gpu=current_gpu() or NO_GPU,
+        capability=capability,
         precision=precision,
         profile=profile,
         onnx=onnx_file.name,
         onnx_sha256=sha256(onnx_file),
         plan_sha256=sha256(target),
-        messages=tuple(messages),
+        messages=compiled.warnings,
     )
     write_json(manifest_path(target), manifest.model_dump(mode="json"))
     return target

@@ -60,21 +60,38 @@ def build(
         typer.Option(help="[default: tensorrt where it is installed, else tensorrt-rtx]"),
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Build the dense model, for comparison.")] = False,
+    compute_capability: Annotated[
+        Literal["75", "80", "86", "89", "120"] | None,
+        typer.Option(
+            help="Build for such GPUs alone (tensorrt-rtx): 75 Turing (T4), 80 A100, 86 A10 and RTX 30, 89 Ada (L4, "
+            "L40S, RTX 40), 120 Blackwell. Default: 80 and newer in one engine, not 75."
+        ),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every kernel at the smallest batch.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile the exported model with TensorRT.
 
-    DIR/model.<precision>.plan and its manifest. TensorRT-RTX needs no GPU for it."""
-    from lowpass.export.tensorrt.plan import Manifest, manifest_path
+    DIR/model.<precision>.plan, its manifest, and model.<precision>.layers.json, which names every kernel.
+    TensorRT-RTX needs no GPU for it."""
+    from lowpass.export.tensorrt.layers import table
+    from lowpass.export.tensorrt.plan import Manifest, load_layers, manifest_path
     from lowpass.export.tensorrt.plan import build as build_engine
 
-    plan = build_engine(directory, precision, runtime, dense)
+    plan = build_engine(directory, precision, runtime, dense, compute_capability)
     manifest = Manifest.model_validate_json(manifest_path(plan).read_bytes())
-    say(
-        {"run": str(directory), "plan": str(plan), "manifest": manifest.model_dump(mode="json")},
-        f"{plan}: {manifest.runtime} {manifest.version}, {precision}, batch {manifest.profile}, {manifest.gpu}",
-        as_json,
-    )
+    layers = load_layers(plan)
+    counted = ", ".join(f"{at.whole.kernels} at {at.batch}" for at in layers)
+    lines = [
+        f"{plan}: {manifest.runtime} {manifest.version}, {precision}, batch {manifest.profile}, {manifest.gpu}"
+        + (f", compute capability {compute_capability} alone" if compute_capability else ""),
+        f"kernels by batch: {counted or 'not named by ' + manifest.runtime}",
+    ]
+    if explain and layers:
+        lines.append(table(next(at for at in layers if at.batch == str(manifest.profile.least))))
+    kernels = {at.batch: at.whole.model_dump(mode="json", exclude={"block"}) for at in layers}
+    answer = {"run": str(directory), "plan": str(plan), "manifest": manifest.model_dump(mode="json"), "layers": kernels}
+    say(answer, "\n".join(lines), as_json)
 
 
 def benchmark(

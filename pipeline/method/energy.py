@@ -35,15 +35,25 @@ def low_frequency_energy(tokens: Tensor, cutoff: float, norm: EnergyNorm = "l2")
 
 
 def filtered_energy(tokens: Tensor, lowpass: Tensor, norm: EnergyNorm) -> Tensor:
-    """`low_frequency_energy` with its low-pass matrix [N, N] given. Norms are taken in FP32: squares overflow FP16.
+    """`low_frequency_energy` with its low-pass matrix given. Norms are taken in FP32: squares overflow FP16.
 
     The matrix is symmetric, so it may stand on the right, as the constant operand that runtimes prepack: on the left
     OpenVINO computes it in FP32 whatever the precision.
+
+    Args:
+        tokens: [B, P + N, C].
+        lowpass: [N, N], or [P + N, N] with P rows of zeros before it: that spares a copy of the image tokens.
+        norm: see `low_frequency_energy`.
+
+    Returns:
+        [B, N].
     """
-    low, tokens = (tokens.transpose(1, 2) @ lowpass).transpose(1, 2).float(), tokens.float()
+    filtered, image_tokens = (tokens[:, tokens.shape[1] - count :] for count in lowpass.shape)
+    low, tokens = (filtered.transpose(1, 2) @ lowpass).transpose(1, 2).float(), image_tokens.float()
     tiny = torch.finfo(torch.float32).tiny
     if norm == "l2":
-        return low.norm(dim=-1) / tokens.norm(dim=-1).clamp_min(tiny)
+        # One root of the ratio: runtimes make one kernel of both sums and what follows, but not of two norms.
+        return (low.square().sum(-1) / tokens.square().sum(-1).clamp_min(tiny)).sqrt()
     if norm == "l1":
         return low.abs().sum(-1) / tokens.abs().sum(-1).mean(-1, keepdim=True).clamp_min(tiny)
     raise ValueError(f"the LFE norm must be 'l2' or 'l1', not {norm!r}")

@@ -45,7 +45,9 @@ def cls_importance(attention: Tensor, num_prefix_tokens: int) -> Tensor:
     Returns:
         [B, N], FP32 or wider.
     """
-    return attention[:, :, 0, num_prefix_tokens:].float().mean(1)
+    heads = attention[:, :, 0, num_prefix_tokens:].float().unbind(1)
+    # As sums, which runtimes fuse with what follows; a mean is a kernel of its own.
+    return sum(heads[1:], heads[0]) / len(heads)
 
 
 def received_importance(attention: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -102,10 +104,10 @@ def token_scores(
 class SeenTokens:
     """What a block knows of its image tokens when it has to choose."""
 
-    tokens: Tensor  # [B, N, C], as they leave the attention residual
+    tokens: Tensor  # [B, P + N, C], as they leave the attention residual
     attention: Tensor  # as much of it as `token_score` reads; empty where the criterion reads none
     num_prefix_tokens: int
-    lowpass: Tensor  # [N, N]; empty where the criterion reads no energy
+    lowpass: Tensor  # [N, N] or [P + N, N], see `filtered_energy`; empty where the criterion reads no energy
     chance: Tensor  # [N]; empty unless tokens are drawn
     energy_norm: EnergyNorm
     token_score: TokenScore
@@ -171,7 +173,8 @@ def keep_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:
     return torch.cat([tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:].gather(1, index)], 1)
 
 
-def kept_indices(scores: Tensor, keep: int) -> Tensor:
-    """Indices [B, keep] of the best-scored image tokens, ascending. Sorted as FP32, which TensorRT's TopK takes."""
-    best = scores.topk(keep, sorted=False).indices.float()
-    return best.topk(keep, largest=False, sorted=True).values.long()
+def kept_indices(scores: Tensor, keep: int, ordered: bool = True) -> Tensor:
+    """Indices [B, keep] of the best-scored image tokens, ascending, or in any order unless `ordered`. Sorted as FP32,
+    which TensorRT's TopK takes."""
+    best = scores.topk(keep, sorted=False).indices
+    return best.float().topk(keep, largest=False, sorted=True).values.long() if ordered else best

@@ -94,13 +94,12 @@ class SlimBlock(nn.Module):
 
     def scores(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Token scores [B, tokens_in] from the tokens as they leave the attention residual and the attention."""
-        prefix = self.num_prefix_tokens
         attention = x.new_empty(0) if weights is None else weights
         return self.criterion.score(
             SeenTokens(
-                x[:, prefix:],
+                x,
                 attention,
-                prefix,
+                self.num_prefix_tokens,
                 self.lowpass,
                 self.chance,
                 self.energy_norm,

@@ -1,0 +1,1 @@
+"""The method on a real model: DINOv2 ViT-S/14."""

@@ -55,8 +55,8 @@ def run_suite(name: str, out: Path, plan: Plan) -> Suite:
     for model in plan.models:
         rivals = candidates(model, plan.names)
         files: Files = {}
-        engines: list[EngineResult] = []
-        results[model] = ModelResult(macs={rival.name: rival.macs for rival in rivals}, engines=engines)
+        results[model] = ModelResult(macs={rival.name: rival.macs for rival in rivals}, engines=[])
+        engines = results[model].engines
         for engine in plan.engines:
             late = deadline is not None and time.monotonic() > deadline
             reason = plan.reason_against(engine) or ("out of time" if late else None)

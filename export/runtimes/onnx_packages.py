@@ -57,10 +57,12 @@ def onnxruntime_problems() -> list[str]:
             f"uninstalling either breaks both; {_afresh('onnxruntime-gpu')} (without a GPU: onnxruntime)"
         )
     if "CUDAExecutionProvider" in available_providers() and (obstacle := cuda_obstacle()) is not None:
-        problems.append(
-            f"CUDA does not load in onnxruntime-gpu {onnxruntime.__version__} ({obstacle}); pip install "
-            "'onnxruntime-gpu[cuda,cudnn]', or a torch with the CUDA that it was built for"
+        remedy = (
+            "install NVIDIA's driver; on a machine without such a GPU onnxruntime will do"
+            if "libcuda.so" in obstacle
+            else "pip install 'onnxruntime-gpu[cuda,cudnn]', or a torch with the CUDA that it was built for"
         )
+        problems.append(f"CUDA does not load in onnxruntime-gpu {onnxruntime.__version__} ({obstacle}); {remedy}")
     return problems
 
 

@@ -53,7 +53,8 @@ def missing(runtime: RuntimeName) -> str | None:
         return None if importlib.util.find_spec("openvino") else _install(runtime)
     if runtime in PROVIDERS:
         if f"{PROVIDERS[runtime]}ExecutionProvider" not in available_providers():
-            return f"this onnxruntime has no {PROVIDERS[runtime]} provider; pip install onnxruntime-gpu in its place"
+            remedy = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+            return f"this onnxruntime has no {PROVIDERS[runtime]} provider; {remedy}"
     elif runtime in FLAVOURS and runtime not in installed_flavours():
         return _install(runtime)
     return None if torch.cuda.is_available() else "it needs an NVIDIA GPU to run on"

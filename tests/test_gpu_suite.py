@@ -133,6 +133,15 @@ def test_a_failed_capture_says_why_and_restores_the_stream(monkeypatch: pytest.M
     assert runs == ["before"] * 3 + ["capturing"]
     assert current == ["before"]
 
+    def copying() -> Tensor:
+        if compute() is not None and current[0] == "capturing":
+            raise RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture")
+        return torch.zeros(1)
+
+    with pytest.raises(RunError, match="Cannot copy between CPU and CUDA tensors"):
+        cuda_graph(copying)
+    assert current == ["before"]
+
 
 def test_every_batch_size_is_compiled_or_none_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch gives up after 8 compilations of a code object, and runs the rest eager in silence."""

@@ -122,7 +122,8 @@ def cuda_graph(compute: Compute) -> Captured:
     except RuntimeError as error:
         # A capture that fails leaves its stream behind as the current one (torch 2.11 to 2.15).
         torch.cuda.set_stream(before)
-        raise RunError(f"it cannot be captured as a CUDA graph: {reason_of(error)}") from None
+        # What went wrong inside is hidden behind the complaint of the capture that it broke off.
+        raise RunError(f"it cannot be captured as a CUDA graph: {reason_of(error.__context__ or error)}") from None
     return graph.replay, output
 
 

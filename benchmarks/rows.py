@@ -80,11 +80,22 @@ def _number(value: float | int | str) -> str:
 
 def _machine(machine: Machine) -> str:
     units = ", ".join(machine.matrix_units) or "no matrix units"
-    return f"{machine.cpu}, {machine.cores} cores ({units}), {machine.gpu or 'no GPU'}"
+    where = f"{machine.cpu}, {machine.cores} cores ({units}), {machine.threads['torch']} threads of torch"
+    if machine.gpu is None:
+        return f"{where}, no GPU"
+    state = machine.gpu_state
+    facts = {
+        "driver": state.driver,
+        "SM clock at most, MHz": state.max_sm_clock_mhz,
+        "power limit, W": state.power_limit_w,
+    }
+    return ", ".join([where, machine.gpu, *(f"{name} {fact}" for name, fact in facts.items() if fact is not None)])
 
 
 def _versions(machine: Machine) -> str:
     packages = {"python": machine.python, **machine.packages, **machine.tensorrt}
+    if machine.gpu is not None and machine.cuda is not None:
+        packages["CUDA of torch"] = machine.cuda
     return "; ".join(f"{name} {version}" for name, version in packages.items())
 
 

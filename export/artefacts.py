@@ -8,7 +8,7 @@ from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.onnx.verify import Verification, export
 from lowpass.export.options import PRECISIONS, ExportOptions, Precision
 from lowpass.export.runtimes.engine import FLAVOURS, installed_flavours
-from lowpass.export.runtimes.pytorch import PyTorch
+from lowpass.export.runtimes.pytorch import TORCH, torch_session
 from lowpass.export.runtimes.registry import RuntimeName, check_precision, missing, onnx_session
 from lowpass.export.runtimes.session import Session
 from lowpass.export.runtimes.tensorrt import TensorRT
@@ -62,9 +62,9 @@ def open_session(runtime: RuntimeName, directory: Path, precision: Precision, de
     if reason is not None:
         raise InputError(f"cannot run on {runtime}: {reason}")
     check_precision(runtime, precision)
-    if runtime in ("pytorch", "pytorch-compile"):
+    if runtime in TORCH:
         model = SlimViT.load(directory, weights_path(directory, dense).name)
-        return PyTorch(deployable(model, precision), compiled=runtime == "pytorch-compile")
+        return torch_session(runtime, deployable(model, precision))
     onnx_file = current_onnx(directory, precision, dense)
     if runtime in FLAVOURS:
         plan, _ = current_plan(directory, precision, runtime, dense)

@@ -14,9 +14,10 @@ from lowpass.benchmarks.rows import read_rows
 from lowpass.benchmarks.speed.candidates import CANDIDATES, candidates, uniform_width
 from lowpass.benchmarks.speed.measured import Engine
 from lowpass.benchmarks.speed.memory import peak_memory
+from lowpass.benchmarks.speed.plans import Plan, gpu, paper
 from lowpass.benchmarks.speed.result_rows import rows
-from lowpass.benchmarks.speed.suite import engines_here, run_suite
-from lowpass.pipeline.base.errors import InputError
+from lowpass.benchmarks.speed.suite import run_suite
+from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.model.slim_vit import SlimViT
 
 
@@ -42,8 +43,8 @@ KEYS = ("model", "runtime", "precision", "batch", "candidate")
 
 @pytest.mark.slow
 def test_a_suite_is_written(tmp_path: Path) -> None:
-    engines: list[Engine] = [("onnxruntime", "int8"), ("openvino", "bf16"), ("tensorrt-rtx", "fp16")]
-    done = run_suite("gpu", tmp_path, ["deit_tiny"], (1, 2), engines, ("dense", "lowpass"), 0.05)
+    engines: tuple[Engine, ...] = (("onnxruntime", "int8"), ("openvino", "bf16"), ("tensorrt-rtx", "fp16"))
+    done = run_suite("gpu", tmp_path, Plan(("deit_tiny",), (1, 2), engines, ("dense", "lowpass"), 0.05))
     written = read_rows(tmp_path / "speed_gpu.csv")
     wanted = [(row.figure, str(row.value), *(str(value) for value in row.of.values())) for row in rows(done)]
     assert [(row["figure"], row["value"], *(row[key] for key in KEYS if row[key])) for row in written] == wanted
@@ -74,18 +75,20 @@ def test_a_model_that_computes_something_else_is_not_timed(tmp_path: Path, monke
         "logits_of",
         lambda session, images: np.zeros((len(images), 1000), np.float32),
     )
-    done = run_suite("paper", tmp_path, ["deit_tiny"], (1,), [("pytorch", "fp32")], ("dense",), 0.05)
-    (engine,) = done.models["deit_tiny"].engines
-    assert not engine.batches and engine.not_measured is not None and "logits differ" in engine.not_measured
+    with pytest.raises(RunError, match="nothing could be timed"):
+        run_suite("paper", tmp_path, Plan(("deit_tiny",), (1,), (("pytorch", "fp32"),), ("dense",), 0.05))
+    macs, reason = read_rows(tmp_path / "speed_paper.csv")
+    assert macs["figure"] == "macs" and reason["figure"] == "not_measured" and "logits differ" in reason["value"]
 
 
 def test_nothing_is_begun_out_of_time(tmp_path: Path) -> None:
-    done = run_suite("gpu", tmp_path, ["deit_tiny"], (1,), [("pytorch", "fp32")], ("dense",), 0.05, limit_s=0)
+    done = run_suite("gpu", tmp_path, Plan(("deit_tiny",), (1,), (("pytorch", "fp32"),), ("dense",), 0.05, limit_s=0))
     assert done.models["deit_tiny"].engines[0].not_measured == "out of time"
 
 
 def test_missing_runtimes_are_named() -> None:
-    for (runtime, _), reason in engines_here("gpu", None):
+    plans = paper(), gpu()
+    for runtime, reason in [(engine[0], plan.reason_against(engine)) for plan in plans for engine in plan.engines]:
         assert reason is None or runtime in reason or "NVIDIA GPU" in reason or "provider" in reason, (runtime, reason)
 
 
@@ -111,9 +114,9 @@ def test_memory_is_what_the_model_adds() -> None:
     assert peak_memory(b"no model", "onnxruntime", "fp32", 1, (3, 32, 32)) is None
 
 
-def test_precisions_are_timed_against_fp32(tmp_path: Path) -> None:
+def test_precisions_are_timed_against_fp32() -> None:
     rivals = candidates("deit_tiny", ("dense", "lowpass"))
-    [(batch, gains)] = measure(rivals, "onnxruntime", (2,), 0.05, tmp_path, {})
+    [(batch, gains)] = measure(rivals, "onnxruntime", (2,), 0.05, {})
     assert batch == 2
     assert set(gains) == {"dense", "lowpass"}
     for precisions in gains.values():

@@ -18,6 +18,7 @@ from lowpass.export.onnx.file import current_onnx, weights_path
 from lowpass.export.onnx.verify import export
 from lowpass.export.options import ExportOptions, Precision
 from lowpass.export.runtimes.engine import FLAVOURS
+from lowpass.export.runtimes.pytorch import TORCH
 from lowpass.export.runtimes.registry import (
     DEFAULT_RUNTIMES,
     SUPPORTED,
@@ -180,7 +181,7 @@ def _one_runtime(
 
 def _prepare(directory: Path, runtime: RuntimeName, precision: Precision, dense: bool) -> None:
     """Make the file that the runtime needs where it is missing or stale."""
-    if runtime in ("pytorch", "pytorch-compile"):
+    if runtime in TORCH:
         return
     try:
         current_onnx(directory, precision, dense)

@@ -30,7 +30,7 @@ from lowpass.export.graph.precision import AtPrecision
 from lowpass.export.onnx.quantize import Quantization, quantize
 from lowpass.export.onnx.trace import trace
 from lowpass.export.options import Precision
-from lowpass.export.runtimes.pytorch import PyTorch
+from lowpass.export.runtimes.pytorch import TORCH, torch_session
 from lowpass.export.runtimes.registry import RuntimeName
 from lowpass.export.runtimes.session import Session
 from lowpass.pipeline.base.progress import track
@@ -211,10 +211,10 @@ def _part_sessions(
 ) -> Iterator[tuple[int, Session]]:
     """Warm sessions on a chain of parts, by token count. The part is exported once, at the last count."""
     width = dense.embed_dim
-    if setup.runtime == "pytorch":
+    if setup.runtime in TORCH:
         chain = AtPrecision(nn.Sequential(*(copy.deepcopy(part) for _ in range(links))), setup.dtype)
         for count in counts:
-            yield count, warm(PyTorch(chain), noise(setup.batch, count, width))
+            yield count, warm(torch_session(setup.runtime, chain), noise(setup.batch, count, width))
         return
     traced = trace(part, torch.zeros(2, counts[-1], width, dtype=setup.dtype))
     if setup.precision == "int8":

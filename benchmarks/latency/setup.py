@@ -14,7 +14,7 @@ from lowpass.export.onnx.quantize import Quantization, quantize
 from lowpass.export.onnx.trace import trace
 from lowpass.export.options import DTYPES, Precision
 from lowpass.export.runtimes.engine import FLAVOURS, compile_engine
-from lowpass.export.runtimes.pytorch import PyTorch
+from lowpass.export.runtimes.pytorch import TORCH, torch_session
 from lowpass.export.runtimes.registry import RuntimeName, check_precision, describe_runtime, missing, onnx_session
 from lowpass.export.runtimes.session import Images, Session
 from lowpass.export.runtimes.tensorrt import TensorRT
@@ -68,8 +68,8 @@ def machine_of(runtime: RuntimeName) -> dict[str, str]:
 def whole_session(module: nn.Module, dense: DenseViT, setup: TimingSetup, quantised: bool) -> Session:
     """A warm session on a module from images to logits."""
     images = noise(setup.batch, dense.in_chans, *dense.img_size)
-    if setup.runtime == "pytorch":
-        return warm(PyTorch(module.eval()), images)
+    if setup.runtime in TORCH:
+        return warm(torch_session(setup.runtime, module.eval()), images)
     graph = trace(module.eval(), torch.zeros(2, dense.in_chans, *dense.img_size))
     if quantised and setup.precision == "int8":
         graph, _ = quantize(graph, Quantization([images]))

@@ -21,7 +21,7 @@ from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.latency.timing import Latency, check_logits, interleaved, latency, speedup
 from lowpass.benchmarks.rows import Row, latency_rows, write_rows
 from lowpass.benchmarks.speed.candidates import MODELS, Candidate, candidates
-from lowpass.benchmarks.speed.suite import MIN_ROUNDS, TOLERANCE, Files, noise, open_rival
+from lowpass.benchmarks.speed.sessions import MIN_ROUNDS, TOLERANCE, Files, noise, open_rival
 from lowpass.export.batch import parse_batches
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.registry import SUPPORTED, RuntimeName, missing
@@ -57,7 +57,7 @@ class Precisions(BaseModel):
 
 
 def measure(
-    rivals: Sequence[Candidate], runtime: RuntimeName, batches: Sequence[int], seconds: float, out: Path, files: Files
+    rivals: Sequence[Candidate], runtime: RuntimeName, batches: Sequence[int], seconds: float, files: Files
 ) -> Iterator[tuple[int, dict[str, dict[str, Gain]]]]:
     """All models in every precision of one runtime that gains by it on a CPU, in turns, batch size by batch size.
 
@@ -66,7 +66,7 @@ def measure(
         runtime: of `ON_CPU`.
         batches: sizes.
         seconds: about how long each is timed for.
-        out, files: see `speed.suite.open_rival`.
+        files: see `open_rival`.
 
     Raises:
         RunError: a session cannot be made, or its logits are not the model's.
@@ -76,7 +76,7 @@ def measure(
         for precision in SUPPORTED[runtime]:
             if precision == "fp16":  # it has no kernels of its own on CPUs: it is computed in FP32, with casts
                 continue
-            session, _ = open_rival(rival, runtime, precision, out, files)
+            session, _ = open_rival(rival, runtime, precision, files)
             check_logits(session, rival.at(BASE), noise(2), TOLERANCE[precision])
             sessions[rival.name, precision] = session
     for batch in batches:
@@ -131,7 +131,7 @@ def main(
         console.print(f"{model}: {runtime}: {reason or 'measuring'}", soft_wrap=True)
         if reason is not None:
             continue
-        for batch, gains in measure(rivals, runtime, parse_batches(batches), seconds, out.parent, files):
+        for batch, gains in measure(rivals, runtime, parse_batches(batches), seconds, files):
             so_far = done.runtimes.get(runtime, {}) | {batch: gains}
             update = {"runtimes": done.runtimes | {runtime: so_far}, "seconds": time.monotonic() - began}
             done = done.model_copy(update=update)

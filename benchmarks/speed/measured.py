@@ -15,17 +15,19 @@ class _Frozen(BaseModel):
 
 
 class Timed(_Frozen):
-    """One candidate at one batch size. `speedup` is over dense in the same runtime and precision, round by round."""
+    """One candidate at one batch size. `speedup` is over dense in the same runtime and precision, round by round; None
+    where dense could not be timed."""
 
     latency: Latency
-    speedup: float
-    speedup_quartiles: tuple[float, float]
-    efficiency: float
+    speedup: float | None
+    speedup_quartiles: tuple[float, float] | None
+    efficiency: float | None
 
 
 class EngineResult(_Frozen):
     """One runtime at one precision: batch -> candidate -> figures. Bytes are of the ONNX file; memory is the peak that
-    loading and running at batch 8 adds to a process, in MiB."""
+    loading and running at batch 8 adds to a process on a CPU, in MiB; the GPU's clock is read right after a batch size
+    was timed, in MHz."""
 
     runtime: RuntimeName
     precision: Precision
@@ -34,6 +36,7 @@ class EngineResult(_Frozen):
     file_bytes: dict[str, int] = {}
     peak_memory_mib: dict[str, float | None] = {}
     batches: dict[int, dict[str, Timed]] = {}
+    sm_clock_mhz: dict[int, int | None] = {}
 
 
 class ModelResult(_Frozen):
@@ -44,10 +47,11 @@ class ModelResult(_Frozen):
 
 
 class Suite(_Frozen):
-    """Everything that was measured so far."""
+    """Everything that was measured so far. `note` says why the figures are none, if they are none."""
 
     suite: str
     command: str
     seconds: float
     machine: Machine
     models: dict[str, ModelResult]
+    note: str | None = None

@@ -22,9 +22,9 @@ def plot_efficiency(result: ModelResult, model: str, path: Path) -> None:
         for position, name in enumerate(names):
             offset = (position - (len(names) - 1) / 2) * width
             for place, figures in enumerate(engine.batches.values()):
-                if name not in figures:
+                bar = figures.get(name)
+                if bar is None or bar.speedup is None or bar.efficiency is None or bar.speedup_quartiles is None:
                     continue
-                bar = figures[name]
                 scale = bar.efficiency / bar.speedup
                 low, high = (quartile * scale for quartile in bar.speedup_quartiles)
                 error = [[max(0.0, bar.efficiency - low)], [max(0.0, high - bar.efficiency)]]

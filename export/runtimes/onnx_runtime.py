@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from lowpass.export.runtimes.onnx_packages import preload
 from lowpass.export.runtimes.session import Images, as_input
 from lowpass.pipeline.base.errors import RunError
 
@@ -15,6 +16,8 @@ class OnnxRuntime:
     """An ONNX file in ONNX Runtime; input and output stay on the device."""
 
     def __init__(self, content: bytes, provider: str = "CPU", options: Mapping[str, str] | None = None) -> None:
+        if provider != "CPU":
+            preload()
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
         # Threads that go on spinning after a run take the cores from whichever session runs next.

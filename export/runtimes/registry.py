@@ -12,15 +12,14 @@ import torch
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.cpu import matrix_units
 from lowpass.export.runtimes.engine import FLAVOURS, Flavour, installed_flavours
+from lowpass.export.runtimes.onnx_packages import available_providers
 from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
 from lowpass.export.runtimes.openvino import OpenVino
+from lowpass.export.runtimes.pytorch import TorchRuntime
 from lowpass.export.runtimes.session import Session
 from lowpass.pipeline.base.errors import InputError
 
-RuntimeName = (
-    Literal["pytorch", "pytorch-compile", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino"]
-    | Flavour
-)
+RuntimeName = TorchRuntime | Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino"] | Flavour
 PROVIDERS: dict[str, str] = {
     "onnxruntime": "CPU",
     "onnxruntime-cuda": "CUDA",
@@ -29,6 +28,7 @@ PROVIDERS: dict[str, str] = {
 # What each runtime can compute in, the default of a machine without matrix units first.
 SUPPORTED: dict[RuntimeName, tuple[Precision, ...]] = {
     "pytorch": ("fp32", "fp16", "bf16"),
+    "pytorch-graph": ("fp16", "bf16", "fp32"),
     "pytorch-compile": ("fp32", "fp16", "bf16"),
     "onnxruntime": ("fp32", "fp16", "int8"),
     "onnxruntime-cuda": ("fp16", "fp32", "bf16"),
@@ -42,17 +42,20 @@ RUNTIMES: tuple[RuntimeName, ...] = tuple(SUPPORTED)
 
 def missing(runtime: RuntimeName) -> str | None:
     """Why a runtime cannot run here, or None if it can. Nothing is imported to find out but ONNX Runtime."""
-    if runtime in ("pytorch", "onnxruntime"):
+    if runtime == "pytorch":
         return None
+    if runtime == "onnxruntime":
+        return None if available_providers() else "onnxruntime is broken; `lowpass doctor` says why"
     if runtime == "pytorch-compile":
         compiler = torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")
         return None if compiler else "torch.compile needs a C++ compiler (g++ or clang++) on a CPU"
     if runtime == "openvino":
         return None if importlib.util.find_spec("openvino") else _install(runtime)
     if runtime in PROVIDERS:
-        if f"{PROVIDERS[runtime]}ExecutionProvider" not in onnxruntime.get_available_providers():
-            return f"this onnxruntime has no {PROVIDERS[runtime]} provider; pip install onnxruntime-gpu in its place"
-    elif runtime not in installed_flavours():
+        if f"{PROVIDERS[runtime]}ExecutionProvider" not in available_providers():
+            remedy = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+            return f"this onnxruntime has no {PROVIDERS[runtime]} provider; {remedy}"
+    elif runtime in FLAVOURS and runtime not in installed_flavours():
         return _install(runtime)
     return None if torch.cuda.is_available() else "it needs an NVIDIA GPU to run on"
 

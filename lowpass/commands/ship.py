@@ -155,8 +155,10 @@ def profile(
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine can do.
 
-    CPU and GPU, runtimes and their versions, TensorRT, Triton."""
+    CPU and GPU, runtimes and their versions, TensorRT, Triton, and what is wrong with ONNX Runtime's packages."""
     from lowpass.benchmarks.latency.machine import as_text, describe
+    from lowpass.export.runtimes.onnx_packages import onnxruntime_problems
 
-    machine = describe()
-    say(machine.model_dump(mode="json"), as_text(machine), as_json)
+    machine, problems = describe(), onnxruntime_problems()
+    text = "\n".join([as_text(machine), *(f"problem: {problem}" for problem in problems)])
+    say(machine.model_dump(mode="json") | {"problems": problems}, text, as_json)

@@ -218,6 +218,22 @@ def headline(results: Path) -> str:
     return markdown(["what", "measured"], lines)
 
 
+def compatibility(results: Path) -> str:
+    """Which opsets each runtime reads, and how far from PyTorch it is at most."""
+    rows = study(results, "compatibility")
+    precisions = [precision for (precision,) in different(rows, "precision")]
+    lines = []
+    for runtime, version in different(rows, "runtime", "version"):
+        cells = []
+        for precision in precisions:
+            of = {"runtime": runtime, "version": version, "precision": precision}
+            read = [row for row in rows if row["figure"] == "largest_difference" and of.items() <= row.items()]
+            worst = max((float(row["value"]) for row in read), default=0.0)
+            cells.append(f"{', '.join(row['opset'] for row in read)} ({worst:.1g})" if read else "none")
+        lines.append([f"{runtime} {version}", *cells])
+    return markdown(["on CPU", *precisions], lines)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "accuracy": accuracy("accuracy_recovery", "accuracy_recovery_curve", "accuracy_as_published"),
@@ -233,6 +249,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "serving": serving,
     "search-cost": search_cost,
     "targets": targets,
+    "compatibility": compatibility,
 }
 
 

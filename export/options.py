@@ -6,8 +6,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from lowpass.export.batch import DEFAULT_PROFILE, BatchProfile
+from lowpass.pipeline.base.errors import InputError
 
-OPSET = 23  # of ONNX: the first with `Attention`
+Opset = Literal[17, 18, 19, 20, 21, 22, 23]  # of ONNX: from `LayerNormalization` on
+OPSETS: tuple[Opset, ...] = get_args(Opset)
+OPSET: Opset = 23  # the first with `Attention`, and the newest that every runtime here reads
 Selection = Literal["gather", "onehot"]  # how token selection is lowered, see `graph/selection.py`
 Input = Literal["float32", "uint8"]  # normalised images, or pixels, see `graph/pixels.py`
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -30,3 +33,18 @@ class ExportOptions(BaseModel):
     profile: BatchProfile = BatchProfile.parse(DEFAULT_PROFILE)
     selection: Selection = "gather"
     input: Input = "float32"
+    opset: Opset = OPSET
+
+
+def checked_opset(number: int) -> Opset:
+    """An opset that can be written.
+
+    Raises:
+        InputError: it is another.
+    """
+    for opset in OPSETS:
+        if opset == number:
+            return opset
+    older = number < OPSETS[0]
+    why = "LayerNormalization came with 17" if older else "23 is the newest that the runtimes read"
+    raise InputError(f"--opset takes {OPSETS[0]} to {OPSETS[-1]}, not {number}: {why}")

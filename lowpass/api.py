@@ -250,6 +250,7 @@ class Run:
         batch: str = "1:8:32",
         selection: Literal["gather", "onehot"] = "gather",
         input: Literal["float32", "uint8"] = "float32",
+        opset: int = 23,
         data: DataSource = None,
     ) -> Path:
         """Write `model.<precision>.onnx` (or `dense.<precision>.onnx`), once it agrees with PyTorch on real images.
@@ -260,6 +261,7 @@ class Run:
             batch: MIN:OPT:MAX, the batch sizes that an engine will be built for.
             selection: how token selection is lowered.
             input: normalised images [B, C, H, W], or pixels [B, H, W, C] that are normalised in the graph.
+            opset: of ONNX, 17 to 23; below 23 attention is written out, for runtimes that do not read the newest.
             data: images to verify on, and to quantise by; None: the run's own.
 
         Returns:
@@ -272,10 +274,14 @@ class Run:
         from lowpass.export.artefacts import export_run
         from lowpass.export.batch import BatchProfile
         from lowpass.export.onnx.file import onnx_path
-        from lowpass.export.options import ExportOptions
+        from lowpass.export.options import ExportOptions, checked_opset
 
         options = ExportOptions(
-            precision=precision, profile=BatchProfile.parse(batch), selection=selection, input=input
+            precision=precision,
+            profile=BatchProfile.parse(batch),
+            selection=selection,
+            input=input,
+            opset=checked_opset(opset),
         )
         with report_to(self.progress):
             export_run(self.path, options, data or self.data, dense)

@@ -1,4 +1,4 @@
-"""ONNX files: opset 23, dynamic batch, `images` -> `logits`, and what the model is in the metadata."""
+"""ONNX files: opset 17 to 23, dynamic batch, `images` -> `logits`, and what the model is in the metadata."""
 
 import importlib.metadata
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from lowpass.export.onnx.opset import at_opset
 from lowpass.export.onnx.quantize import Quantization, quantize
 from lowpass.export.onnx.trace import PRODUCER, to_onnx
 from lowpass.export.options import ExportOptions, Precision
@@ -39,7 +40,7 @@ def serialise(
         calibration: what INT8 is calibrated and judged on; the other precisions need none.
 
     Raises:
-        InputError: the run directory holds no such model.
+        InputError: the run directory holds no such model, or the opset has no words for it.
         RunError: the graph holds an operator that must not be there.
         ValueError: INT8 without `calibration`.
     """
@@ -52,6 +53,7 @@ def serialise(
             raise ValueError("INT8 needs images to calibrate on")
         model, left_out = quantize(model, calibration)
         model.metadata_props.add(key="left_out", value=json.dumps(left_out))
+    model = at_opset(model, options.opset)
     onnx.checker.check_model(model)
     return model.SerializeToString(deterministic=True)
 

@@ -8,7 +8,7 @@ which decide which tokens are kept. Ranges and roundings are fitted to real inpu
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
+from lowpass.export.onnx.attention_nodes import without_attention_nodes
 from lowpass.export.onnx.rounding import fit_to_inputs
 from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
 from lowpass.export.runtimes.session import Images, as_input, logits_of
@@ -83,39 +84,6 @@ def linear_layers(model: onnx.ModelProto) -> list[str]:
         for node in model.graph.node
         if node.op_type == "MatMul" and constants.get(node.input[1]) == 2 and not node.input[1].endswith(LOWPASS)
     ]
-
-
-def without_attention_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with each `Attention` [B, H, L, d] as the products and the softmax it stands for:
-    TensorRT fuses `Attention` at FP16 and BF16 alone, and what is around INT8 layers here is FP32."""
-    plain = onnx.ModelProto()
-    plain.CopyFrom(model)
-    nodes = list(plain.graph.node)
-    del plain.graph.node[:]
-    for node in nodes:
-        plain.graph.node.extend(_written_out(node, plain.graph) if node.op_type == "Attention" else [node])
-    return plain
-
-
-def _written_out(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    name, (query, key, value, *mask) = node.name, node.input
-    given = {attribute.name: attribute for attribute in node.attribute}
-
-    def make(kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> onnx.NodeProto:
-        return onnx.helper.make_node(kind, inputs, [output], name=f"{output}.{kind}", **attributes)
-
-    head_dim = next(known.type.tensor_type.shape.dim[-1].dim_value for known in graph.value_info if known.name == query)
-    scale = np.array(given["scale"].f if "scale" in given else head_dim**-0.5, np.float32)
-    graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{name}.scale"))
-    yield make("Transpose", [key], f"{name}.key", perm=(0, 1, 3, 2))
-    yield make("MatMul", [query, f"{name}.key"], f"{name}.products")
-    yield make("Mul", [f"{name}.products", f"{name}.scale"], f"{name}.scaled")
-    logits = f"{name}.scaled"
-    if mask:
-        yield make("Add", [logits, mask[0]], f"{name}.masked")
-        logits = f"{name}.masked"
-    yield make("Softmax", [logits], f"{name}.weights", axis=-1)
-    yield make("MatMul", [f"{name}.weights", value], node.output[0])
 
 
 class _Batches(CalibrationDataReader):

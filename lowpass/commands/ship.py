@@ -26,6 +26,12 @@ def export(
         Literal["float32", "uint8"],
         typer.Option(help="float32: normalised images [B, C, H, W]; uint8: pixels [B, H, W, C], normalised inside."),
     ] = "float32",
+    opset: Annotated[
+        int,
+        typer.Option(
+            metavar="17..23", help="Of ONNX. Older runtimes read older ones; below 23 attention is written out."
+        ),
+    ] = 23,
     dense: Annotated[bool, typer.Option("--dense", help="Export the dense model, for comparison.")] = False,
     data: DataOption = None,
     as_json: AsJson = False,
@@ -35,15 +41,22 @@ def export(
     from lowpass.export.batch import BatchProfile
     from lowpass.export.onnx.file import onnx_path
     from lowpass.export.onnx.verify import export as export_verified
-    from lowpass.export.options import ExportOptions
+    from lowpass.export.options import ExportOptions, checked_opset
     from lowpass.pipeline.run.images import verification_batches
 
-    options = ExportOptions(precision=precision, profile=BatchProfile.parse(batch), selection=selection, input=input)
+    options = ExportOptions(
+        precision=precision,
+        profile=BatchProfile.parse(batch),
+        selection=selection,
+        input=input,
+        opset=checked_opset(opset),
+    )
     batches, made = verification_batches(directory, data)
     done = export_verified(directory, options, batches, made, dense, quantization_of(directory, precision, data))
+    path = onnx_path(directory, precision, dense)
     say(
-        {"run": str(directory), "onnx": str(onnx_path(directory, precision, dense))} | done.model_dump(mode="json"),
-        f"{onnx_path(directory, precision, dense)}: on {done.images} {'made' if made else 'real'} images the largest "
+        {"run": str(directory), "onnx": str(path), "opset": opset} | done.model_dump(mode="json"),
+        f"{path}: opset {opset}, on {done.images} {'made' if made else 'real'} images the largest "
         f"logit difference from PyTorch is {done.largest_difference:.1e} (largest logit {done.largest_logit:.1f}), "
         f"top-1 agrees on {done.same_top1:.2f} %",
         as_json,

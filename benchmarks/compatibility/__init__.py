@@ -1,0 +1,1 @@
+"""Which runtime reads which opset."""

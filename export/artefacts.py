@@ -6,7 +6,7 @@ from lowpass.export.graph.deployable import deployable
 from lowpass.export.onnx.file import current_onnx, read_metadata, weights_path
 from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.onnx.verify import Verification, export
-from lowpass.export.options import PRECISIONS, ExportOptions, Precision
+from lowpass.export.options import PRECISIONS, QUANTISED, ExportOptions, Precision
 from lowpass.export.runtimes.engine import FLAVOURS, installed_flavours
 from lowpass.export.runtimes.pytorch import TORCH, torch_session
 from lowpass.export.runtimes.registry import RuntimeName, check_precision, missing, onnx_session
@@ -73,5 +73,5 @@ def open_session(runtime: RuntimeName, directory: Path, precision: Precision, de
 
 
 def quantization_of(directory: Path, precision: Precision, data: DataSource = None) -> Quantization | None:
-    """A run's training images for INT8; the other precisions need none."""
-    return Quantization(*quantization_batches(directory, data)) if precision == "int8" else None
+    """A run's training images for 8 bits; the other precisions need none."""
+    return Quantization(*quantization_batches(directory, data)) if precision in QUANTISED else None

@@ -13,15 +13,18 @@ OPSETS: tuple[Opset, ...] = get_args(Opset)
 OPSET: Opset = 23  # the first with `Attention`, and the newest that every runtime here reads
 Selection = Literal["gather", "onehot"]  # how token selection is lowered, see `graph/selection.py`
 Input = Literal["float32", "uint8"]  # normalised images, or pixels, see `graph/pixels.py`
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-# What the graph computes in; INT8 is quantised from FP32.
+# What the graph computes in, or is quantised from: `int8` for CPUs, `int8-fp16` and `fp8` for TensorRT.
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int8": torch.float32,
+    "int8-fp16": torch.float16,
+    "fp8": torch.float16,
 }
+QUANTISED: tuple[Precision, ...] = ("int8", "int8-fp16", "fp8")
 
 
 class ExportOptions(BaseModel):

@@ -5,12 +5,15 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 from lowpass.export.batch import BatchProfile
 from lowpass.export.graph.deployable import deployable
+from lowpass.export.onnx.quantize import Quantization
+from lowpass.export.onnx.quantize_half import quantize_half
 from lowpass.export.onnx.trace import trace
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.engine import compile_engine
@@ -62,7 +65,8 @@ def test_a_block_is_seven_kernels(digits_slim: SlimViT, precision: Precision) ->
     assert sum(kernel.is_attention for kernel in layers.kernels if kernel.block != 5) == 5
     half = "Half" if precision == "fp16" else "BFloat16"
     products = [k for k in layers.kernels if k.kind in ("gemm", "runtime_fusion")]
-    assert [k.computes_in for k in products if k.computes_in != half] == ["Float"]  # the classifier
+    wide = [k.computes_in for k in products if k.computes_in != half]
+    assert wide == ([] if precision == "fp16" else ["Float"])  # BF16's classifier
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
@@ -91,6 +95,25 @@ def test_deit(size: str) -> None:
     assert whole.whole.kernels <= 92 and slim.whole.kernels <= 105 and one.whole.kernels <= 95
     assert extra_kernels(whole) == [0] * 11
     assert sum(kernel.is_attention for kernel in slim.kernels) == 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8-fp16", "fp8"])
+def test_eight_bits_keep_attention_fused(precision: Precision) -> None:
+    """All of DeiT-Small's linear layers but CLS's in 8 bits, and few kernels more than in FP16."""
+    slim, generator = as_the_paper("small"), np.random.default_rng(0)
+    plain = trace(deployable(slim, precision), torch.zeros(2, 3, 224, 224))
+    noise = generator.standard_normal((2, 3, 224, 224), np.float32)
+    model, left_out = quantize_half(plain, Quantization([noise]), precision)
+    assert not left_out
+    compiled = compile_engine("tensorrt-rtx", model.SerializeToString(), ONE)
+    (layers,), (half,) = read_layers(compiled.log, model, ONE), layers_of(slim)
+    assert layers.whole.kernels <= 1.35 * half.whole.kernels
+    assert sum(kernel.is_attention for kernel in layers.kernels if kernel.block != 11) == 11
+    products = [kernel for kernel in layers.kernels if kernel.kind in ("gemm", "runtime_fusion")]
+    narrow = "Int8" if precision == "int8-fp16" else "FP8"
+    assert sum(kernel.computes_in == narrow for kernel in products) == 4 * 11 + 1
+    assert "Float" not in {kernel.computes_in for kernel in products}
 
 
 def test_macs_are_those_of_the_table(digits_slim: SlimViT) -> None:

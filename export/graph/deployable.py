@@ -11,7 +11,7 @@ from lowpass.export.graph.bias_free import drop_biases
 from lowpass.export.graph.last_block import LastBlock
 from lowpass.export.graph.precision import AtPrecision, WideLinear
 from lowpass.export.graph.selection import lowering
-from lowpass.export.options import DTYPES, Precision, Selection
+from lowpass.export.options import DTYPES, QUANTISED, Precision, Selection
 from lowpass.pipeline.model.slim_attention import DifferentialAttention
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -19,19 +19,20 @@ from lowpass.pipeline.model.slim_vit import SlimViT
 
 def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selection = "gather") -> nn.Module:
     """A copy of `slim` for inference: images [B, C, H, W] FP32 -> logits [B, classes] FP32, computed in `precision`
-    (INT8: in FP32, to be quantised).
+    (INT8 and FP8: in what they are quantised from).
 
     At FP16 and BF16 the heads of blocks whose attention can run fused are padded to a size that TensorRT fuses. FP32
     never fuses there, and the `full` token score needs the whole attention matrix, so neither is padded. FP32 reads
     rows (`RowAttention`); INT8 does not: three GEMMs behind one quantised input ran slower in ONNX Runtime. The
-    classifier is FP32 (`WideLinear`).
+    classifier of BF16 is FP32 (`WideLinear`), for classes tie in BF16. That of FP16 is not: TensorRT-RTX has no FP32
+    GEMM for Turing (T4).
 
     MACs are those of the table, in which the last block counts whole.
     """
     model = copy.deepcopy(slim).eval().requires_grad_(False)
     dense = slim.architecture.dense
     whole = model.blocks
-    if precision in ("fp16", "bf16") and not dense.differential:
+    if DTYPES[precision] != torch.float32 and not dense.differential:
         for block in whole:
             drop_biases(block)
     if not (dense.reads_image_tokens or dense.differential or dense.attn_norm):
@@ -48,8 +49,9 @@ def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selectio
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return model
-    for name in ("head", "head_dist") if dense.distilled else ("head",):
-        setattr(model.vit, name, WideLinear(getattr(model.vit, name)))
+    if dtype == torch.bfloat16:
+        for name in ("head", "head_dist") if dense.distilled else ("head",):
+            setattr(model.vit, name, WideLinear(getattr(model.vit, name)))
     return AtPrecision(model, dtype)
 
 
@@ -59,5 +61,6 @@ def _attention(block: SlimBlock, precision: Precision) -> nn.Module:
     whole_matrix = block.reads_attention == "full"
     if precision == "fp32" and not whole_matrix and not isinstance(block.attn.norm, nn.LayerNorm):
         return RowAttention(block.attn)
-    padded = precision in ("fp16", "bf16") and not whole_matrix
-    return FusedAttention(block.attn, fused_head_dim(block.attn) if padded else None)
+    padded = DTYPES[precision] != torch.float32 and not whole_matrix
+    head_dim = fused_head_dim(block.attn) if padded else None
+    return FusedAttention(block.attn, head_dim, heads_first=padded and precision in QUANTISED)

@@ -9,8 +9,9 @@ import onnx
 
 from lowpass.export.onnx.opset import at_opset
 from lowpass.export.onnx.quantize import Quantization, quantize
+from lowpass.export.onnx.quantize_half import quantize_half
 from lowpass.export.onnx.trace import PRODUCER, to_onnx
-from lowpass.export.options import ExportOptions, Precision
+from lowpass.export.options import QUANTISED, ExportOptions, Precision
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import sha256
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
@@ -37,21 +38,24 @@ def serialise(
         directory: the run.
         options: of the file.
         dense: the dense model instead.
-        calibration: what INT8 is calibrated and judged on; the other precisions need none.
+        calibration: what 8 bits are calibrated and judged on; the other precisions need none.
 
     Raises:
         InputError: the run directory holds no such model, or the opset has no words for it.
         RunError: the graph holds an operator that must not be there.
-        ValueError: INT8 without `calibration`.
+        ValueError: 8 bits without `calibration`.
     """
     slim = SlimViT.load(directory, weights_path(directory, dense).name)
     model = to_onnx(slim, options)
     for key, value in _metadata(slim, options, sha256(weights_path(directory, dense))).items():
         model.metadata_props.add(key=key, value=value)
-    if options.precision == "int8":
+    if options.precision in QUANTISED:
         if calibration is None:
-            raise ValueError("INT8 needs images to calibrate on")
-        model, left_out = quantize(model, calibration)
+            raise ValueError(f"{options.precision} needs images to calibrate on")
+        if options.precision == "int8":
+            model, left_out = quantize(model, calibration)
+        else:
+            model, left_out = quantize_half(model, calibration, options.precision)
         model.metadata_props.add(key="left_out", value=json.dumps(left_out))
     model = at_opset(model, options.opset)
     onnx.checker.check_model(model)

@@ -52,27 +52,51 @@ def quantize(model: onnx.ModelProto, images: Quantization) -> tuple[onnx.ModelPr
     calibration = [as_input(batch, metadata) for batch in images.calibration]
     everything = _with_qdq(plain, layers, calibration)
     fit_to_inputs(everything, plain, layers, calibration)
-    if not images.judging:
+    return leave_out_until_top1_holds(model, everything, plain, layers, images.judging, "FP32")
+
+
+def leave_out_until_top1_holds(
+    model: onnx.ModelProto,
+    everything: onnx.ModelProto,
+    plain: onnx.ModelProto,
+    layers: Sequence[str],
+    judging: Sequence[Images],
+    instead: str,
+) -> tuple[onnx.ModelProto, list[str]]:
+    """As many layers in 8 bits as top-1 allows.
+
+    Args:
+        model: what top-1 is held against.
+        everything: the graph with all of `layers` in 8 bits.
+        plain: the graph with none.
+        layers: names of nodes of both.
+        judging: batches of normalised images; without any nothing is left out.
+        instead: what a layer that is left out computes in, for the log.
+
+    Returns:
+        The graph, and the names of the layers left out.
+    """
+    if not judging:
         return everything, []
-    wanted = _logits(model, images.judging)
+    wanted = _logits(model, judging)
 
     def top1_kept(candidate: onnx.ModelProto) -> float:
-        return 100 * float((_logits(candidate, images.judging).argmax(-1) == wanted.argmax(-1)).mean())
+        return 100 * float((_logits(candidate, judging).argmax(-1) == wanted.argmax(-1)).mean())
 
     chosen, left_out = everything, list[str]()
     if top1_kept(chosen) >= JUDGED_TOP1:
         return chosen, left_out
     # What each layer costs alone; errors of different layers add up, near enough to say which to begin with.
     cost = {}
-    for layer in track(layers, "measuring INT8 layers"):
-        alone = _logits(_leave_out(everything, plain, set(layers) - {layer}), images.judging)
+    for layer in track(layers, "measuring layers in 8 bits"):
+        alone = _logits(_leave_out(everything, plain, set(layers) - {layer}), judging)
         cost[layer] = float(np.square(alone - wanted).mean())
     for layer in sorted(layers, key=lambda name: -cost[name]):
         left_out.append(layer)
         chosen = _leave_out(everything, plain, set(left_out))
         if top1_kept(chosen) >= JUDGED_TOP1:
             break
-    logger.info(f"INT8 leaves {len(left_out)} of {len(layers)} layers in FP32: {', '.join(left_out)}")
+    logger.info(f"8 bits: {len(left_out)} of {len(layers)} layers stay in {instead}: {', '.join(left_out)}")
     return chosen, left_out
 
 

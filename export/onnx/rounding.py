@@ -7,7 +7,7 @@ Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Gene
 not yet rounded, as far as the inputs' correlations allow.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ BLOCK = 128  # input channels between two updates of all that follow
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """What a layer reads: x.T @ x over all rows [C, C], and some of the rows [N, C]."""
 
     products: Tensor
@@ -53,7 +53,7 @@ def fit_to_inputs(
     for node in plain.graph.node:
         if node.name in layers:
             readers.setdefault(node.input[0], []).append(node)
-    for read, inputs in _inputs(plain, list(readers), batches).items():
+    for read, inputs in inputs_of(plain, list(readers), batches).items():
         weights = [_tensor(floats[node.input[1]]) for node in readers[read]]
         scale = constants[made_by[nodes[readers[read][0].name].input[0]].input[1]]
         _set(scale, _tensor(scale) * best_share(inputs.rows, torch.cat(weights, 1), _tensor(scale)))
@@ -79,16 +79,17 @@ def best_share(rows: Tensor, weight: Tensor, scale: Tensor) -> float:
     return min(SHARES, key=error)
 
 
-def compensated(weight: Tensor, scale: Tensor, products: Tensor) -> Tensor:
+def compensated(weight: Tensor, scale: Tensor, products: Tensor, largest: int = LARGEST) -> Tensor:
     """Whole numbers that stand for `weight` on inputs of these correlations.
 
     Args:
         weight: [inputs, outputs].
         scale: of each output [outputs]; what is returned times it is near `weight`.
         products: of inputs with each other, summed over rows [inputs, inputs]: x.T @ x.
+        largest: whole number.
 
     Returns:
-        [inputs, outputs], from -64 to 64.
+        [inputs, outputs], from -`largest` to `largest`.
     """
     order = products.diagonal().argsort(descending=True)  # the largest first: most is left to make up for them
     left, products, scale = weight[order].double(), products[order][:, order].double(), scale.double()
@@ -100,14 +101,14 @@ def compensated(weight: Tensor, scale: Tensor, products: Tensor) -> Tensor:
         block = slice(start, min(start + BLOCK, len(left)))
         errors = torch.empty_like(left[block])
         for row in range(block.start, block.stop):
-            rounded[row] = (left[row] / scale).round().clamp(-LARGEST, LARGEST)
+            rounded[row] = (left[row] / scale).round().clamp(-largest, largest)
             errors[row - start] = (left[row] - rounded[row] * scale) / factor[row, row]
             left[row : block.stop] -= factor[row, row : block.stop, None] * errors[row - start]
         left[block.stop :] -= factor[block, block.stop :].T @ errors
     return torch.empty_like(rounded).index_copy_(0, order, rounded)
 
 
-def _inputs(model: onnx.ModelProto, names: Sequence[str], batches: Sequence[NDArray[Any]]) -> Mapping[str, _Inputs]:
+def inputs_of(model: onnx.ModelProto, names: Sequence[str], batches: Sequence[NDArray[Any]]) -> dict[str, Inputs]:
     """Tensors [..., C] inside the graph on all batches."""
     open_model = onnx.ModelProto()
     open_model.CopyFrom(model)
@@ -118,10 +119,10 @@ def _inputs(model: onnx.ModelProto, names: Sequence[str], batches: Sequence[NDAr
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for batch in batches:
         for name, value in zip(names, session.run(names, {"images": batch}), strict=True):
-            every = torch.from_numpy(value).flatten(0, -2)
+            every = torch.from_numpy(value).float().flatten(0, -2)
             products[name] = products.get(name, torch.zeros(())) + every.T @ every
             rows[name].append(every[torch.randperm(len(every), generator=draw)[:share]])
-    return {name: _Inputs(products[name], torch.cat(rows[name])) for name in names}
+    return {name: Inputs(products[name], torch.cat(rows[name])) for name in names}
 
 
 def _tensor(constant: onnx.TensorProto) -> Tensor:

@@ -51,6 +51,8 @@ LIMITS: dict[Precision, tuple[float | None, float]] = {
     "fp16": (None, 99.5),
     "bf16": (None, 99.5),
     "int8": (None, 99.0),
+    "int8-fp16": (None, 99.0),
+    "fp8": (None, 99.0),
 }
 
 

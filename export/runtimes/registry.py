@@ -30,12 +30,12 @@ SUPPORTED: dict[RuntimeName, tuple[Precision, ...]] = {
     "pytorch": ("fp32", "fp16", "bf16"),
     "pytorch-graph": ("fp16", "bf16", "fp32"),
     "pytorch-compile": ("fp32", "fp16", "bf16"),
-    "onnxruntime": ("fp32", "fp16", "int8"),
+    "onnxruntime": ("fp32", "fp16", "int8", "int8-fp16", "fp8"),
     "onnxruntime-cuda": ("fp16", "fp32", "bf16"),
-    "onnxruntime-tensorrt": ("fp16", "bf16", "int8"),
+    "onnxruntime-tensorrt": ("fp16", "bf16", "int8-fp16", "fp8", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
-    "tensorrt": ("fp16", "bf16", "int8"),
-    "tensorrt-rtx": ("fp16", "bf16", "int8"),
+    "tensorrt": ("fp16", "bf16", "int8-fp16", "fp8", "int8"),
+    "tensorrt-rtx": ("fp16", "bf16", "int8-fp16", "fp8", "int8"),
 }
 RUNTIMES: tuple[RuntimeName, ...] = tuple(SUPPORTED)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lowpass.benchmarks.latency.compare import Benchmark
     from lowpass.pipeline.run.metrics import Metrics
 
-PrecisionOption = Literal["fp32", "fp16", "bf16", "int8"]
+PrecisionOption = Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", "fp8"]
 RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory, as made by `lowpass compress`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, alone, on standard output.")]
 DataOption = Annotated[

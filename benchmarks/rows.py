@@ -42,7 +42,7 @@ def write_rows(path: Path, rows: Iterable[Row], machine: Machine, command: str, 
     """
     found = list(rows)
     keys = list(dict.fromkeys(key for row in found for key in row.of))
-    origin = (_machine(machine), _versions(machine), _checked_out() if commit is None else commit, command)
+    origin = (_machine(machine), _versions(machine), checked_out() if commit is None else commit, command)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*keys, *FIGURE, *ORIGIN])
@@ -99,7 +99,8 @@ def _versions(machine: Machine) -> str:
     return "; ".join(f"{name} {version}" for name, version in packages.items())
 
 
-def _checked_out() -> str:
+def checked_out() -> str:
+    """The commit of the code that runs, shortened; nothing where it runs from no checkout of its own."""
     git = shutil.which("git")
     if git is None:
         return ""

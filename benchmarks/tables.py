@@ -243,6 +243,26 @@ def compatibility(results: Path) -> str:
     return markdown(["on CPU", *precisions], lines)
 
 
+def kernels(results: Path) -> str:
+    """Kernels of every candidate's engine, and what they move at batch 32."""
+    rows = study(results, "kernels")
+    lines = []
+    for model, who in different(rows, "model", "candidate"):
+        of = {"model": model, "candidate": who}
+        counts = [
+            number(one(rows, "kernels", precision=precision, batch="1", **of), "{:.0f}")
+            for (precision,) in different(rows, "precision")
+        ]
+        moved, dense = (
+            one(rows, "bytes_moved", precision="fp16", batch="32", model=model, candidate=name)
+            for name in (who, "dense")
+        )
+        share = "-" if moved is None or dense is None else f"{float(moved['value']) / float(dense['value']):.2f}"
+        lines.append([model, who, *counts, share])
+    header = [f"kernels, {precision}" for (precision,) in different(rows, "precision")]
+    return markdown(["model", "candidate", *header, "bytes moved, FP16, batch 32, of dense"], lines, 2)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "accuracy": accuracy("accuracy_recovery", "accuracy_recovery_curve", "accuracy_as_published"),
@@ -253,6 +273,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "speed-small": speed("deit_small"),
     "speed-tiny": speed("deit_tiny"),
     "speed-base": speed("deit_base"),
+    "kernels": kernels,
     "gains": gains,
     "agreement": agreement,
     "serving": serving,

@@ -30,3 +30,4 @@ class ExportOptions(BaseModel):
     profile: BatchProfile = BatchProfile.parse(DEFAULT_PROFILE)
     selection: Selection = "gather"
     input: Input = "float32"
+    keep_fp32: tuple[str, ...] = ()  # layers that stay FP32 in an FP16 file, see `graph/keep_fp32.py`

@@ -250,6 +250,7 @@ class Run:
         batch: str = "1:8:32",
         selection: Literal["gather", "onehot"] = "gather",
         input: Literal["float32", "uint8"] = "float32",
+        keep_fp32: Sequence[str] = (),
         data: DataSource = None,
     ) -> Path:
         """Write `model.<precision>.onnx` (or `dense.<precision>.onnx`), once it agrees with PyTorch on real images.
@@ -260,6 +261,8 @@ class Run:
             batch: MIN:OPT:MAX, the batch sizes that an engine will be built for.
             selection: how token selection is lowered.
             input: normalised images [B, C, H, W], or pixels [B, H, W, C] that are normalised in the graph.
+            keep_fp32: layers of an FP16 file that stay FP32, such as `blocks.3.mlp.fc1`; where few overflow, they do so
+                unasked.
             data: images to verify on, and to quantise by; None: the run's own.
 
         Returns:
@@ -267,7 +270,7 @@ class Run:
 
         Raises:
             InputError: the run holds no such model, or an option is out of range.
-            RunError: the file disagrees with PyTorch; it is not written.
+            RunError: the file disagrees with PyTorch, or would overflow in FP16; it is not written.
         """
         from lowpass.export.artefacts import export_run
         from lowpass.export.batch import BatchProfile
@@ -275,7 +278,11 @@ class Run:
         from lowpass.export.options import ExportOptions
 
         options = ExportOptions(
-            precision=precision, profile=BatchProfile.parse(batch), selection=selection, input=input
+            precision=precision,
+            profile=BatchProfile.parse(batch),
+            selection=selection,
+            input=input,
+            keep_fp32=tuple(keep_fp32),
         )
         with report_to(self.progress):
             export_run(self.path, options, data or self.data, dense)

@@ -66,6 +66,7 @@ def _metadata(slim: SlimViT, options: ExportOptions, weights: str) -> dict[str, 
         "batch": str(options.profile),  # any batch size runs; engines are built for these
         "selection": options.selection,
         "input": options.input,
+        "kept_fp32": json.dumps(options.keep_fp32),  # layers of an FP16 file
         "architecture": architecture.model_dump_json(),
         "preprocessing": architecture.preprocessing.model_dump_json(),
         "input_size": json.dumps([architecture.dense.in_chans, *architecture.dense.img_size]),

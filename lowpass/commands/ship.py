@@ -26,26 +26,39 @@ def export(
         Literal["float32", "uint8"],
         typer.Option(help="float32: normalised images [B, C, H, W]; uint8: pixels [B, H, W, C], normalised inside."),
     ] = "float32",
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER",
+            help="A layer of an FP16 file that stays FP32, such as blocks.3.mlp.fc1; repeatable. Where few layers "
+            "overflow, they do so unasked.",
+        ),
+    ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Export the dense model, for comparison.")] = False,
     data: DataOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Write DIR/model.<precision>.onnx, verified on real images."""
-    from lowpass.export.artefacts import quantization_of
+    from lowpass.export.artefacts import export_run
     from lowpass.export.batch import BatchProfile
     from lowpass.export.onnx.file import onnx_path
-    from lowpass.export.onnx.verify import export as export_verified
     from lowpass.export.options import ExportOptions
-    from lowpass.pipeline.run.images import verification_batches
 
-    options = ExportOptions(precision=precision, profile=BatchProfile.parse(batch), selection=selection, input=input)
-    batches, made = verification_batches(directory, data)
-    done = export_verified(directory, options, batches, made, dense, quantization_of(directory, precision, data))
+    options = ExportOptions(
+        precision=precision,
+        profile=BatchProfile.parse(batch),
+        selection=selection,
+        input=input,
+        keep_fp32=tuple(keep_fp32 or ()),
+    )
+    done = export_run(directory, options, data, dense)
+    kept = f"; in FP32: {', '.join(done.kept_fp32)}" if done.kept_fp32 else ""
+    kind = "made" if done.made_images else "real"
     say(
         {"run": str(directory), "onnx": str(onnx_path(directory, precision, dense))} | done.model_dump(mode="json"),
-        f"{onnx_path(directory, precision, dense)}: on {done.images} {'made' if made else 'real'} images the largest "
+        f"{onnx_path(directory, precision, dense)}: on {done.images} {kind} images the largest "
         f"logit difference from PyTorch is {done.largest_difference:.1e} (largest logit {done.largest_logit:.1f}), "
-        f"top-1 agrees on {done.same_top1:.2f} %",
+        f"top-1 agrees on {done.same_top1:.2f} %{kept}",
         as_json,
     )
 

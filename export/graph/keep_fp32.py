@@ -15,7 +15,7 @@ from lowpass.pipeline.model.slim_block import SlimBlock
 ATTENTION, MLP = ("attn.qkv", "attn.proj"), ("mlp.fc1", "mlp.fc2")
 # Any layer of a block by the names that nodes have: query, key and value are one or several GEMMs.
 _LAYER = re.compile(
-    r"blocks\.(\d+)\.(?:(?:attn|mlp)\.)?(qkv|query|key|value|key_value|proj|fc1|fc2)(?:\.linear)?(\.\w+)?"
+    r"blocks\.(\d+)\.(?:attn\.|attn\.attention\.|mlp\.)?(qkv|query|key|value|key_value|proj|fc1|fc2)(?:\.linear)?(\.\w+)?"
 )
 
 

@@ -98,5 +98,5 @@ def _lead(logits: NDArray[Any]) -> NDArray[Any]:
 
 
 def _apart(got: Images, expected: NDArray[Any]) -> NDArray[np.float64]:
-    """The largest difference of any logit [B]; NaN is the largest there is."""
-    return np.nan_to_num(np.abs(got - expected.astype(np.float64)), nan=np.inf).max(1)
+    """The largest difference of any logit [B]; infinite where one is no number."""
+    return np.nan_to_num(np.abs(got - expected.astype(np.float64)), nan=np.inf, posinf=np.inf).max(1)

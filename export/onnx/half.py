@@ -43,7 +43,7 @@ class Magnitude:
 def typed(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     """What the graph says of its tensors, and what follows from it, by name."""
     graph = onnx.shape_inference.infer_shapes(model).graph
-    return {value.name: value for value in [*graph.value_info, *graph.output]}
+    return {value.name: value for value in [*graph.input, *graph.value_info, *graph.output]}
 
 
 def half_tensors(model: onnx.ModelProto) -> list[HalfTensor]:

@@ -35,9 +35,8 @@ def find_overflow(file: str, content: bytes, batches: Iterable[Images], name_ima
         nodes = {node.name: node for node in model.graph.node}
         name, reader = lost[0]
         layers = _layers(model, [output for _, node in lost if node in nodes for output in nodes[node].output])
-        return Overflow(
-            Magnitude(reader, name, float("inf"), None), f"a weight of {reader} is infinite in FP16", layers
-        )
+        wrong = f"{name}, which {reader} reads, is infinite in FP16"
+        return Overflow(Magnitude(reader, name, float("inf"), None), wrong, layers)
     if not half_tensors(model):
         return None
     found = magnitudes(content, batches, f"looking for overflow in {file}")

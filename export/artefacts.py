@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from lowpass.export.graph.deployable import deployable
-from lowpass.export.onnx.file import current_onnx, read_metadata, weights_path
+from lowpass.export.onnx.file import current_onnx, kept_fp32, read_metadata, weights_path
 from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.onnx.verify import Verification, export
 from lowpass.export.options import PRECISIONS, ExportOptions, Precision
@@ -67,7 +67,8 @@ def open_session(runtime: RuntimeName, directory: Path, precision: Precision, de
     check_precision(runtime, precision)
     if runtime in ("pytorch", "pytorch-compile"):
         model = SlimViT.load(directory, weights_path(directory, dense).name)
-        return PyTorch(deployable(model, precision), compiled=runtime == "pytorch-compile")
+        kept = kept_fp32(directory, precision, dense)
+        return PyTorch(deployable(model, precision, kept=kept), compiled=runtime == "pytorch-compile")
     onnx_file = current_onnx(directory, precision, dense)
     if runtime in FLAVOURS:
         plan, _ = current_plan(directory, precision, runtime, dense)

@@ -94,6 +94,14 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
+def kept_fp32(directory: Path, precision: Precision, dense: bool = False) -> tuple[str, ...]:
+    """The layers that are FP32 in an FP16 file; none where there is no file of the weights that are there now."""
+    try:
+        return tuple(json.loads(read_metadata(current_onnx(directory, precision, dense)).get("kept_fp32", "[]")))
+    except InputError:
+        return ()
+
+
 def current_onnx(directory: Path, precision: Precision, dense: bool = False) -> Path:
     """The exported file, which must have been made from the weights that are there now.
 

@@ -1,9 +1,10 @@
 """A run's files for deployment, made with the run's own images."""
 
+from functools import partial
 from pathlib import Path
 
 from lowpass.export.graph.deployable import deployable
-from lowpass.export.onnx.file import current_onnx, read_metadata, weights_path
+from lowpass.export.onnx.file import current_onnx, kept_fp32, read_metadata, weights_path
 from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.onnx.verify import Verification, export
 from lowpass.export.options import PRECISIONS, QUANTISED, ExportOptions, Precision
@@ -16,7 +17,7 @@ from lowpass.export.tensorrt.plan import build, current_plan
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.run.images import DataSource, quantization_batches, verification_batches
+from lowpass.pipeline.run.images import DataSource, image_name, quantization_batches, verification_batches
 
 
 def export_run(directory: Path, options: ExportOptions, data: DataSource = None, dense: bool = False) -> Verification:
@@ -27,7 +28,8 @@ def export_run(directory: Path, options: ExportOptions, data: DataSource = None,
         RunError: the file disagrees with PyTorch; it is not written.
     """
     batches, made = verification_batches(directory, data)
-    return export(directory, options, batches, made, dense, quantization_of(directory, options.precision, data))
+    quantization = quantization_of(directory, options.precision, data)
+    return export(directory, options, batches, made, dense, quantization, partial(image_name, directory, data))
 
 
 def export_all(directory: Path, data: DataSource = None) -> None:
@@ -40,7 +42,8 @@ def export_all(directory: Path, data: DataSource = None) -> None:
     for precision in PRECISIONS:
         quantization = quantization_of(directory, precision, data)
         for dense in (True, False):
-            done = export(directory, ExportOptions(precision=precision), batches, made, dense, quantization)
+            options = ExportOptions(precision=precision)
+            done = export(directory, options, batches, made, dense, quantization, partial(image_name, directory, data))
             logger.info(
                 "exported %s: top-1 agrees with PyTorch on %.2f %% of %d images, largest logit difference %.1e",
                 *(done.file, done.same_top1, done.images, done.largest_difference),
@@ -64,7 +67,8 @@ def open_session(runtime: RuntimeName, directory: Path, precision: Precision, de
     check_precision(runtime, precision)
     if runtime in TORCH:
         model = SlimViT.load(directory, weights_path(directory, dense).name)
-        return torch_session(runtime, deployable(model, precision))
+        kept = kept_fp32(directory, precision, dense)
+        return torch_session(runtime, deployable(model, precision, kept=kept))
     onnx_file = current_onnx(directory, precision, dense)
     if runtime in FLAVOURS:
         plan, _ = current_plan(directory, precision, runtime, dense)

@@ -37,6 +37,7 @@ class ExportOptions(BaseModel):
     selection: Selection = "gather"
     input: Input = "float32"
     opset: Opset = OPSET
+    keep_fp32: tuple[str, ...] = ()  # layers that stay FP32 in an FP16 file, see `graph/keep_fp32.py`
 
 
 def checked_opset(number: int) -> Opset:

@@ -251,6 +251,7 @@ class Run:
         selection: Literal["gather", "onehot"] = "gather",
         input: Literal["float32", "uint8"] = "float32",
         opset: int = 23,
+        keep_fp32: Sequence[str] = (),
         data: DataSource = None,
     ) -> Path:
         """Write `model.<precision>.onnx` (or `dense.<precision>.onnx`), once it agrees with PyTorch on real images.
@@ -262,6 +263,8 @@ class Run:
             selection: how token selection is lowered.
             input: normalised images [B, C, H, W], or pixels [B, H, W, C] that are normalised in the graph.
             opset: of ONNX, 17 to 23; below 23 attention is written out, for runtimes that do not read the newest.
+            keep_fp32: layers of an FP16 file that stay FP32, such as `blocks.3.mlp.fc1`; where few overflow, they do so
+                unasked.
             data: images to verify on, and to quantise by; None: the run's own.
 
         Returns:
@@ -269,7 +272,7 @@ class Run:
 
         Raises:
             InputError: the run holds no such model, or an option is out of range.
-            RunError: the file disagrees with PyTorch; it is not written.
+            RunError: the file disagrees with PyTorch, or would overflow in FP16; it is not written.
         """
         from lowpass.export.artefacts import export_run
         from lowpass.export.batch import BatchProfile
@@ -282,6 +285,7 @@ class Run:
             selection=selection,
             input=input,
             opset=checked_opset(opset),
+            keep_fp32=tuple(keep_fp32),
         )
         with report_to(self.progress):
             export_run(self.path, options, data or self.data, dense)

@@ -1,6 +1,6 @@
 """Every candidate built by TensorRT-RTX, its kernels and the bytes they move counted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ def count_kernels(out: Path, models: Sequence[str], precisions: Sequence[str], c
     plot(rows, out.with_suffix(".png"))
 
 
-def _rows(of: dict[str, object], who: Candidate, precision: Precision, batch: int) -> Iterator[Row]:
+def _rows(of: Mapping[str, object], who: Candidate, precision: Precision, batch: int) -> Iterator[Row]:
     try:
         layers = built(who, precision, batch)
     except RunError as error:

@@ -1,6 +1,7 @@
 """The deployment graph: the same arithmetic with fewer, larger operations."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from lowpass.export.graph.attention import FusedAttention, RowAttention, fused_head_dim
 from lowpass.export.graph.bias_free import drop_biases
+from lowpass.export.graph.keep_fp32 import WideAttention, keep_in_fp32
 from lowpass.export.graph.last_block import LastBlock
 from lowpass.export.graph.precision import AtPrecision, WideLinear
 from lowpass.export.graph.selection import lowering
@@ -17,7 +19,9 @@ from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
 
 
-def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selection = "gather") -> nn.Module:
+def deployable(
+    slim: SlimViT, precision: Precision = "fp32", selection: Selection = "gather", kept: Sequence[str] = ()
+) -> nn.Module:
     """A copy of `slim` for inference: images [B, C, H, W] FP32 -> logits [B, classes] FP32, computed in `precision`
     (INT8 and FP8: in what they are quantised from).
 
@@ -25,7 +29,7 @@ def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selectio
     never fuses there, and the `full` token score needs the whole attention matrix, so neither is padded. FP32 reads
     rows (`RowAttention`); INT8 does not: three GEMMs behind one quantised input ran slower in ONNX Runtime. The
     classifier of BF16 is FP32 (`WideLinear`), for classes tie in BF16. That of FP16 is not: TensorRT-RTX has no FP32
-    GEMM for Turing (T4).
+    GEMM for Turing (T4). The layers `kept` are FP32, too (see `keep_fp32.py`).
 
     MACs are those of the table, in which the last block counts whole.
     """
@@ -35,7 +39,9 @@ def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selectio
     if DTYPES[precision] != torch.float32 and not dense.differential:
         for block in whole:
             drop_biases(block)
-    if not (dense.reads_image_tokens or dense.differential or dense.attn_norm):
+    keep_in_fp32(whole, kept, DTYPES[precision])
+    written_out = dense.differential or isinstance(whole[-1].attn, WideAttention)
+    if not (dense.reads_image_tokens or written_out or dense.attn_norm):
         model.vit.blocks[-1] = LastBlock(whole.pop(), rows=2 if dense.distilled else 1)
     if model.vit.attn_pool is not None:
         model.vit.attn_pool.fused_attn = False  # one row of attention: TensorRT has no fused kernel for it
@@ -56,7 +62,7 @@ def deployable(slim: SlimViT, precision: Precision = "fp32", selection: Selectio
 
 
 def _attention(block: SlimBlock, precision: Precision) -> nn.Module:
-    if isinstance(block.attn, DifferentialAttention):
+    if isinstance(block.attn, DifferentialAttention | WideAttention):
         return block.attn  # it reads its matrices anyway
     whole_matrix = block.reads_attention == "full"
     if precision == "fp32" and not whole_matrix and not isinstance(block.attn.norm, nn.LayerNorm):

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor, nn
 
 
-class WideLinear(nn.Module):
+class Wide(nn.Module):
+    """What is inside stays FP32 when a model is narrowed, and takes its inputs to FP32 itself."""
+
+
+class WideLinear(Wide):
     """A linear layer in FP32 from inputs of any precision: [..., C] -> [..., K] FP32.
 
     For classifiers, which cost next to nothing: a BF16 logit of 10 has neighbours 1/16 away, where classes tie.
@@ -22,15 +26,14 @@ class WideLinear(nn.Module):
 
 
 class AtPrecision(nn.Module):
-    """FP32 images in, FP32 logits out, `dtype` between, but for each `WideLinear`: a client need not know the
-    precision."""
+    """FP32 images in, FP32 logits out, `dtype` between, but for each `Wide`: a client need not know the precision."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        wide = {part: copy.deepcopy(part.linear) for part in model.modules() if isinstance(part, WideLinear)}
+        wide = [(part, copy.deepcopy(part.state_dict())) for part in model.modules() if isinstance(part, Wide)]
         self.model = model.to(dtype)
-        for part, linear in wide.items():
-            part.linear = linear
+        for part, weights in wide:
+            part.float().load_state_dict(weights)
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ def _metadata(slim: SlimViT, options: ExportOptions, weights: str) -> dict[str, 
         "batch": str(options.profile),  # any batch size runs; engines are built for these
         "selection": options.selection,
         "input": options.input,
+        "kept_fp32": json.dumps(options.keep_fp32),  # layers of an FP16 file
         "architecture": architecture.model_dump_json(),
         "preprocessing": architecture.preprocessing.model_dump_json(),
         "input_size": json.dumps([architecture.dense.in_chans, *architecture.dense.img_size]),
@@ -97,6 +98,14 @@ def read_metadata(path: Path) -> dict[str, str]:
     if model.producer_name != PRODUCER:
         raise InputError(f"{path} was not exported by lowpass; run `lowpass export {path.parent}`")
     return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def kept_fp32(directory: Path, precision: Precision, dense: bool = False) -> tuple[str, ...]:
+    """The layers that are FP32 in an FP16 file; none where there is no file of the weights that are there now."""
+    try:
+        return tuple(json.loads(read_metadata(current_onnx(directory, precision, dense)).get("kept_fp32", "[]")))
+    except InputError:
+        return ()
 
 
 def current_onnx(directory: Path, precision: Precision, dense: bool = False) -> Path:

@@ -54,20 +54,23 @@ class OnnxRuntime:
         return output
 
 
+NARROW = (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16)
+
+
 def widened(content: bytes) -> bytes:
-    """A BF16 file with every tensor FP32 and the weights as BF16 left them: for runtimes without BF16."""
-    model = onnx.load_model_from_string(content)
-    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    """A BF16 or FP16 file with every tensor FP32 and the weights as that precision left them: for runtimes without
+    BF16, and to see what FP16 would lose."""
+    model, wide = onnx.load_model_from_string(content), onnx.TensorProto.FLOAT
     tensors = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute if a.HasField("t"))]
     for tensor in tensors:
-        if tensor.data_type == narrow:
+        if tensor.data_type in NARROW:
             values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     for node in model.graph.node:
         for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
+            if attribute.name in ("to", "output_dtype") and attribute.i in NARROW:
                 attribute.i = wide
     for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
-        if value.type.tensor_type.elem_type == narrow:
+        if value.type.tensor_type.elem_type in NARROW:
             value.type.tensor_type.elem_type = wide
     return model.SerializeToString()

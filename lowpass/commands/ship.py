@@ -32,17 +32,23 @@ def export(
             metavar="17..23", help="Of ONNX. Older runtimes read older ones; below 23 attention is written out."
         ),
     ] = 23,
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER",
+            help="A layer of an FP16 file that stays FP32, such as blocks.3.mlp.fc1; repeatable. Where few layers "
+            "overflow, they do so unasked.",
+        ),
+    ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Export the dense model, for comparison.")] = False,
     data: DataOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Write DIR/model.<precision>.onnx, verified on real images."""
-    from lowpass.export.artefacts import quantization_of
+    from lowpass.export.artefacts import export_run
     from lowpass.export.batch import BatchProfile
     from lowpass.export.onnx.file import onnx_path
-    from lowpass.export.onnx.verify import export as export_verified
     from lowpass.export.options import ExportOptions, checked_opset
-    from lowpass.pipeline.run.images import verification_batches
 
     options = ExportOptions(
         precision=precision,
@@ -50,15 +56,17 @@ def export(
         selection=selection,
         input=input,
         opset=checked_opset(opset),
+        keep_fp32=tuple(keep_fp32 or ()),
     )
-    batches, made = verification_batches(directory, data)
-    done = export_verified(directory, options, batches, made, dense, quantization_of(directory, precision, data))
+    done = export_run(directory, options, data, dense)
     path = onnx_path(directory, precision, dense)
+    kept = f"; in FP32: {', '.join(done.kept_fp32)}" if done.kept_fp32 else ""
+    kind = "made" if done.made_images else "real"
     say(
         {"run": str(directory), "onnx": str(path), "opset": opset} | done.model_dump(mode="json"),
-        f"{path}: opset {opset}, on {done.images} {'made' if made else 'real'} images the largest "
+        f"{path}: opset {opset}, on {done.images} {kind} images the largest "
         f"logit difference from PyTorch is {done.largest_difference:.1e} (largest logit {done.largest_logit:.1f}), "
-        f"top-1 agrees on {done.same_top1:.2f} %",
+        f"top-1 agrees on {done.same_top1:.2f} %{kept}",
         as_json,
     )
 

@@ -10,7 +10,8 @@ from torch.utils.data import Subset
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import track
-from lowpass.pipeline.data.datasets import Batches, Data, data_in_memory, len_of, load_data, made_batches
+from lowpass.pipeline.data.datasets import Batches, Data, Images, data_in_memory, len_of, load_data, made_batches
+from lowpass.pipeline.data.folders import FolderImages
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.classes import CLASSES_FILE, has_classes, load_classes
 from lowpass.pipeline.run.recipe import IN_MEMORY, Recipe
@@ -53,9 +54,24 @@ def verification_batches(directory: Path, data: DataSource) -> tuple[Batches, bo
     if data is None and (recipe.random_weights or recipe.data is None):
         return made_batches(SlimViT.load(directory).architecture, MADE_IMAGES, recipe.batch_size, recipe.seed), True
     images = run_data(directory, data)
-    drawn = torch.randperm(len_of(images.test), generator=torch.Generator().manual_seed(recipe.seed))[:VERIFIED_IMAGES]
-    chosen = Subset(images.test, sorted(drawn.tolist()))  # of all classes, which lie in order
+    chosen = Subset(images.test, _verified(images.test, recipe.seed))
     return list(track(images.loader(chosen, recipe.batch_size), "reading images to verify on")), False
+
+
+def image_name(directory: Path, data: DataSource, index: int) -> str:
+    """What to call one of `verification_batches`: its number among the test images, and its file where it has one."""
+    recipe = Recipe.load(directory)
+    if data is None and (recipe.random_weights or recipe.data is None):
+        return f"made image {index}"
+    test = run_data(directory, data).test
+    own = _verified(test, recipe.seed)[index]
+    return f"test image {own}" + (f" ({test.files[own][0]})" if isinstance(test, FolderImages) else "")
+
+
+def _verified(test: Images, seed: int) -> list[int]:
+    """Which test images exports are verified on: of all classes, which lie in order."""
+    drawn = torch.randperm(len_of(test), generator=torch.Generator().manual_seed(seed))[:VERIFIED_IMAGES]
+    return sorted(drawn.tolist())
 
 
 def quantization_batches(

@@ -32,8 +32,9 @@ from lowpass.pipeline.base.progress import console, track
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.images import quantization_batches, verification_batches
 
-# The oldest worth a try, what is just below the floors, and the floors. ONNX Runtime reads `Attention` since 1.23, and
-# INT8 at opset 23 since 1.24. OpenVINO reads `Attention` since 2026.1, and computes that of rows since 2026.3.
+# The oldest that are worth a try, what is just below the floors, and the floors. ONNX Runtime reads `Attention` since
+# 1.23, and INT8 at opset 23 since 1.24. OpenVINO reads `Attention` since 2026.1, and computes that of rows right since
+# 2026.3.
 OLDER = (
     "onnxruntime==1.20.1",
     "onnxruntime==1.22.1",

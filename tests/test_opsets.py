@@ -102,7 +102,10 @@ def test_families(family: str, score: Any, make_vit: MakeViT) -> None:
 
 def attention(inputs: dict[str, tuple[int, ...]], dtype: int = TensorProto.FLOAT, **attributes: Any) -> onnx.ModelProto:
     node = helper.make_node("Attention", list(inputs), ["mixed"], name="attention", **attributes)
-    given = [helper.make_tensor_value_info(name, dtype, shape) for name, shape in inputs.items()]
+    given = [
+        helper.make_tensor_value_info(name, TensorProto.BOOL if name == "mask" else dtype, shape)
+        for name, shape in inputs.items()
+    ]
     mixed = helper.make_tensor_value_info("mixed", dtype, [None] * len(inputs["query"]))
     graph = helper.make_graph([node], "one", given, [mixed])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], **FEW)
@@ -135,7 +138,8 @@ def test_attention_written_out_is_attention(given: dict[str, float], by_row: boo
 @pytest.mark.parametrize(
     ("more", "attributes", "said"),
     [
-        ({"mask": (5, 7)}, {}, "a mask"),
+        ({"mask": (5, 7)}, {}, "a mask of booleans"),
+        ({"mask": (5, 7), "past_key": (2, 3, 1, 6), "past_value": (2, 3, 1, 4)}, {}, "a cache"),
         ({}, {"is_causal": 1}, "is_causal"),
         ({}, {"softcap": 2.0}, "softcap"),
     ],

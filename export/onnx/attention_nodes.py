@@ -16,7 +16,7 @@ def without_attention_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
     For opsets below 23, and around INT8 layers in FP32: TensorRT fuses `Attention` at FP16 and BF16 alone.
 
     Raises:
-        RunError: one has a mask, or something else that is not written out here.
+        RunError: one has a mask of booleans, a cache, or something else that is not written out here.
     """
     return rewritten(model, {"Attention": products_and_softmax})
 
@@ -24,7 +24,7 @@ def without_attention_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
 def products_and_softmax(of: Replacement) -> None:
     """The form that TensorRT fuses at FP16 and BF16: the query is scaled before the product, where it is smallest, too,
     and the softmax runs along the last axis."""
-    query, key, value = _inputs(of)
+    query, key, value, *mask = _inputs(of)
     dtype, heads = of.dtype(query), of.attributes.get("q_num_heads", 0)
     head_dim = of.types[query].shape.dim[-1].dim_value // (heads or 1)
     scale = of.constant("scale", of.attributes.get("scale", head_dim**-0.5), dtype)
@@ -37,15 +37,17 @@ def products_and_softmax(of: Replacement) -> None:
         )
     else:
         key = of.add("Transpose", key, perm=(0, 1, 3, 2))
-    weights = of.add("Softmax", of.add("MatMul", scaled, key), axis=-1)
-    mixed = of.add("MatMul", weights, value)
+    logits = of.add("MatMul", scaled, key)
+    if mask:
+        logits = of.add("Add", logits, mask[0])
+    mixed = of.add("MatMul", of.add("Softmax", logits, axis=-1), value)
     if heads:
         together = of.constant("together", [0, 0, -1], onnx.TensorProto.INT64)
         of.add("Reshape", of.add("Transpose", mixed, perm=(0, 2, 1, 3)), together)
 
 
 def _inputs(of: Replacement) -> list[str]:
-    """Query, key and value.
+    """Query, key, value, and the mask if there is one: it is added to the logits.
 
     Raises:
         RunError: there is more to it.
@@ -54,7 +56,12 @@ def _inputs(of: Replacement) -> list[str]:
     other = {name for name, value in told.items() if name not in TOLD and DEFAULTS.get(name) != value}
     if told.get("q_num_heads") != told.get("kv_num_heads"):
         other.add("kv_num_heads")
-    if len(node.input) > 3 or len(node.output) > 1 or other:
-        what = ", ".join(sorted(other)) or "a mask or a cache"
-        raise RunError(f"{node.name}: an Attention with {what} cannot be written out; export with opset 23")
+    if len(node.input) > 4 or len(node.output) > 1:
+        other.add("a cache")
+    elif len(node.input) == 4 and of.dtype(node.input[3]) == onnx.TensorProto.BOOL:
+        other.add("a mask of booleans")
+    if other:
+        raise RunError(
+            f"{node.name}: an Attention with {', '.join(sorted(other))} cannot be written out; export with opset 23"
+        )
     return list(node.input)

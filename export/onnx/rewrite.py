@@ -57,6 +57,8 @@ def rewritten(model: onnx.ModelProto, rules: Mapping[str, Rule]) -> onnx.ModelPr
         return done
     inferred = onnx.shape_inference.infer_shapes(model).graph
     types = {value.name: value.type.tensor_type for value in [*inferred.value_info, *inferred.input, *inferred.output]}
+    for one in graph.initializer:
+        types[one.name] = onnx.helper.make_tensor_type_proto(one.data_type, one.dims).tensor_type
     known = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer if len(one.dims) < 2}
     del graph.node[:]
     for node in model.graph.node:

@@ -7,7 +7,7 @@ from lowpass.export.graph.deployable import deployable
 from lowpass.export.onnx.file import current_onnx, kept_fp32, read_metadata, weights_path
 from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.onnx.verify import Verification, export
-from lowpass.export.options import PRECISIONS, QUANTISED, ExportOptions, Precision
+from lowpass.export.options import QUANTISED, USUAL, ExportOptions, Precision
 from lowpass.export.runtimes.engine import FLAVOURS, installed_flavours
 from lowpass.export.runtimes.pytorch import TORCH, torch_session
 from lowpass.export.runtimes.registry import RuntimeName, check_precision, missing, onnx_session
@@ -33,13 +33,13 @@ def export_run(directory: Path, options: ExportOptions, data: DataSource = None,
 
 
 def export_all(directory: Path, data: DataSource = None) -> None:
-    """Both models in every precision, verified, and the slim model's engine where TensorRT is installed.
+    """Both models in every usual precision, verified, and the slim model's engine where TensorRT is installed.
 
     Raises:
         RunError: a file disagrees with PyTorch, or an engine does not build.
     """
     batches, made = verification_batches(directory, data)
-    for precision in PRECISIONS:
+    for precision in USUAL:
         quantization = quantization_of(directory, precision, data)
         for dense in (True, False):
             options = ExportOptions(precision=precision)

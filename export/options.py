@@ -24,6 +24,8 @@ DTYPES: dict[Precision, torch.dtype] = {
     "int8-fp16": torch.float16,
     "fp8": torch.float16,
 }
+# What is exported when nobody chooses: what a CPU can run. 8 bits for TensorRT are for whoever has a GPU.
+USUAL: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 QUANTISED: tuple[Precision, ...] = ("int8", "int8-fp16", "fp8")
 
 

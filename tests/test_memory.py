@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader
 from lowpass.export.batch import BatchProfile
 from lowpass.export.graph.deployable import deployable
 from lowpass.export.onnx.quantize import Quantization, quantize
+from lowpass.export.onnx.quantize_half import quantize_half
 from lowpass.export.onnx.trace import to_onnx
-from lowpass.export.options import PRECISIONS, ExportOptions
+from lowpass.export.options import PRECISIONS, QUANTISED, ExportOptions
 from lowpass.export.runtimes.engine import compile_engine, installed_flavours
 from lowpass.export.runtimes.onnx_runtime import OnnxRuntime, widened
 from lowpass.export.runtimes.openvino import OpenVino
 from lowpass.export.runtimes.pytorch import PyTorch
+from lowpass.export.runtimes.registry import SUPPORTED
 from lowpass.export.runtimes.session import logits_of
 from lowpass.pipeline.data.digits import DigitScenes
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -65,13 +67,15 @@ def use_every_runtime(seed: int) -> None:
         graph = to_onnx(model, ExportOptions(precision=precision))
         if precision == "int8":
             graph, _ = quantize(graph, Quantization([noise(4)]))
+        elif precision in QUANTISED:
+            graph, _ = quantize_half(graph, Quantization([noise(4)]), precision)
         content = graph.SerializeToString()
         sessions = [OnnxRuntime(widened(content) if precision == "bf16" else content)]
-        sessions += [OpenVino(content, precision)] if precision != "fp16" else []  # type: ignore[list-item]
+        sessions += [OpenVino(content, precision)] if precision in SUPPORTED["openvino"] else []  # type: ignore[list-item]
         for session in sessions:
             for batch in (1, 3):
                 assert np.isfinite(logits_of(session, noise(batch))).all()
-        if precision == "fp16" and "tensorrt-rtx" in installed_flavours():
+        if precision in ("fp16", "int8-fp16") and "tensorrt-rtx" in installed_flavours():
             compile_engine("tensorrt-rtx", content, BatchProfile.parse("1:2:4"))
     assert np.isfinite(logits_of(PyTorch(deployable(model)), noise(2))).all()
     gc.collect()

@@ -25,7 +25,7 @@ from lowpass.benchmarks.latency.machine import describe
 from lowpass.benchmarks.rows import Row, write_rows
 from lowpass.export.onnx.file import serialise
 from lowpass.export.onnx.quantize import Quantization
-from lowpass.export.options import PRECISIONS, ExportOptions, Opset, Precision
+from lowpass.export.options import USUAL, ExportOptions, Opset, Precision
 from lowpass.export.runtimes.session import Images
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.progress import console, track
@@ -73,7 +73,7 @@ def interpreter(requirement: str, environments: Path) -> Path:
 def files(run: Path, folder: Path) -> Iterator[tuple[Precision, Opset, Path]]:
     """The run's slim model in every precision and opset."""
     calibration = Quantization(quantization_batches(run, None)[0])
-    for precision in PRECISIONS:
+    for precision in USUAL:
         for opset in OPSETS:
             file = folder / f"{precision}.{opset}.onnx"
             file.write_bytes(serialise(run, ExportOptions(precision=precision, opset=opset), calibration=calibration))
@@ -136,7 +136,7 @@ def main(
     command = shlex.join(["python", "-m", "lowpass.benchmarks.compatibility", *sys.argv[1:]])
     write_rows(out.with_suffix(".csv"), found, describe(), command)
     read = sum(row.figure == "largest_difference" for row in found)
-    console.print(f"{read} of {len(wanted) * len(PRECISIONS) * len(OPSETS)} files were read; {out.with_suffix('.csv')}")
+    console.print(f"{read} of {len(wanted) * len(USUAL) * len(OPSETS)} files were read; {out.with_suffix('.csv')}")
 
 
 def _in_order(requirement: str) -> tuple[str, tuple[int, ...]]:

@@ -98,10 +98,9 @@ def test_graph(slim_run: Path, precision: Precision, score: TokenScore) -> None:
     # block has those of CLS's row.
     assert kinds.count("Attention") == len(slim.blocks) - 1 - (scoring if score == "full" else 0)
     assert kinds.count("Softmax") == scoring + 1 and kinds.count("TopK") == 2 * scoring - 1
-    # In FP32 attention reads rows as they are: heads are set apart where tokens are scored and in the last block alone,
-    # and query, key and value are GEMMs of their own, with no Split behind them. Otherwise they are one.
-    one_gemm = len(slim.blocks) - 1 if precision != "fp32" else scoring if score == "full" else 0
-    assert kinds.count("Split") == one_gemm + 1  # the last block's is of key and value
+    # In FP32 attention reads rows as they are: heads are set apart where tokens are scored and in the last block alone.
+    # Query, key and value are GEMMs of their own, with no Split behind them.
+    assert kinds.count("Split") == 1  # the last block's is of key and value
     transposing = {int(n.name.split(".")[1]) for n in model.graph.node if re.match(r"blocks\..*Transpose", n.name)}
     choosing = [index for index, block in enumerate(slim.blocks) if block.scores_tokens]
     assert transposing == ({*choosing, 5} if precision == "fp32" else set(range(6)))
@@ -221,7 +220,9 @@ def test_deployed_attention_is_exact(heads: int, qk_dim: int, v_dim: int, extra:
     attention = SlimAttention(24, BlockShape(heads=heads, qk_dim=qk_dim, v_dim=v_dim, hidden=1, keep=1), 0.3, bias=bias)
     padded = FusedAttention(attention, max(qk_dim, v_dim) + extra)
     x = torch.randn(2, 5, 24)
-    for deployed in (FusedAttention(attention, None), padded, RowAttention(attention)):
+    one = FusedAttention(attention, None, "one")
+    heads_first = FusedAttention(attention, max(qk_dim, v_dim), "one, heads first")
+    for deployed in (FusedAttention(attention, None), one, heads_first, padded, RowAttention(attention)):
         for score in (None, "full", "cls"):
             if score == "full" and isinstance(deployed, RowAttention):
                 continue

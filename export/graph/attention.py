@@ -1,6 +1,6 @@
-"""Attention as deployed: one GEMM for query, key and value, or rows as three GEMMs leave them."""
+"""Attention as deployed: heads of a size that fuses, or rows as three GEMMs leave them."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,27 +11,32 @@ from lowpass.pipeline.model.slim_attention import AttentionWeights, SlimAttentio
 
 FUSED_HEAD_STEP = 4  # TensorRT's fused attention takes FP16/BF16 heads of 12, 16, 20, ... channels, query like value
 FUSED_HEAD_LEAST = 12
+Products = Literal["three", "one", "one, heads first"]
 
 
 class FusedAttention(nn.Module):
-    """`SlimAttention` with query, key and value as one GEMM.
+    """`SlimAttention` with heads of a size that TensorRT fuses.
 
     With `head_dim`, query/key and value heads are zero-padded to that one size, which is exact: a zero channel adds
     nothing to a logit, and a zero value meets a zero column of the projection. In front of a norm, which would count
     them, zeros are cut off again.
 
-    `heads_first` sets the heads of all three apart at once, not of each: behind a GEMM in 8 bits TensorRT moves them by
-    one kernel then (three in FP8), where it needs none behind one in FP16.
+    `products` says how query, key and value are computed. In FP16 as three GEMMs: TensorRT makes one of them itself,
+    and its attention reads what that gives where it is, while it moves the parts of one that is split. For CPUs in INT8
+    as one that is split. In 8 bits for TensorRT as one whose heads are set apart all at once, which takes one kernel.
     """
 
-    def __init__(self, attention: SlimAttention, head_dim: int | None, heads_first: bool = False) -> None:
+    def __init__(self, attention: SlimAttention, head_dim: int | None, products: Products = "three") -> None:
         super().__init__()
-        self.heads_first = heads_first
+        self.products = products
         self.num_heads = attention.num_heads
         self.qk_dim, self.v_dim = head_dim or attention.qk_dim, head_dim or attention.v_dim
         self.weights = AttentionWeights(attention.weights.scale)
-        qk, v = [(layer, self.qk_dim) for layer in (attention.query, attention.key)], (attention.value, self.v_dim)
-        self.qkv = stacked(self.num_heads, *qk, v)
+        parts = [(attention.query, self.qk_dim), (attention.key, self.qk_dim), (attention.value, self.v_dim)]
+        if products == "three":
+            self.query, self.key, self.value = (stacked(self.num_heads, part) for part in parts)
+        else:
+            self.qkv = stacked(self.num_heads, *parts)
         source, self.norm = attention.proj, attention.norm
         self.own = attention.v_dim if isinstance(self.norm, nn.LayerNorm) else self.v_dim
         self.proj = nn.Linear(self.num_heads * self.own, source.out_features, device=source.weight.device)
@@ -41,17 +46,23 @@ class FusedAttention(nn.Module):
 
     def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
         """As `SlimAttention.forward`."""
-        if self.heads_first:
-            query, key, value = by_head(self.qkv(x), 3 * self.num_heads).split(self.num_heads, 1)
-        else:
-            sizes = [self.num_heads * d for d in (self.qk_dim, self.qk_dim, self.v_dim)]
-            query, key, value = (by_head(part, self.num_heads) for part in self.qkv(x).split(sizes, -1))
+        query, key, value = self._heads(x)
         mixed, weights = attend(query, key, value, self.weights, score if score == "full" else None)
         if score == "cls":
             weights = cls_row(query, key, self.weights.scale)
         if self.own < self.v_dim:
             mixed = mixed[..., : self.own]
         return self.proj(self.norm(mixed.transpose(1, 2).flatten(2))), weights
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value [B, H, T, d]."""
+        if self.products == "one, heads first":
+            return by_head(self.qkv(x), 3 * self.num_heads).split(self.num_heads, 1)
+        if self.products == "three":
+            parts: tuple[Tensor, ...] = (self.query(x), self.key(x), self.value(x))
+        else:
+            parts = self.qkv(x).split([self.num_heads * d for d in (self.qk_dim, self.qk_dim, self.v_dim)], -1)
+        return tuple(by_head(part, self.num_heads) for part in parts)
 
 
 class RowAttention(nn.Module):

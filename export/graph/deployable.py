@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowpass.export.graph.attention import FusedAttention, RowAttention, fused_head_dim
+from lowpass.export.graph.attention import FusedAttention, Products, RowAttention, fused_head_dim
 from lowpass.export.graph.bias_free import drop_biases
 from lowpass.export.graph.keep_fp32 import WideAttention, keep_in_fp32
 from lowpass.export.graph.last_block import LastBlock
@@ -69,4 +69,7 @@ def _attention(block: SlimBlock, precision: Precision) -> nn.Module:
         return RowAttention(block.attn)
     padded = DTYPES[precision] != torch.float32 and not whole_matrix
     head_dim = fused_head_dim(block.attn) if padded else None
-    return FusedAttention(block.attn, head_dim, heads_first=padded and precision in QUANTISED)
+    products: Products = "three"
+    if precision in QUANTISED:
+        products = "one, heads first" if padded else "one"
+    return FusedAttention(block.attn, head_dim, products)

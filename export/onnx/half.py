@@ -132,7 +132,7 @@ def _with_magnitudes(content: bytes, tensors: list[HalfTensor]) -> bytes:
     """The file in FP32 with an output more for each tensor: its largest magnitude [B], or [1] where it is the same for
     all images."""
     model = onnx.load_model_from_string(widened(content))
-    graph = model.graph
+    graph, axes_as_input = model.graph, model.opset_import[0].version >= 18
     for name, value in (("peak.start", 0), ("peak.end", 1), ("peak.rest", -1)):
         graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), name))
     graph.node.append(helper.make_node("Shape", ["images"], ["peak.images"]))
@@ -143,6 +143,10 @@ def _with_magnitudes(content: bytes, tensors: list[HalfTensor]) -> bytes:
         rows = "peak.rows" if by_image else "peak.row"
         graph.node.append(helper.make_node("Abs", [name], [f"{name}.abs"]))
         graph.node.append(helper.make_node("Reshape", [f"{name}.abs", rows], [f"{name}.rows"]))
-        graph.node.append(helper.make_node("ReduceMax", [f"{name}.rows", "peak.end"], [f"{name}.peak"], keepdims=0))
+        if axes_as_input:
+            peak = helper.make_node("ReduceMax", [f"{name}.rows", "peak.end"], [f"{name}.peak"], keepdims=0)
+        else:
+            peak = helper.make_node("ReduceMax", [f"{name}.rows"], [f"{name}.peak"], axes=[1], keepdims=0)
+        graph.node.append(peak)
         graph.output.append(helper.make_tensor_value_info(f"{name}.peak", FLOAT, [None]))
     return model.SerializeToString()

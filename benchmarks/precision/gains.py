@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from pydantic import BaseModel, ConfigDict
 
@@ -23,7 +24,7 @@ from lowpass.benchmarks.rows import Row, latency_rows, write_rows
 from lowpass.benchmarks.speed.candidates import MODELS, Candidate, candidates
 from lowpass.benchmarks.speed.sessions import MIN_ROUNDS, TOLERANCE, Files, noise, open_rival
 from lowpass.export.batch import parse_batches
-from lowpass.export.options import Precision
+from lowpass.export.options import DTYPES, Precision
 from lowpass.export.runtimes.registry import SUPPORTED, RuntimeName, missing
 from lowpass.export.runtimes.session import Session
 from lowpass.pipeline.base.errors import InputError
@@ -74,7 +75,7 @@ def measure(
     sessions: dict[tuple[str, Precision], Session] = {}
     for rival in rivals:
         for precision in SUPPORTED[runtime]:
-            if precision == "fp16":  # it has no kernels of its own on CPUs: it is computed in FP32, with casts
+            if DTYPES[precision] == torch.float16 or precision == "fp8":  # no kernels of their own on CPUs
                 continue
             session, _ = open_rival(rival, runtime, precision, files)
             check_logits(session, rival.at(BASE), noise(2), TOLERANCE[precision])

@@ -144,6 +144,11 @@ def _with_qdq(plain: onnx.ModelProto, layers: Sequence[str], batches: Sequence[N
         )
         model = onnx.load(target)
     model.producer_name = plain.producer_name
+    # The quantiser gives what it rounds to whoever reads it; only the layers shall see it.
+    inputs = {node.name: node.input for node in plain.graph.node if node.name not in layers}
+    for node in model.graph.node:
+        if node.name in inputs:
+            node.input[:] = inputs[node.name]
     return model
 
 

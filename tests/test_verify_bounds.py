@@ -57,7 +57,7 @@ def content(tuned_run: Path) -> bytes:
 
 @pytest.fixture
 def run(tuned_run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tuned_run, tmp_path / "run"))
+    return Path(shutil.copytree(tuned_run, tmp_path / "run", ignore=shutil.ignore_patterns("model.*")))
 
 
 @pytest.fixture

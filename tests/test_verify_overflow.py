@@ -99,7 +99,7 @@ def spoilt(tuned_run: Path, tmp_path: Path, images: Batches) -> Callable[[Spoil]
     """A copy of the run with a spoilt model."""
 
     def make(spoil: Spoil) -> Path:
-        run = Path(shutil.copytree(tuned_run, tmp_path / "run"))
+        run = Path(shutil.copytree(tuned_run, tmp_path / "run", ignore=shutil.ignore_patterns("model.*")))
         slim = SlimViT.load(run)
         spoil(slim, images[0][0])
         slim.save(run)

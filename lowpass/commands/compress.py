@@ -264,7 +264,7 @@ def compress(
         typer.Option(help="LFE norm: l2 is the paper's, l1 the released code's.", rich_help_panel=METHOD),
     ] = "l2",
     channel_criterion: Annotated[
-        Literal["lfs", "taylor", "magnitude", "random"],
+        Literal["lfs", "obs", "taylor", "magnitude", "random"],
         typer.Option(
             help="What channels are scored by: LFS, the method, or a rival to compare it with.", rich_help_panel=METHOD
         ),

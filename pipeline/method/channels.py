@@ -9,6 +9,8 @@ from torch import Tensor
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.sensitivity import ChannelScores
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class ChannelChoice:
@@ -94,9 +96,12 @@ def score_threshold(scores: ChannelScores, n: int) -> Tensor:
 def best_heads(
     scores: ChannelScores, heads: int, qk_dim: int, v_dim: int, hidden: tuple[int, ...]
 ) -> tuple[ChannelChoice, float]:
-    """The `heads` heads worth most at the given sizes, and their worth (a pair scores for its query and its key)."""
+    """The `heads` heads worth most at the given sizes, and their worth (a pair scores for its query and its key). Where
+    the scores say what whole heads are worth, a thin one is worth its channels' share of that."""
     pairs, values = scores.query_key.double(), scores.value.double()
     worth = 2 * pairs.topk(qk_dim).values.sum(1) + values.topk(v_dim).values.sum(1)
+    if scores.heads is not None:
+        worth = scores.heads.double() * worth / (2 * pairs.sum(1) + values.sum(1)).clamp_min(TINY)
     kept = best_channels(worth, heads)
     choice = ChannelChoice(
         heads=kept,

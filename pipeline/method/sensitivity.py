@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-ChannelCriterion = Literal["lfs", "taylor", "magnitude", "random"]
+ChannelCriterion = Literal["lfs", "obs", "taylor", "magnitude", "random"]
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,14 @@ class ChannelScores:
     """One block's channel scores; higher matters more.
 
     A query channel and the key channel it multiplies share one score, the sum of the two: `query_key` [H, Dqk].
-    `value` [H, Dv] and `hidden` [M] stand alone. All on the CPU, FP32.
+    `value` [H, Dv] and `hidden` [M] stand alone. `heads` [H] is what whole heads are worth, where the criterion says;
+    otherwise their channels do. All on the CPU, FP32.
     """
 
     query_key: Tensor
     value: Tensor
     hidden: Tensor
+    heads: Tensor | None = None
 
 
 def sensitivity_loss(

@@ -1,5 +1,6 @@
 """Everything an export can be told."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -40,6 +41,24 @@ class ExportOptions(BaseModel):
     input: Input = "float32"
     opset: Opset = OPSET
     keep_fp32: tuple[str, ...] = ()  # layers that stay FP32 in an FP16 file, see `graph/keep_fp32.py`
+
+
+def export_options(
+    precision: Precision, batch: str, selection: Selection, input: Input, opset: int, keep_fp32: Sequence[str]
+) -> ExportOptions:
+    """What the command and `Run.export` are asked for.
+
+    Raises:
+        InputError: `batch` is not MIN:OPT:MAX, or the opset cannot be written.
+    """
+    return ExportOptions(
+        precision=precision,
+        profile=BatchProfile.parse(batch),
+        selection=selection,
+        input=input,
+        opset=checked_opset(opset),
+        keep_fp32=tuple(keep_fp32),
+    )
 
 
 def checked_opset(number: int) -> Opset:

@@ -275,18 +275,10 @@ class Run:
             RunError: the file disagrees with PyTorch, or would overflow in FP16; it is not written.
         """
         from lowpass.export.artefacts import export_run
-        from lowpass.export.batch import BatchProfile
         from lowpass.export.onnx.file import onnx_path
-        from lowpass.export.options import ExportOptions, checked_opset
+        from lowpass.export.options import export_options
 
-        options = ExportOptions(
-            precision=precision,
-            profile=BatchProfile.parse(batch),
-            selection=selection,
-            input=input,
-            opset=checked_opset(opset),
-            keep_fp32=tuple(keep_fp32),
-        )
+        options = export_options(precision, batch, selection, input, opset, keep_fp32)
         with report_to(self.progress):
             export_run(self.path, options, data or self.data, dense)
         return onnx_path(self.path, precision, dense)

@@ -35,10 +35,19 @@ def test_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     measured = answer(capsys, "evaluate", str(run))
     assert measured["slim"]["top1"] == tuned["slim"]["top1"] and measured["dense"] == first["dense"]
 
+    for precision in ("fp16", "int8"):  # real files in a real runtime score as PyTorch does
+        answer(capsys, "export", str(run), "--precision", precision)
+        (deployed,) = answer(capsys, "evaluate", str(run), "--runtime", "onnxruntime", "--precision", precision)[
+            "deployed"
+        ]
+        assert deployed["images"] == 1000 and deployed["precision"] == precision
+        assert abs(deployed["top1"] - tuned["slim"]["top1"]) <= 0.3
+
     exported = answer(capsys, "export", str(run), "--precision", "fp16", "--batch", "1:2:4")
     assert exported["same_top1"] >= 99.5 and exported["images"] == 1000 and Path(exported["onnx"]).exists()
     built = answer(capsys, "build", str(run), "--runtime", "tensorrt-rtx")
     assert built["manifest"]["profile"] == {"least": 1, "best": 2, "most": 4} and Path(built["plan"]).exists()
+    assert "--minShapes=images:1x3x32x32" in built["trtexec"] and "--stronglyTyped" in built["trtexec"]
 
     timed = answer(
         capsys, "benchmark", str(run), "--runtime", "onnxruntime,tensorrt", "--batches", "1,2", "--seconds", "0.05"
@@ -189,6 +198,8 @@ def test_another_run_is_not_overwritten(slim_run: Path, tmp_path: Path, capsys: 
         (["build", "RUN", "--precision", "fp32"], "FP32"),
         (["build", "RUN"], "lowpass export"),
         (["evaluate", "nowhere"], "is nowhere a run directory"),
+        (["evaluate", "RUN", "--precision", "fp16"], "name the --runtime it is to run in"),
+        (["evaluate", "RUN", "--runtime", "onnxruntime", "--precision", "fp8"], "run `lowpass export"),
         (["evaluate", "RUN", "--data", "nowhere"], "no folder nowhere"),
         (["finetune", "RUN", "--lr", "-1"], "lr"),
         (["benchmark", "RUN", "--batches", "0"], "--batches"),

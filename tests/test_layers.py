@@ -160,10 +160,4 @@ def test_what_build_writes(slim_run: Path) -> None:
     assert json.loads(plan.with_name(plan.name + ".json").read_text())["capability"] == "75"
     assert load_layers(plan)
     with pytest.raises(InputError, match="--compute-capability is for tensorrt-rtx"):
-        raise_for_tensorrt()
-
-
-def raise_for_tensorrt() -> None:
-    from lowpass.export.runtimes.engine import _compile_for
-
-    _compile_for(None, None, "75", "tensorrt")
+        compile_engine("tensorrt", b"", ONE, capability="75")

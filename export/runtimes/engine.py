@@ -100,6 +100,8 @@ def compile_engine(
         InputError: the flavour is not installed, or is told a compute capability that it does not take.
         RunError: the parser or the compiler refused the graph.
     """
+    if capability is not None and flavour != "tensorrt-rtx":
+        raise InputError("--compute-capability is for tensorrt-rtx; tensorrt builds for the GPU that it runs on")
     trt = tensorrt_module(flavour)
     log = _fresh_log(flavour)
     builder = trt.Builder(log)
@@ -112,7 +114,8 @@ def compile_engine(
     config.set_timing_cache(config.create_timing_cache(cache), ignore_mismatch=False)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the builder's log then names every kernel
     if capability is not None:
-        _compile_for(trt, config, capability, flavour)
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), 0)
     image = network.get_input(0)
     tail = tuple(image.shape)[1:]
     for batches in profile.optimisations():
@@ -125,13 +128,6 @@ def compile_engine(
     serialised = config.get_timing_cache().serialize()
     timing = b"" if serialised is None else bytes(serialised)
     return Compiled(bytes(plan), timing, tuple(log.warnings), tuple(log.kernels))
-
-
-def _compile_for(trt: Any, config: Any, capability: Capability, flavour: Flavour) -> None:
-    if flavour != "tensorrt-rtx":
-        raise InputError("--compute-capability is for tensorrt-rtx; tensorrt builds for the GPU that it runs on")
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), 0)
 
 
 def _parse(trt: Any, network: Any, log: Any, content: bytes) -> str:

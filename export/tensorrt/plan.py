@@ -3,6 +3,7 @@
 `tensorrt` and `tensorrt-rtx` share one API. TensorRT-RTX compiles without a GPU; running needs one in either.
 """
 
+import shlex
 from pathlib import Path
 
 import onnx
@@ -22,6 +23,7 @@ from lowpass.export.runtimes.engine import (
 from lowpass.export.tensorrt.layers import Layers, read_layers
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import sha256, write_bytes, write_json
+from lowpass.pipeline.base.progress import logger
 
 NO_GPU = "built without a GPU"
 
@@ -104,7 +106,9 @@ def build(
     manifest_path(target).unlink(missing_ok=True)
     layers_path(target).unlink(missing_ok=True)
     write_bytes(target, compiled.plan)
-    if compiled.log:
+    if not compiled.log:
+        logger.info("%s named no kernels as it built: there is no %s", flavour, layers_path(target).name)
+    else:
         layers = read_layers(compiled.log, onnx.load_model_from_string(content), profile)
         write_json(layers_path(target), [at.model_dump(mode="json") for at in layers])
     manifest = Manifest(
@@ -121,6 +125,23 @@ def build(
     )
     write_json(manifest_path(target), manifest.model_dump(mode="json"))
     return target
+
+
+def trtexec(directory: Path, manifest: Manifest) -> str:
+    """The command by which TensorRT's own tool, 10.14 or later, builds an engine of the same ONNX file and batches."""
+    file = directory / manifest.onnx
+    one, *_ = onnx.load(file, load_external_data=False).graph.input
+    shape = "x".join(str(size.dim_value) for size in one.type.tensor_type.shape.dim[1:])
+    batches = {"min": manifest.profile.least, "opt": manifest.profile.best, "max": manifest.profile.most}
+    return shlex.join(
+        [
+            "trtexec",
+            f"--onnx={file}",
+            f"--saveEngine={file.with_suffix('.plan')}",
+            "--stronglyTyped",
+            *(f"--{which}Shapes=images:{batch}x{shape}" for which, batch in batches.items()),
+        ]
+    )
 
 
 def current_plan(directory: Path, precision: Precision, flavour: Flavour, dense: bool = False) -> tuple[Path, Manifest]:

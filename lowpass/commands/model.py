@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from lowpass.commands.common import AsJson, DataOption, Epochs, RunDirectory, answer
+from lowpass.commands.common import AsJson, DataOption, Epochs, PrecisionOption, RunDirectory, answer, say
+from lowpass.pipeline.base.errors import InputError
 
 
 def finetune(
@@ -27,8 +28,33 @@ def finetune(
     answer(directory, metrics, None, as_json)
 
 
-def evaluate(directory: RunDirectory, data: DataOption = None, as_json: AsJson = False) -> None:
-    """Measure top-1 of the dense and the slim model on the test split."""
-    from lowpass.api import Run
+def evaluate(
+    directory: RunDirectory,
+    data: DataOption = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="Measure the exported slim model in this runtime instead, such as onnxruntime or openvino."),
+    ] = None,
+    precision: Annotated[PrecisionOption | None, typer.Option(help="Of the exported file; with --runtime.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure top-1 of the dense and the slim model on the test split.
 
-    answer(directory, Run(directory).evaluate(data), None, as_json)
+    Engines that can run here are measured, too."""
+    from lowpass.api import Run
+    from lowpass.export.evaluate import evaluate_deployed, runnable_engines
+    from lowpass.export.runtimes.registry import parse_runtimes
+
+    if runtime is None:
+        if precision is not None:
+            raise InputError("--precision is of an exported file; name the --runtime it is to run in")
+        answer(directory, Run(directory).evaluate(data), None, as_json)
+        engines = runnable_engines(directory) if not as_json else []
+        measured = [evaluate_deployed(directory, *engine, data) for engine in engines]
+    else:
+        measured = [evaluate_deployed(directory, name, precision, data) for name in parse_runtimes(runtime)]
+        if as_json:
+            say({"run": str(directory), "deployed": [one.model_dump(mode="json") for one in measured]}, "", as_json)
+    if not as_json:
+        for one in measured:
+            print(f"{one.runtime} {one.precision}: top-1 {one.top1:.2f} % of {one.images} images")

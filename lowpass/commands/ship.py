@@ -46,18 +46,10 @@ def export(
 ) -> None:
     """Write DIR/model.<precision>.onnx, verified on real images."""
     from lowpass.export.artefacts import export_run
-    from lowpass.export.batch import BatchProfile
     from lowpass.export.onnx.file import onnx_path
-    from lowpass.export.options import ExportOptions, checked_opset
+    from lowpass.export.options import export_options
 
-    options = ExportOptions(
-        precision=precision,
-        profile=BatchProfile.parse(batch),
-        selection=selection,
-        input=input,
-        opset=checked_opset(opset),
-        keep_fp32=tuple(keep_fp32 or ()),
-    )
+    options = export_options(precision, batch, selection, input, opset, keep_fp32 or ())
     done = export_run(directory, options, data, dense)
     path = onnx_path(directory, precision, dense)
     kept = f"; in FP32: {', '.join(done.kept_fp32)}" if done.kept_fp32 else ""
@@ -96,7 +88,7 @@ def build(
     DIR/model.<precision>.plan, its manifest, and model.<precision>.layers.json, which names every kernel.
     TensorRT-RTX needs no GPU for it."""
     from lowpass.export.tensorrt.layers import table
-    from lowpass.export.tensorrt.plan import Manifest, load_layers, manifest_path
+    from lowpass.export.tensorrt.plan import Manifest, load_layers, manifest_path, trtexec
     from lowpass.export.tensorrt.plan import build as build_engine
 
     plan = build_engine(directory, precision, runtime, dense, compute_capability)
@@ -108,10 +100,12 @@ def build(
         + (f", compute capability {compute_capability} alone" if compute_capability else ""),
         f"kernels by batch: {counted or 'not named by ' + manifest.runtime}",
     ]
+    lines.append(f"with TensorRT's own tool: {trtexec(directory, manifest)}")
     if explain and layers:
         lines.append(table(next(at for at in layers if at.batch == str(manifest.profile.least))))
     kernels = {at.batch: at.whole.model_dump(mode="json", exclude={"block"}) for at in layers}
     answer = {"run": str(directory), "plan": str(plan), "manifest": manifest.model_dump(mode="json"), "layers": kernels}
+    answer["trtexec"] = trtexec(directory, manifest)
     say(answer, "\n".join(lines), as_json)
 
 

@@ -216,6 +216,16 @@ def test_set_keep_stays_on_the_model_s_device(make_vit: MakeViT) -> None:
     assert slim.blocks[0].lowpass.device.type == "meta"
 
 
+def test_a_low_pass_is_the_model_s_own(make_vit: MakeViT) -> None:
+    """It is computed once for all; whoever changes one model's must not change those to come."""
+    one, other = SlimViT.from_timm(make_vit()), SlimViT.from_timm(make_vit())
+    one.set_keep(0, 5)
+    before = one.blocks[0].lowpass.clone()
+    one.blocks[0].lowpass.zero_()
+    other.set_keep(0, 5)
+    assert before.any() and torch.equal(other.blocks[0].lowpass, before)
+
+
 @pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN.keys())
 def test_a_saved_model_comes_back_bit_for_bit(settings: dict[str, Any], make_vit: MakeViT, tmp_path: Path) -> None:
     slim = slimmed(SlimViT.from_timm(make_vit(**settings), token_cutoff=0.7, energy_norm="l1"), 5)

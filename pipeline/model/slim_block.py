@@ -52,7 +52,7 @@ class SlimBlock(nn.Module):
         self.tokens_in, self.keep = tokens_in, keep
         lowpass = chance = torch.empty(0)
         if self.scores_tokens and self.criterion.reads_energy:
-            lowpass = token_lowpass_matrix(tokens_in, self.token_cutoff)
+            lowpass = token_lowpass_matrix(tokens_in, self.token_cutoff).clone()  # that one is every model's
         if self.scores_tokens and self.criterion.draws:
             chance = torch.rand(tokens_in, generator=torch.Generator().manual_seed(self.token_seed))
         like = self.norm1.weight

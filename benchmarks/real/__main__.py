@@ -17,6 +17,7 @@ app = typer.Typer(
     help="A real model on real pictures. Each step does those before it, and none twice: after a kill it goes on.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
 )
 Cache = Annotated[Path, typer.Option(help="Where everything is kept.")]
 CACHE = Path("runs/real")

@@ -96,7 +96,7 @@ def test_deit(size: str, one_stage: int) -> None:
     )
     assert whole.whole.kernels <= 92 and slim.whole.kernels <= 105 and one.whole.kernels <= one_stage
     assert extra_kernels(whole) == [0] * 11
-    assert sum(kernel.is_attention for kernel in slim.kernels) == 11
+    assert sum(kernel.is_attention for kernel in slim.kernels if kernel.block != 11) == 11
 
 
 @pytest.mark.slow

@@ -35,16 +35,11 @@ def test_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     measured = answer(capsys, "evaluate", str(run))
     assert measured["slim"]["top1"] == tuned["slim"]["top1"] and measured["dense"] == first["dense"]
 
-    for precision in ("fp16", "int8"):  # real files in a real runtime score as PyTorch does
-        answer(capsys, "export", str(run), "--precision", precision)
-        (deployed,) = answer(capsys, "evaluate", str(run), "--runtime", "onnxruntime", "--precision", precision)[
-            "deployed"
-        ]
-        assert deployed["images"] == 1000 and deployed["precision"] == precision
-        assert abs(deployed["top1"] - tuned["slim"]["top1"]) <= 0.3
-
     exported = answer(capsys, "export", str(run), "--precision", "fp16", "--batch", "1:2:4")
     assert exported["same_top1"] >= 99.5 and exported["images"] == 1000 and Path(exported["onnx"]).exists()
+    scored = answer(capsys, "evaluate", str(run), "--runtime", "onnxruntime", "--precision", "fp16")
+    (deployed,) = scored["deployed"]  # a real file in a real runtime scores as PyTorch does
+    assert deployed["images"] == 1000 and abs(deployed["top1"] - tuned["slim"]["top1"]) <= 0.3
     built = answer(capsys, "build", str(run), "--runtime", "tensorrt-rtx")
     assert built["manifest"]["profile"] == {"least": 1, "best": 2, "most": 4} and Path(built["plan"]).exists()
     assert "--minShapes=images:1x3x32x32" in built["trtexec"] and "--stronglyTyped" in built["trtexec"]

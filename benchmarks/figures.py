@@ -10,6 +10,7 @@ from lowpass.pipeline.base.files import write_bytes
 
 matplotlib.use("Agg")
 COLOURS = {
+    "dense-exported": "#aab2b8",
     "lowpass": "#0b6e4f",
     "as-published": "#c0392b",
     "no-recovery": "#8e44ad",

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from lowpass.export.onnx.attention_nodes import without_attention_nodes
+from lowpass.export.onnx.outliers import fold_outliers
+from lowpass.export.onnx.rounding import LARGEST as WEIGHT
 from lowpass.export.onnx.rounding import fit_to_inputs
 from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
 from lowpass.export.runtimes.session import Images, as_input, logits_of
@@ -49,9 +51,9 @@ def quantize(model: onnx.ModelProto, images: Quantization) -> tuple[onnx.ModelPr
         The model, and the names of the layers left in FP32 because top-1 did not hold with them.
     """
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    plain = without_attention_nodes(model)
-    layers = linear_layers(plain)
     calibration = [as_input(batch, metadata) for batch in images.calibration]
+    plain = fold_outliers(without_attention_nodes(model), calibration, WEIGHT)
+    layers = linear_layers(plain)
     everything = _with_qdq(plain, layers, calibration)
     fit_to_inputs(everything, plain, layers, calibration)
     return leave_out_until_top1_holds(model, everything, plain, layers, images.judging, "FP32")

@@ -15,6 +15,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from lowpass.export.onnx.outliers import fold_outliers
 from lowpass.export.onnx.quantize import Quantization, leave_out_until_top1_holds, linear_layers
 from lowpass.export.onnx.rounding import Inputs, best_share, compensated, inputs_of
 from lowpass.export.options import Precision
@@ -49,16 +50,17 @@ def quantize_half(
     """
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     calibration = [as_input(batch, metadata) for batch in images.calibration]
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes = {node.name: node for node in model.graph.node}
+    folded = fold_outliers(model, calibration, LARGEST[precision])
+    constants = {tensor.name: tensor for tensor in folded.graph.initializer}
+    nodes = {node.name: node for node in folded.graph.node}
     layers = [
         _Layer(nodes[name], onnx.numpy_helper.to_array(constants[nodes[name].input[1]]))
-        for name in layers_of_all_tokens(model)
+        for name in layers_of_all_tokens(folded)
     ]
-    seen = inputs_of(model, list(dict.fromkeys(layer.node.input[0] for layer in layers)), calibration)
-    everything = _with_qdq(model, layers, seen, precision)
+    seen = inputs_of(folded, list(dict.fromkeys(layer.node.input[0] for layer in layers)), calibration)
+    everything = _with_qdq(folded, layers, seen, precision)
     return leave_out_until_top1_holds(
-        model, everything, model, [layer.node.name for layer in layers], images.judging, "FP16"
+        model, everything, folded, [layer.node.name for layer in layers], images.judging, "FP16"
     )
 
 

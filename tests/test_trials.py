@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lowpass.pipeline.data.classes import arrange, ordered, read_class_names
 from lowpass.pipeline.data.datasets import load_data
 from lowpass.pipeline.data.digits import DigitScenes
 from lowpass.pipeline.data.options import DataOptions
+from lowpass.pipeline.data.pictures import open_picture
 from lowpass.pipeline.run.dense_check import check_dense
 from lowpass.pipeline.run.inputs import read_inputs
 from lowpass.pipeline.run.recipe import make_recipe
@@ -277,8 +279,6 @@ def test_what_pillow_reads_is_read(mode: str, suffix: str, tmp_path: Path) -> No
 
 
 def test_deep_greys_are_scaled(tmp_path: Path) -> None:
-    from lowpass.pipeline.data.pictures import open_picture
-
     deep = np.array([[0, 257, 25700, 65535]], np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert np.asarray(open_picture(tmp_path / "deep.png", "L")).tolist() == [[0, 1, 100, 255]]
@@ -288,3 +288,11 @@ def test_deep_greys_are_scaled(tmp_path: Path) -> None:
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert open_picture(tmp_path / "turned.jpg", "RGB").size == (4, 2)
     assert open_picture(tmp_path / "turned.jpg", "RGB", exif=True).size == (2, 4)
+
+
+def test_large_pictures_are_read_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow warns of them as it opens them, before anything is decoded."""
+    Image.new("RGB", (10, 9)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    with warnings.catch_warnings(action="error"):
+        assert open_picture(tmp_path / "large.png", "RGB").size == (10, 9)

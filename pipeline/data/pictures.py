@@ -47,8 +47,8 @@ def open_picture(path: Path, mode: str, exif: bool = False) -> Image.Image:
         InputError: it cannot be read; the message names the file.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of large pictures, and of transparency that goes
+        # Of large pictures, which are said as they are opened, and of transparency that goes.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             image.load()
             return as_mode(ImageOps.exif_transpose(image) if exif else image, mode)
     except UNREADABLE as error:

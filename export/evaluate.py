@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict
 from lowpass.export.artefacts import open_session
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.engine import FLAVOURS
-from lowpass.export.runtimes.registry import RuntimeName, default_precision, missing
-from lowpass.export.runtimes.session import logits_of
+from lowpass.export.runtimes.registry import SUPPORTED, RuntimeName, default_precision, missing
+from lowpass.export.runtimes.session import Images, Session, logits_of
 from lowpass.export.tensorrt.plan import current_plan, plan_path
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import track
@@ -45,11 +45,12 @@ def evaluate_deployed(
     """
     precision = precision or default_precision(runtime)
     session, images = open_session(runtime, directory, precision), run_data(directory, data)
-    size, correct, seen = Recipe.load(directory).batch_size, 0, 0
+    size, least, correct, seen = Recipe.load(directory).batch_size, 1, 0, 0
     if runtime in FLAVOURS:
-        size = min(size, current_plan(directory, precision, runtime)[1].profile.most)
+        profile = current_plan(directory, precision, runtime)[1].profile
+        size, least = min(max(size, profile.least), profile.most), profile.least
     for batch, labels in track(images.loader(images.test, size), f"testing {runtime} {precision}"):
-        predicted = logits_of(session, np.ascontiguousarray(batch.numpy())).argmax(-1)
+        predicted = logits_of_part(session, batch.numpy(), least).argmax(-1)
         correct += int((predicted == labels.numpy()).sum())
         seen += len(labels)
     if not seen:
@@ -57,14 +58,20 @@ def evaluate_deployed(
     return Deployed(runtime=runtime, precision=precision, images=seen, top1=100 * correct / seen)
 
 
+def logits_of_part(session: Session, images: Images, least: int) -> Images:
+    """Logits [B, classes] of a batch that may be smaller than the `least` an engine takes, as the last one of a
+    data set is: its last image is repeated then."""
+    filling = np.repeat(images[-1:], max(0, least - len(images)), 0)
+    return logits_of(session, np.concatenate([images, filling]))[: len(images)]
+
+
 def runnable_engines(directory: Path) -> list[tuple[RuntimeName, Precision]]:
     """The run's engines that are current and can run here."""
     found = list[tuple[RuntimeName, Precision]]()
-    precisions: tuple[Precision, ...] = ("fp16", "bf16", "int8", "int8-fp16", "fp8")
     for flavour in FLAVOURS:
         if missing(flavour) is not None:
             continue
-        for precision in precisions:
+        for precision in SUPPORTED[flavour]:
             try:
                 if plan_path(directory, precision).exists() and current_plan(directory, precision, flavour):
                     found.append((flavour, precision))

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from conftest import MakeViT
+from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
+from test_families import dense_of, pictures
 from torch import Tensor
 
 from lowpass.pipeline.method.structured_obs import DAMPING, logit_gram, removal_costs
@@ -100,6 +102,23 @@ def test_what_is_spare_goes_first(slim: SlimViT, block: int) -> None:
     assert int(scores.value[0].argmin()) == 5
     assert int(scores.query_key[0].argmin()) == 2
     assert scores.heads is not None and int(scores.heads.argmin()) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_scored(family: str, make_vit: MakeViT) -> None:
+    """The first block and the last, of which less is read."""
+    slim = SlimViT.from_timm(dense_of(family, make_vit))
+    tokens = slim.embed(pictures(slim, 12)).detach()
+    for block in (0, len(slim.blocks) - 1):
+        scores, attention = (
+            CHANNEL_CRITERIA["obs"](slim, [(tokens, tokens, tokens)], block, 0.1, 0),
+            slim.blocks[0].attn,
+        )
+        heads = attention.num_heads
+        assert scores.query_key.shape == (heads, attention.qk_dim) and scores.value.shape == (heads, attention.v_dim)
+        assert scores.heads is not None and scores.heads.shape == (heads,)
+        for part in (scores.query_key, scores.value, scores.hidden, scores.heads):
+            assert bool(part.isfinite().all()) and float(part.min()) >= 0 and float(part.max()) > 0
 
 
 def test_without_images_it_is_refused(slim: SlimViT) -> None:

@@ -1,6 +1,6 @@
 """A run's slim model, trained further and measured: `finetune` and `evaluate`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,19 +42,25 @@ def evaluate(
 
     Engines that can run here are measured, too."""
     from lowpass.api import Run
+    from lowpass.benchmarks.latency.summary import as_table, summarise
     from lowpass.export.evaluate import evaluate_deployed, runnable_engines
     from lowpass.export.runtimes.registry import parse_runtimes
 
+    found: dict[str, Any] = {"run": str(directory)}
     if runtime is None:
         if precision is not None:
             raise InputError("--precision is of an exported file; name the --runtime it is to run in")
-        answer(directory, Run(directory).evaluate(data), None, as_json)
-        engines = runnable_engines(directory) if not as_json else []
-        measured = [evaluate_deployed(directory, *engine, data) for engine in engines]
+        result = summarise(directory, Run(directory).evaluate(data), None)
+        found |= result.model_dump(mode="json")
+        measured = [evaluate_deployed(directory, *engine, data) for engine in runnable_engines(directory)]
     else:
+        result = None
         measured = [evaluate_deployed(directory, name, precision, data) for name in parse_runtimes(runtime)]
-        if as_json:
-            say({"run": str(directory), "deployed": [one.model_dump(mode="json") for one in measured]}, "", as_json)
-    if not as_json:
-        for one in measured:
-            print(f"{one.runtime} {one.precision}: top-1 {one.top1:.2f} % of {one.images} images")
+    if as_json:
+        say(found | {"deployed": [one.model_dump(mode="json") for one in measured]}, "", as_json)
+        return
+    if result is not None:
+        say(result, as_table(result), as_json)
+    for one in measured:
+        print(f"{one.runtime} {one.precision}: top-1 {one.top1:.2f} % of {one.images} images")
+    print(f"run directory: {directory}")

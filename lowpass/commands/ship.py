@@ -100,13 +100,13 @@ def build(
         + (f", compute capability {compute_capability} alone" if compute_capability else ""),
         f"kernels by batch: {counted or 'not named by ' + manifest.runtime}",
     ]
-    lines.append(f"with TensorRT's own tool: {trtexec(directory, manifest)}")
+    command = trtexec(directory, manifest)
+    lines.append(f"with TensorRT's own tool: {command}")
     if explain and layers:
         lines.append(table(next(at for at in layers if at.batch == str(manifest.profile.least))))
     kernels = {at.batch: at.whole.model_dump(mode="json", exclude={"block"}) for at in layers}
-    answer = {"run": str(directory), "plan": str(plan), "manifest": manifest.model_dump(mode="json"), "layers": kernels}
-    answer["trtexec"] = trtexec(directory, manifest)
-    say(answer, "\n".join(lines), as_json)
+    built = {"run": str(directory), "plan": str(plan), "manifest": manifest.model_dump(mode="json"), "layers": kernels}
+    say(built | {"trtexec": command}, "\n".join(lines), as_json)
 
 
 def benchmark(

@@ -1,1 +1,1 @@
-"""Rival token reductions, written here from their papers: latency is compared with theirs at equal MACs."""
+"""Rivals: token reductions and channel pruning without training, as their papers state them, at equal MACs."""

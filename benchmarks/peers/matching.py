@@ -1,13 +1,16 @@
 """What the rivals share: which models they take, and MACs counted as the slim model's are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from timm.models import VisionTransformer
 
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.model.architecture import DenseViT
 from lowpass.pipeline.model.from_timm import describe_dense
+from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.slim_vit import SlimViT
 
 
 def describe_with_cls(model: VisionTransformer) -> DenseViT:
@@ -39,3 +42,35 @@ def vit_macs(dense: DenseViT, tokens: Sequence[int]) -> int:
         total += entering * entering * 2 * width  # logits and weighted values
         total += leaving * width * 2 * dense.hidden
     return total
+
+
+def check_channels(model: SlimViT, rival: str) -> None:
+    """Refuse a model whose channels a rival's equations do not hold for.
+
+    Raises:
+        InputError: something stands between a channel and the layer that reads it.
+    """
+    dense = model.architecture.dense
+    if dense.mlp_norm or dense.differential:
+        what = "differential attention" if dense.differential else "a norm before its second MLP layer"
+        raise InputError(f"{dense.name} has {what}, which {rival} is not defined for")
+
+
+def share_text(macs: int, of: int) -> str:
+    """A share of the MACs, for people."""
+    return f"{macs / of:.3f} of the MACs"
+
+
+def choice_of(
+    block: SlimBlock, hidden: Iterable[int] | None = None, pairs: Sequence[Sequence[int]] | None = None
+) -> ChannelChoice:
+    """All heads and values of a block, with the hidden channels and the query/key pairs of each head that stay; None:
+    all of them."""
+    shape = block.shape
+    every = tuple(range(shape.qk_dim))
+    return ChannelChoice(
+        heads=tuple(range(shape.heads)),
+        query_key=(every,) * shape.heads if pairs is None else tuple(tuple(sorted(kept)) for kept in pairs),
+        value=(tuple(range(shape.v_dim)),) * shape.heads,
+        hidden=tuple(range(shape.hidden)) if hidden is None else tuple(sorted(hidden)),
+    )

@@ -19,15 +19,32 @@ RESULTS = Path("benchmarks/results")
 
 
 @dataclass(frozen=True)
+class Origin:
+    """How a figure came about, a text each; `commit` of the code, empty where it runs from no checkout of its own."""
+
+    machine: str
+    versions: str
+    commit: str
+    command: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One figure. `of` says what it is of, such as a model, a runtime and a batch size; `low` and `high` are its
-    spread, as the study's README says. A figure that is a text is a reason, such as why something was not measured."""
+    spread, as the study's README says. A figure that is a text is a reason, such as why something was not measured.
+    `origin`, where it is another than the file's."""
 
     of: Mapping[str, object]
     figure: str
     value: float | int | str
     low: float | None = None
     high: float | None = None
+    origin: Origin | None = None
+
+
+def origin_of(machine: Machine, command: str, commit: str | None = None) -> Origin:
+    """Of what `machine` measures by `command`; `commit` None: the one checked out here, if any."""
+    return Origin(_machine(machine), _versions(machine), checked_out() if commit is None else commit, command)
 
 
 def write_rows(path: Path, rows: Iterable[Row], machine: Machine, command: str, commit: str | None = None) -> None:
@@ -42,12 +59,13 @@ def write_rows(path: Path, rows: Iterable[Row], machine: Machine, command: str, 
     """
     found = list(rows)
     keys = list(dict.fromkeys(key for row in found for key in row.of))
-    origin = (_machine(machine), _versions(machine), checked_out() if commit is None else commit, command)
+    own = origin_of(machine, command, commit)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*keys, *FIGURE, *ORIGIN])
     for row in found:
         spread = ("" if bound is None else _number(bound) for bound in (row.low, row.high))
+        origin = (getattr(row.origin or own, name) for name in ORIGIN)
         writer.writerow([*(row.of.get(key, "") for key in keys), row.figure, _number(row.value), *spread, *origin])
     write_text(path, text.getvalue())
 

@@ -1,10 +1,10 @@
 """Isomorphic Pruning (Fang et al., ECCV 2024, arXiv 2407.04616), as Torch-Pruning, its authors' library, implements it.
 
 Channels are ranked among those of like subgraphs, so that hidden channels of all MLPs compete with each other, and the
-residual stream's with themselves. Heads go whole, in one ranking over all blocks, as in the library's example for timm's
-ViTs. Importance is first-order Taylor, from the cross-entropy on the calibration images. Channels and heads are pruned
-by one ratio, found by bisection; then that of the channels is lowered, since heads go in large steps. What a layer
-loses is not made up for: the paper trains the pruned model.
+residual stream's with themselves. Heads go whole, in one ranking over all blocks, as in the library's example for
+timm's ViTs. Importance is first-order Taylor, from the cross-entropy on the calibration images. Channels and heads are
+pruned by one ratio, found by bisection; then that of the channels is lowered, since heads go in large steps. What a
+layer loses is not made up for: the paper trains the pruned model.
 
 `inside`, the example's `--bottleneck`, leaves the residual stream alone. The paper prunes it as well, which costs far
 more where nothing is trained. MACs are counted with the attention's products in them, as everywhere here.

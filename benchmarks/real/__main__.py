@@ -1,14 +1,20 @@
 """A real model on real pictures: `python -m lowpass.benchmarks.real --help`."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lowpass.benchmarks.latency.machine import describe
 from lowpass.benchmarks.real.convert import convert
 from lowpass.benchmarks.real.dense import SETTINGS, make_dense
+from lowpass.benchmarks.real.methods import METHODS
 from lowpass.benchmarks.real.packages import CLIPART, FASHION, fetch
 from lowpass.benchmarks.real.pictures import DATA, image_folder
+from lowpass.benchmarks.real.table import Request, finished_rows, listed, measure_rows
+from lowpass.benchmarks.rows import origin_of, write_rows
 from lowpass.pipeline.base.allocator import keep_freed_memory
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.progress import console
@@ -56,6 +62,33 @@ def dense(
     """Fit the dense models: a linear head, then the last blocks."""
     for name in settings.split(","):
         console.print(str(make_dense(name.strip(), cache, seed)))
+
+
+@app.command()
+def rows(
+    setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = Request.setting,
+    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = ",".join(METHODS),
+    levels: Annotated[str, typer.Option(help="Shares of the MACs that stay.")] = "0.7,0.5,0.35",
+    seeds: Annotated[str, typer.Option(help="Of the images to calibrate on.")] = "0,1,2",
+    score_images: Annotated[int, typer.Option(help="To calibrate on.")] = Request.score_images,
+    test_images: Annotated[int | None, typer.Option(help="Drawn from the test split. [default: all]")] = None,
+    out: Annotated[Path | None, typer.Option(help="A CSV of every finished row, written after each.")] = None,
+    cache: Cache = CACHE,
+) -> None:
+    """Prune the dense model by every method, and measure top-1 without training."""
+    request = Request(
+        setting,
+        listed(methods, "--methods", str),
+        listed(levels, "--levels", float),
+        listed(seeds, "--seeds", int),
+        score_images,
+        test_images,
+    )
+    command = shlex.join(["python", "-m", "lowpass.benchmarks.real", *sys.argv[1:]])
+    machine = describe()
+    for _ in measure_rows(request, cache, origin_of(machine, command)):
+        if out is not None:
+            write_rows(out, finished_rows(cache), machine, command)
 
 
 if __name__ == "__main__":

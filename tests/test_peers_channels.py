@@ -8,6 +8,7 @@ from conftest import MakeViT
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from lowpass.benchmarks.peers import isomorphic
 from lowpass.benchmarks.peers.corp import Moments, match_logits, moments_of, predict, prune_by_corp, shrinkage
 from lowpass.benchmarks.peers.isomorphic import accumulated_gradients, counted_macs, prune_isomorphic, pruned_by
 from lowpass.benchmarks.peers.vbp import hidden_statistics, prune_by_variance
@@ -57,7 +58,7 @@ def test_vbp_removes_constant_channels_exactly(small: SlimViT) -> None:
 
 @torch.no_grad()
 def test_vbp_ranks_all_layers_together(small: SlimViT) -> None:
-    """Statistics are those of the hidden activations, and what stays varies more than what goes, whichever the block."""
+    """Statistics are those of the hidden activations; what stays varies more than what goes, whichever the block."""
     images, dense = pictures(6), copy.deepcopy(small)
     found = hidden_statistics(small, [images[:2], images[2:]])
     seen: list[Tensor] = []
@@ -78,13 +79,14 @@ def test_vbp_ranks_all_layers_together(small: SlimViT) -> None:
 
 @torch.no_grad()
 def test_corp_removes_affine_channels_without_loss(small: SlimViT) -> None:
-    """Half of the hidden channels repeat others, and half of a head's queries and keys are mixtures of its others."""
+    """Half of the hidden channels repeat the weakest, and half of a head's queries and keys are weak mixtures of its
+    others."""
     generator = torch.Generator().manual_seed(3)
     for block in small.blocks:
         first, attention = block.mlp.fc1, block.attn
-        first.weight[48:], first.bias[48:] = first.weight[:48], first.bias[:48]
-        # What repeats is read more weakly than E[x^2] tells: the order of a tie is no help.
-        block.mlp.fc2.weight[:, 48:] *= 0.5
+        first.weight[7] *= 0.1
+        first.bias[7] *= 0.1
+        first.weight[48:], first.bias[48:] = first.weight[7], first.bias[7]
         for layer in (attention.query, attention.key):
             for head in range(2):
                 own = slice(12 * head, 12 * head + 6), slice(12 * head + 6, 12 * head + 12)
@@ -143,7 +145,11 @@ def test_corp_makes_up_for_what_it_removes(digits_slim: SlimViT, digits: Batches
 
 
 @pytest.mark.parametrize(("inside", "target"), [(False, 0.6), (True, 0.5)])
-def test_isomorphic_pruning_reaches_its_target(inside: bool, target: float, digits: Batches) -> None:
+def test_isomorphic_pruning_reaches_its_target(
+    inside: bool, target: float, digits: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isomorphic, "TRIES", 7)
+    monkeypatch.setattr(isomorphic, "FINER_TRIES", 6)
     model = load_model("digits_deit")
     assert isinstance(model, VisionTransformer)
     assert counted_macs(model) == SlimViT.from_timm(model).architecture.macs()
@@ -166,8 +172,8 @@ def test_whole_heads_go_with_their_queries_keys_and_values(make_vit: MakeViT) ->
     model = make_vit(num_heads=3, depth=3)
     with torch.enable_grad():
         gradients = accumulated_gradients(model, [(pictures(8), torch.arange(8) % 5)])
-        pruned = pruned_by(model, gradients, 0.0, 0.5, inside=True)
-    assert sum(block.attn.num_heads for block in pruned.blocks) in (4, 5)
+        pruned = pruned_by(model, gradients, 0.1, 0.5, inside=True)
+    assert sum(block.attn.num_heads for block in pruned.blocks) < 9
     for block, dense in zip(pruned.blocks, model.blocks, strict=True):
         parts = dense.attn.qkv.weight.unflatten(0, (3, 3, 8))
         kept = block.attn.qkv.weight.unflatten(0, (3, block.attn.num_heads, 8))

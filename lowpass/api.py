@@ -59,7 +59,7 @@ def compress(
         resume: go on with an interrupted run; the outcome is the same.
         memory_budget: GiB for the search's activations; past it they are files in the run directory.
         tune_for: the runtime whose liking the shapes default to.
-        as_published: the paper's own shapes instead.
+        as_published: the paper's own shapes and channel criterion (LFS) instead.
         yes: go on although the dense model does no better than a guess, or far better under another reading.
         progress: called with a `Step` now and then.
         settings: one of `target_macs` (a share, such as 0.46), `target_latency` (ms, with `runtime`), `allowable_drop`
@@ -98,6 +98,8 @@ def recipe_of(
         raise InputError(f"there is no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
     shapes = {name: settings.pop(name) for name in Shaping.model_fields if name in settings}
     given = {name: value for name, value in settings.items() if value is not None}
+    if as_published:
+        given.setdefault("channel_criterion", "lfs")
     return make_recipe(
         model=model if isinstance(model, str) else name_of(model),
         data=IN_MEMORY if isinstance(data, tuple) else data,

@@ -23,11 +23,12 @@ from lowpass.pipeline.search.cascade import check_target, largest
 from lowpass.pipeline.search.channel_criteria import (
     CHANNEL_CRITERIA,
     Stream,
+    Told,
     low_frequency_sensitivity,
     sensitivity_from,
 )
 from lowpass.pipeline.search.log import SearchLog
-from lowpass.pipeline.search.log_entries import ChannelDecision, Curve, Entry, Plan, TokenDecision
+from lowpass.pipeline.search.log_entries import ChannelDecision, ClassifierDecision, Curve, Entry, Plan, TokenDecision
 from lowpass.pipeline.search.search import search
 from lowpass.pipeline.search.shaping import AS_PUBLISHED, FIRST_BLOCK_KEEP
 from lowpass.pipeline.train.evaluate import top1
@@ -54,7 +55,7 @@ def noise(dense: SlimViT) -> Batches:
         return [(images, dense(images).argmax(-1)) for images, _ in made]
 
 
-def recipe(**goal: float) -> Recipe:
+def recipe(**goal: object) -> Recipe:
     """The paper's shapes, which let every block drop any amount; `test_shaping.py` has the others."""
     return Recipe.model_validate({"model": "tiny", "data": "digits", "shaping": AS_PUBLISHED} | goal)
 
@@ -99,7 +100,8 @@ def test_each_block_is_profiled_alone_on_the_dense_model(dense: SlimViT, batches
             assert losses[0] == 0 and losses == sorted(losses)  # less is never better
             # Nothing reads the image tokens that leave the last block.
             assert losses[-1] > 0 or (options == curve.losses.tokens and curve.block == BLOCKS - 1)
-        (kept,) = (o for o in curve.losses.attention if (o.heads, o.qk_dim) == (whole.heads, whole.qk_dim))
+        shape = (whole.heads, whole.qk_dim, whole.v_dim)
+        (kept,) = (o for o in curve.losses.attention if (o.heads, o.qk_dim, o.v_dim) == shape)
         assert kept.loss == 0
 
 
@@ -108,17 +110,17 @@ def test_channels_are_scored_as_the_recipe_says(
 ) -> None:
     asked = []
 
-    def score(model: SlimViT, streams: Any, block: int, weight: float, _seed: int) -> ChannelScores:
+    def score(model: SlimViT, streams: Any, block: int, told: Told) -> ChannelScores:
         kept = list[Stream](streams)
-        asked.append((block, weight))
+        asked.append((block, told.weight))
         expected = low_frequency_sensitivity(model, batches[:1], block, cutoff=0.3, weight=0.7)
-        scores = sensitivity_from(model, kept, block, weight)
+        scores = sensitivity_from(model, kept, block, told.weight)
         torch.testing.assert_close(scores.query_key, expected.query_key, rtol=1e-3, atol=1e-9)
         torch.testing.assert_close(scores.hidden, expected.hidden, rtol=1e-3, atol=1e-9)
         return scores
 
     monkeypatch.setitem(CHANNEL_CRITERIA, "lfs", score)
-    run(dense, batches, recipe(allowable_drop=50, image_cutoff=0.3, lfs_weight=0.7))
+    run(dense, batches, recipe(allowable_drop=50, channel_criterion="lfs", image_cutoff=0.3, lfs_weight=0.7))
     assert asked == [(block, 0.7) for block in range(BLOCKS)]  # once, not once a trial
 
 
@@ -155,7 +157,8 @@ def test_bottom_up_tokens_first(dense: SlimViT, batches: Batches) -> None:
 
 @pytest.mark.parametrize("goal", [{"target_macs": 0.5}, {"allowable_drop": 60.0}])
 def test_every_decision_states_the_model_it_leaves(goal: dict[str, float], dense: SlimViT, batches: Batches) -> None:
-    """And is recorded before it is acted on: a run that dies in between takes it up again."""
+    """And is recorded before it is acted on: a run that dies in between takes it up again. (With recovery, a block is
+    adapted to what enters it between two decisions.)"""
     model, decisions = copy.deepcopy(dense), list[Entry]()
     seen: list[tuple[int, float]] = []
 
@@ -164,11 +167,21 @@ def test_every_decision_states_the_model_it_leaves(goal: dict[str, float], dense
             seen.append((model.architecture.macs(), top1(model, batches)))
             decisions.append(decision)
 
-    search(model, batches[:1], batches, recipe(**goal), Path(), SearchLog([], record))
+    search(model, batches[:1], batches, recipe(**goal, recovery=False), Path(), SearchLog([], record))
     seen.append((model.architecture.macs(), top1(model, batches)))
     stated = [(dense.architecture.macs(), 100.0), *((decision.macs, decision.top1) for decision in cuts(decisions))]
     assert [macs for macs, _ in seen] == [macs for macs, _ in stated]
     assert [accuracy for _, accuracy in seen] == pytest.approx([accuracy for _, accuracy in stated])
+
+
+@pytest.mark.parametrize("goal", [{"target_macs": 0.5}, {"allowable_drop": 60.0}])
+def test_the_last_decision_states_the_model_that_is_left(
+    goal: dict[str, float], dense: SlimViT, batches: Batches
+) -> None:
+    model, decisions = run(dense, batches, recipe(**goal))
+    last = decisions[-1]
+    assert isinstance(last, ClassifierDecision) and [refit.layer for refit in last.refits] == ["head"]
+    assert last.top1 == pytest.approx(top1(model, batches))
 
 
 def test_no_decision_costs_macs(make_vit: MakeViT) -> None:
@@ -257,7 +270,7 @@ def test_more_may_be_dropped_for_a_larger_allowance(dense: SlimViT, batches: Bat
 
 
 def test_the_first_block_keeps_nearly_all_tokens(dense: SlimViT, batches: Batches) -> None:
-    for goal in (recipe(target_macs=0.25), recipe(allowable_drop=100)):
+    for goal in (recipe(target_macs=0.25, channel_criterion="lfs"), recipe(allowable_drop=100)):
         model, decisions = run(dense, batches, goal)
         first = [d for d in decisions if isinstance(d, TokenDecision) and d.block == 0]
         assert all(trial.amount >= NEARLY_ALL for decision in first for trial in decision.trials)

@@ -9,6 +9,7 @@ from conftest import MakeViT
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import LayerScale
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from lowpass.pipeline.data.datasets import Batches, made_batches
@@ -169,8 +170,10 @@ def test_a_cut_block_comes_nearer_to_the_dense_stream(
             at.model.vit.blocks[0], _ = at.cut(choose_channels(at.sensitivity(), 150))
             at.ascend()
             at.ascend()
+        at.adapt()
         at.model.vit.blocks[index], refits = at.cut(choose_channels(at.sensitivity(), 200))
-        assert [r.layer for r in refits] == (["query/key", "attn.proj", "mlp.fc2"] if recovery else [])
+        done = [*(["query/key/value"] if index else []), "query/key", "attn.proj", "mlp.fc1", "mlp.fc2"]
+        assert [r.layer for r in refits] == (done if recovery else [])
         assert all(r.after <= r.before for r in refits)
         tokens, reference = at.model.embed(fresh[0][0]), dense.embed(fresh[0][0])
         for slim, whole in zip(at.model.blocks[: index + 1], dense.blocks, strict=False):
@@ -195,3 +198,51 @@ def test_tokens_are_followed_through_drops(dense: SlimViT, images: Batches) -> N
     middle, alive = first.targets._selected(first.model.blocks[0], first.clean[0], first.targets.alive[0])
     expected = first.targets.middle[0].gather(1, alive[..., None].expand(-1, -1, 48))
     torch.testing.assert_close(middle, expected)
+
+
+def test_attention_is_adapted_to_what_enters_it(dense: SlimViT, images: Batches) -> None:
+    """On unseen images its queries, keys and values come nearer to the dense model's; on the dense stream they stay."""
+    fresh = made_batches(dense.architecture, 64, 64, seed=9)[0][0]
+    at = state_of(dense, images)
+    at.adapt()
+    assert all(
+        torch.equal(a, b) for a, b in zip(at.model.state_dict().values(), dense.state_dict().values(), strict=True)
+    )
+    at.model.vit.blocks[0], _ = at.cut(choose_channels(at.sensitivity(), 200))
+    at.ascend()
+
+    def error() -> float:
+        block, whole = at.model.blocks[1], dense.blocks[1]
+        now = block.norm1(at.model.blocks[0](at.model.embed(fresh)))
+        wanted = whole.norm1(dense.blocks[0](dense.embed(fresh)))
+        layers = ("query", "key", "value")
+        return sum(
+            float((getattr(block.attn, n)(now) - getattr(whole.attn, n)(wanted)).square().mean()) for n in layers
+        )
+
+    before = error()
+    at.adapt()
+    assert error() < 0.9 * before
+
+
+def test_the_classifier_comes_nearer_to_the_dense_logits(dense: SlimViT, images: Batches) -> None:
+    fresh = made_batches(dense.architecture, 64, 64, seed=9)[0][0]
+    at = state_of(dense, images)
+    for index in range(len(dense.blocks)):
+        at.model.vit.blocks[index], _ = at.cut(choose_channels(at.sensitivity(), 300))
+        at.ascend()
+    wanted = dense(fresh)
+    before = float((at.model(fresh) - wanted).square().mean())
+    (done,) = at.refit_classifier()
+    assert done.layer == "head" and done.after < done.before
+    assert float((at.model(fresh) - wanted).square().mean()) < before
+    assert not state_of(dense, images, recovery=False).refit_classifier()
+
+
+def test_both_classifiers_of_a_distilled_model_are_refitted(make_vit: MakeViT) -> None:
+    model = SlimViT.from_timm(make_vit(VisionTransformerDistilled))
+    at = state_of(model, made_batches(model.architecture, 32, 16, seed=3))
+    for index in range(len(model.blocks)):
+        at.model.vit.blocks[index], _ = at.cut(choose_channels(at.sensitivity(), 100))
+        at.ascend()
+    assert [done.layer for done in at.refit_classifier()] == ["head", "head_dist"]

@@ -264,11 +264,13 @@ def compress(
         typer.Option(help="LFE norm: l2 is the paper's, l1 the released code's.", rich_help_panel=METHOD),
     ] = "l2",
     channel_criterion: Annotated[
-        Literal["lfs", "obs", "taylor", "magnitude", "random"],
+        Literal["obs", "lfs", "taylor", "magnitude", "random"] | None,
         typer.Option(
-            help="What channels are scored by: LFS, the method, or a rival to compare it with.", rich_help_panel=METHOD
+            help="What channels are scored by: obs, what no refit gives back; lfs, the paper's; or a rival. "
+            "[default: obs; with --as-published lfs]",
+            rich_help_panel=METHOD,
         ),
-    ] = "lfs",
+    ] = None,
     token_criterion: Annotated[
         Literal["lfe-attention", "attention", "lfe", "random"],
         typer.Option(

@@ -1,13 +1,15 @@
-"""Recovery without training: what reads removed channels is refitted in closed form.
+"""Recovery without training: what reads removed channels, or a stream that has changed, is refitted in closed form.
 
 The projection and the second MLP layer of a pruned block are fitted by ridge regression so that the residual stream
-comes as near as it can to the dense model's on the same images; the ridge pulls towards the weights that are there, and
-is chosen on held-out images. A refit that does not lower the held-out error is not taken. Everything is in FP64.
+comes as near as it can to the dense model's on the same images. So are query, key, value and the first MLP layer, by
+what the dense model's give, where cuts below have changed what they read; last the classifier, by the dense model's
+logits. The ridge pulls towards the weights that are there, and is chosen on held-out images. A refit that does not
+lower the held-out error is not taken. Everything is in FP64.
 
 Related: CORP (arXiv 2602.05243), Variance-Based Pruning (arXiv 2507.12988).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -120,6 +122,20 @@ def refit(layer: nn.Linear, name: str, fitted: Moments, judged: Moments) -> Refi
             layer.weight.copy_(best[:-1].T)
             layer.bias.copy_(best[-1])
     return Refit(layer=name, before=before, after=best_error, ridge=best_ridge)
+
+
+def refit_together(layers: Sequence[nn.Linear], name: str, fitted: Moments, judged: Moments) -> Refit:
+    """`refit` for layers that read the same; the targets are theirs side by side."""
+    joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers)).to(layers[0].weight)
+    sizes = [layer.out_features for layer in layers]
+    with torch.no_grad():
+        joined.weight.copy_(torch.cat([layer.weight for layer in layers]))
+        joined.bias.copy_(torch.cat([layer.bias for layer in layers]))
+        done = refit(joined, name, fitted, judged)
+        for layer, weight, bias in zip(layers, joined.weight.split(sizes), joined.bias.split(sizes), strict=True):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+    return done
 
 
 def unscaled(difference: Tensor, gamma: Tensor | None, layer: nn.Module, features: Tensor) -> Tensor:

@@ -19,13 +19,15 @@ class ChannelScores:
 
     A query channel and the key channel it multiplies share one score, the sum of the two: `query_key` [H, Dqk].
     `value` [H, Dv] and `hidden` [M] stand alone. `heads` [H] is what whole heads are worth, where the criterion says;
-    otherwise their channels do. All on the CPU, FP32.
+    otherwise their channels do. `cumulative`: a score is what is lost once its channel and all below it are gone;
+    otherwise it is the channel's own. All on the CPU, FP32.
     """
 
     query_key: Tensor
     value: Tensor
     hidden: Tensor
     heads: Tensor | None = None
+    cumulative: bool = False
 
 
 def sensitivity_loss(

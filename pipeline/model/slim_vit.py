@@ -67,6 +67,12 @@ class SlimViT(nn.Module):
         """Tokens as they leave the last block -> logits [B, classes]."""
         return cast(Tensor, self.vit.forward_head(self.vit.norm(tokens)))
 
+    @property
+    def classifiers(self) -> dict[str, nn.Linear]:
+        """The layers that give logits, by name: one, or two where the distillation token has its own."""
+        names = ("head", "head_dist") if self._description.dense.distilled else ("head",)
+        return {name: cast(nn.Linear, getattr(self.vit, name)) for name in names}
+
     def set_keep(self, block: int, keep: int) -> None:
         """Let `block` pass on `keep` image tokens; later blocks that kept more pass on as many as now reach them."""
         tokens = self.blocks[block].tokens_in

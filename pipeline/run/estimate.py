@@ -9,14 +9,18 @@ from lowpass.pipeline.data.datasets import image_bytes
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.loss_curves import POINTS, PROFILED_IMAGES, THRESHOLDS
+from lowpass.pipeline.search.error_metric import METRIC_IMAGES
+from lowpass.pipeline.search.loss_curves import POINTS, POINTS_BY_ERROR, PROFILED_IMAGES, THRESHOLDS
+from lowpass.pipeline.search.obs_scores import OBSERVED_TOKENS
 from lowpass.pipeline.search.recovery_targets import REFIT_ROWS
+from lowpass.pipeline.search.search import PROFILE_SCORED
 from lowpass.pipeline.train.settings import FinetuneSettings
 
 # Of a block, tokens and channels each, in a search to an allowable drop; in passes over all measuring images. There are
 # more, but those that fail stop early. As counted on the digits.
 TRIALS = 2
-REFIT_BLOCKS = 4  # forwards of one image through a block that a refit takes: its rows, and their products
+REFIT_BLOCKS = 4  # forwards of one image through a block that its refits take: their rows, and the products of those
+OBS_BLOCKS = 3  # likewise, to score it
 BACKWARD = 2  # of training, in forwards
 
 
@@ -81,7 +85,7 @@ def estimate(
     else:
         slim_macs, goal = None, f"an allowable drop of {recipe.allowable_drop:g} points of top-1"
     scored = min(recipe.score_images, train_images)
-    measured = 0 if table is not None else min(recipe.measure_images, train_images)
+    measured = 0 if table is not None else min(recipe.measured, train_images)
     forwards = _search(recipe, dense, scored, measured)
     after = macs if slim_macs is None else slim_macs
     test = test_images * (macs + after)
@@ -133,11 +137,12 @@ def as_table(done: Estimate) -> Table:
 
 
 def _held(recipe: Recipe, dense: Architecture, scored: int, measured: int) -> int:
-    """Bytes of the images, and of what enters the block at hand: of the images that measure, of those that score and
-    of their low-pass, and for recovery three times what it looks at."""
+    """Bytes of the images, and of what enters the block at hand: of the images that measure, of those that score
+    (LFS: and of their low-pass), and for recovery three times what it looks at."""
     tokens = dense.dense.num_tokens + dense.dense.num_prefix_tokens
     refitted = math.ceil(REFIT_ROWS / tokens) if recipe.recovery else 0
-    kept = measured + 2 * scored + 3 * min(refitted, scored)
+    streams = 2 if recipe.channel_criterion == "lfs" else 1
+    kept = measured + streams * scored + 3 * min(refitted, scored)
     return (scored + measured) * image_bytes(dense) + kept * tokens * dense.dense.embed_dim * 4
 
 
@@ -147,25 +152,41 @@ def _macs(macs: int) -> str:
 
 def _search(recipe: Recipe, dense: Architecture, scored: int, measured: int) -> int:
     """Image-forwards of the search, with every block as large as the dense model's: rather too many than too few."""
-    depth, tokens = dense.dense.depth, dense.dense.num_tokens + dense.dense.num_prefix_tokens
+    depth = dense.dense.depth
     above = (depth + 1) / 2  # forwards of everything from a block to the top, summed over the blocks
-    refitted = min(scored, math.ceil(REFIT_ROWS / tokens)) if recipe.recovery else 0
-    refit = refitted * REFIT_BLOCKS  # in every block
-    # LFS: low-passed images through all that lies above and back, and the block itself once more for either kind.
-    lfs = scored * (2 * above + 3)
-    climb = 2 * scored + measured + 2 * refitted  # what enters the next block
-    ready = measured  # in order of certainty
     if recipe.architecture is not None:
-        return round(lfs + climb + refit)
+        return round(_cutting(recipe, dense, scored))
     shaping = recipe.shaping
     stages = len(shaping.stages(depth)) / depth if recipe.prune != "channels" else 0.0
     channels = recipe.prune != "tokens"
+    ready = measured  # in order of certainty
     if recipe.allowable_drop is not None:
-        trials = TRIALS * (stages + channels)
-        return round(ready + climb + measured * above * trials + channels * (lfs + TRIALS * refit))
-    heads = dense.dense.num_heads - 1 if shaping.whole_heads else THRESHOLDS
-    cuts = channels * (heads + POINTS - 1) + stages * (POINTS - 1) / 2  # with fewer tokens the rest costs less
-    refits = 1 + (0 if shaping.whole_heads else THRESHOLDS)
-    profiling = lfs + climb + refits * refit + min(scored, PROFILED_IMAGES) * (1 + above * cuts)
-    cutting = lfs + climb + refit + measured * above * (stages + 1)
-    return round(2 * ready + profiling + cutting)
+        trials = TRIALS * (stages + channels) * (measured * above + _refits(recipe, dense, scored))
+        return round(ready + _cutting(recipe, dense, scored) + measured + trials)
+    few = min(scored, PROFILE_SCORED)
+    points = POINTS_BY_ERROR if recipe.channel_criterion == "obs" else POINTS
+    heads = min(points, dense.dense.num_heads) - 1 if shaping.whole_heads else THRESHOLDS
+    cuts = channels * (heads + points - 1) + stages * (POINTS - 1) / 2  # with fewer tokens the rest costs less
+    refits = 0 if shaping.whole_heads else THRESHOLDS * _refits(recipe, dense, few)
+    profiling = _cutting(recipe, dense, few) + refits + min(few, PROFILED_IMAGES) * (1 + above * cuts)
+    return round(ready + profiling + _cutting(recipe, dense, scored) + measured * (1 + above * (stages + 1)))
+
+
+def _cutting(recipe: Recipe, dense: Architecture, scored: int) -> float:
+    """Scoring, refitting and passing every block once."""
+    above = (dense.dense.depth + 1) / 2
+    tokens = dense.dense.num_tokens + dense.dense.num_prefix_tokens
+    # LFS: low-passed images through all that lies above and back, and the block itself once more for either kind.
+    # OBS: its metric, a pass and back, then the block and its products.
+    lfs = scored * (2 * above + 3)
+    obs = min(scored, METRIC_IMAGES) * (1 + BACKWARD) + min(scored, OBSERVED_TOKENS // tokens) * OBS_BLOCKS
+    scoring = 0 if recipe.prune == "tokens" else obs if recipe.channel_criterion == "obs" else lfs
+    streams = 2 if recipe.channel_criterion == "lfs" else 1
+    refitted = min(scored, math.ceil(REFIT_ROWS / tokens)) if recipe.recovery else 0
+    return scoring + streams * scored + 2 * refitted + _refits(recipe, dense, scored)
+
+
+def _refits(recipe: Recipe, dense: Architecture, scored: int) -> float:
+    """Refitting every block once."""
+    tokens = dense.dense.num_tokens + dense.dense.num_prefix_tokens
+    return REFIT_BLOCKS * min(scored, math.ceil(REFIT_ROWS / tokens)) if recipe.recovery else 0

@@ -14,7 +14,7 @@ from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.search.log import SearchLog
-from lowpass.pipeline.search.log_entries import ChannelDecision, TokenDecision, Trial
+from lowpass.pipeline.search.log_entries import ChannelDecision, ClassifierDecision, TokenDecision, Trial
 from lowpass.pipeline.search.shaping import Prune, Shaping, choose_shaped, first_keep
 from lowpass.pipeline.search.state import SearchState, keeping
 
@@ -30,6 +30,7 @@ def search_to_drop(state: SearchState, allowance: float, log: SearchLog) -> None
     top1 = state.top1(model.blocks)
     guesses = {"tokens": 0.1, "channels": 0.3}  # shares; once a block is done, what it came to
     for index in range(depth):
+        state.adapt()
         floor = top1
         if index in stages:
             floor -= allowance * token_share / len(stages)
@@ -44,11 +45,18 @@ def search_to_drop(state: SearchState, allowance: float, log: SearchLog) -> None
             apply(state, channels)
             top1 = channels.top1
         state.ascend()
+    refit_classifier(state, log)
+
+
+def refit_classifier(state: SearchState, log: SearchLog) -> None:
+    """The last step of a search with recovery."""
+    if refits := state.refit_classifier():
+        log.next(ClassifierDecision, lambda: ClassifierDecision(refits=refits, top1=state.top1([])))
 
 
 def apply(state: SearchState, decision: ChannelDecision) -> None:
     """Cut the block at hand as decided."""
-    if decision.choice is not None:
+    if decision.choice is not None or decision.refits:
         block, _ = state.cut(decision.choice)
         state.model.vit.blocks[state.index] = block
 

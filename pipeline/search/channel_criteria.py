@@ -4,21 +4,31 @@ A new criterion is one function here and one line of `CHANNEL_CRITERIA`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
-from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.frequency import lowpass_images
-from lowpass.pipeline.method.recovery import token_weights
 from lowpass.pipeline.method.sensitivity import ChannelCriterion, ChannelScores, channel_scores, sensitivity_loss
-from lowpass.pipeline.method.structured_obs import logit_gram, removal_costs
-from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.search.error_metric import BlockMetric
+from lowpass.pipeline.search.obs_scores import obs
 
-OBSERVED_TOKENS = 65_536  # that structured OBS looks at: some fifty for each channel
+SEE_LOW_PASSED: frozenset[ChannelCriterion] = frozenset({"lfs"})
 Stream = tuple[Tensor, Tensor, Tensor]  # tokens of clean images, tokens of low-passed images, labels
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a criterion is told beside the model and what enters the block: `weight`, the share of the cross-entropy in
+    LFS; `seed`, of random scores; `metric`, in which structured OBS measures errors, None: all channels of the stream
+    count the same."""
+
+    weight: float = 0.1
+    seed: int = 0
+    metric: BlockMetric | None = None
 
 
 def low_frequency_sensitivity(
@@ -103,41 +113,6 @@ def taylor(slim: SlimViT, streams: Iterable[Stream], block: int) -> ChannelScore
     return sensitivity_from(slim, unfiltered, block, weight=1.0)
 
 
-def obs(slim: SlimViT, streams: Iterable[Stream], block: int) -> ChannelScores:
-    """Structured OBS (`method/structured_obs.py`): value and hidden channels and heads by what the projection and the
-    second MLP layer lose that a refit does not give back, query-key pairs by the logits. See `sensitivity_from`.
-
-    Scores of a kind are divided by their mean: a logit and a token have no unit in common.
-
-    Raises:
-        ValueError: there are no batches.
-    """
-    part, dense = slim.blocks[block], slim.architecture.dense
-    attention, reader = part.attn, cast(nn.Linear, part.mlp.fc2)
-    last = block == len(slim.blocks) - 1
-    read = (dense.reads_prefix_tokens, dense.reads_image_tokens) if last else None
-    sums = list[Tensor]()
-    seen = 0
-    with torch.no_grad():
-        for clean, _, _ in streams:
-            if seen >= OBSERVED_TOKENS:
-                break
-            seen += clean.shape[0] * clean.shape[1]
-            found = _moments(part, clean, read, not dense.mean_readout)
-            sums = [one + two for one, two in zip(sums, found, strict=True)] if sums else list(found)
-    if not sums:
-        raise ValueError("channel sensitivity needs at least one batch")
-    logits, mixed, hidden = sums
-    heads, size = attention.num_heads, attention.v_dim
-    value_weight, hidden_weight = (_with_bias(attention.proj, part.ls1), _with_bias(reader, part.ls2))
-    ones = torch.ones(1, logits.shape[-1], device=logits.device)
-    pairs = torch.stack([removal_costs(gram, ones) for gram in logits])
-    values = removal_costs(mixed, value_weight, always=1).unflatten(0, (heads, size))
-    whole = removal_costs(mixed, value_weight, group=size, always=1)
-    scores = (pairs, values, removal_costs(hidden, hidden_weight, always=1), whole)
-    return ChannelScores(*((score / score.mean().clamp_min(1e-300)).float().cpu() for score in scores))
-
-
 def magnitude(slim: SlimViT, block: int) -> ChannelScores:
     """The squared L2 norm of each weight row."""
     return channel_scores((layer.weight.detach() for layer in _layers(slim, block)), slim.blocks[block].attn.num_heads)
@@ -148,49 +123,17 @@ def random_scores(slim: SlimViT, block: int, seed: int) -> ChannelScores:
     generator = torch.Generator().manual_seed(seed * len(slim.blocks) + block)
     attention, hidden = slim.blocks[block].attn, cast(nn.Linear, slim.blocks[block].mlp.fc1)
     sizes = ((attention.num_heads, attention.qk_dim), (attention.num_heads, attention.v_dim), (hidden.out_features,))
-    return ChannelScores(*(torch.rand(size, generator=generator) for size in sizes))
+    pairs, values, rows = (torch.rand(size, generator=generator) for size in sizes)
+    return ChannelScores(pairs, values, rows)
 
 
-# From the model, what enters the block, the block's index, the share of the cross-entropy (LFS) and a seed.
-CHANNEL_CRITERIA: dict[ChannelCriterion, Callable[[SlimViT, Iterable[Stream], int, float, int], ChannelScores]] = {
-    "lfs": lambda slim, streams, block, weight, _seed: sensitivity_from(slim, streams, block, weight),
-    "obs": lambda slim, streams, block, _weight, _seed: obs(slim, streams, block),
-    "taylor": lambda slim, streams, block, _weight, _seed: taylor(slim, streams, block),
-    "magnitude": lambda slim, _streams, block, _weight, _seed: magnitude(slim, block),
-    "random": lambda slim, _streams, block, _weight, seed: random_scores(slim, block, seed),
+CHANNEL_CRITERIA: dict[ChannelCriterion, Callable[[SlimViT, Iterable[Stream], int, Told], ChannelScores]] = {
+    "lfs": lambda slim, streams, block, told: sensitivity_from(slim, streams, block, told.weight),
+    "obs": lambda slim, streams, block, told: obs(slim, (clean for clean, _, _ in streams), block, told.metric),
+    "taylor": lambda slim, streams, block, _told: taylor(slim, streams, block),
+    "magnitude": lambda slim, _streams, block, _told: magnitude(slim, block),
+    "random": lambda slim, _streams, block, told: random_scores(slim, block, told.seed),
 }
-
-
-def _moments(
-    block: SlimBlock, tokens: Tensor, read: tuple[bool, bool] | None, cls_readout: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a batch, FP64: of the logits of each head [H, Dqk, Dqk], and of what the projection [H * Dv + 1, ...] and the
-    second MLP layer read [M + 1, ...], a constant 1 at the end."""
-    normed = block.norm1(tokens)
-    query, key = (
-        layer(normed).unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
-        for layer in (block.attn.query, block.attn.key)
-    )
-    mixed, attention = block.attn.features(normed, block.reads_attention)
-    middle = tokens + block.ls1(block.attn.proj(mixed))
-    if block.scores_tokens:
-        middle = block.keep_tokens(middle, block.scores(middle, attention), block.keep)
-    hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.norm2(middle))))
-
-    def weights(like: Tensor) -> Tensor:
-        return token_weights(like.shape[1], block.num_prefix_tokens, read, cls_readout, like)
-
-    def second(features: Tensor) -> Tensor:
-        rows = torch.cat([features, features.new_ones(*features.shape[:2], 1)], 2)
-        return ((rows * weights(features)[:, None]).flatten(0, 1).T @ rows.flatten(0, 1)).double()
-
-    return logit_gram(query, key, weights(tokens)).double(), second(mixed), second(hidden)
-
-
-def _with_bias(layer: nn.Linear, scale: nn.Module) -> Tensor:
-    """[C, k + 1]: what the layer adds to the stream, its bias last."""
-    weight = torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1)
-    return weight * cast(Tensor, scale.gamma).detach()[:, None] if isinstance(scale, LayerScale) else weight
 
 
 def _layers(slim: SlimViT, block: int) -> list[nn.Linear]:

@@ -13,10 +13,18 @@ from lowpass.pipeline.base.files import write_text
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.data.datasets import Batches
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.search.log_entries import ChannelDecision, Curve, Entry, Plan, TokenDecision, in_a_line
+from lowpass.pipeline.search.log_entries import (
+    ChannelDecision,
+    ClassifierDecision,
+    Curve,
+    Entry,
+    Plan,
+    TokenDecision,
+    in_a_line,
+)
 
 SEARCH_FILE = "search.jsonl"
-E = TypeVar("E", TokenDecision, ChannelDecision, Curve, Plan)
+E = TypeVar("E", TokenDecision, ChannelDecision, ClassifierDecision, Curve, Plan)
 
 
 class SearchLog:

@@ -48,6 +48,14 @@ class ChannelDecision(_Record):
     trials: tuple[Trial, ...] = ()
 
 
+class ClassifierDecision(_Record):
+    """How the classifier was refitted once all blocks were final."""
+
+    kind: Literal["classifier"] = "classifier"
+    refits: tuple[Refit, ...]
+    top1: float
+
+
 class Curve(_Record):
     """What one block, cut alone, loses: the mean KL divergence from the dense model's classes."""
 
@@ -64,7 +72,7 @@ class Plan(_Record):
     cost: float
 
 
-Entry = Annotated[TokenDecision | ChannelDecision | Curve | Plan, Field(discriminator="kind")]
+Entry = Annotated[TokenDecision | ChannelDecision | ClassifierDecision | Curve | Plan, Field(discriminator="kind")]
 
 
 def in_a_line(entry: Entry, before: Architecture, dense_macs: int) -> str:
@@ -74,6 +82,8 @@ def in_a_line(entry: Entry, before: Architecture, dense_macs: int) -> str:
         return f"profiled block {entry.block}: one head would lose {least.loss:.3g}"
     if isinstance(entry, Plan):
         return "plan: " + ", ".join(f"{b.heads}x{b.qk_dim}/{b.v_dim}+{b.hidden}@{b.keep}" for b in entry.blocks)
+    if isinstance(entry, ClassifierDecision):
+        return f"classifier refitted; top-1 {entry.top1:.2f}"
     index = entry.block
     had = before.blocks[index]
     if not isinstance(entry, ChannelDecision):

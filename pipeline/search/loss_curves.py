@@ -2,8 +2,11 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.method.block_shape import BlockShape
@@ -15,12 +18,14 @@ from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import Curve
-from lowpass.pipeline.search.plan import AttentionOption, BlockCurve, SizeOption, interpolated
+from lowpass.pipeline.search.plan import AttentionOption, BlockCurve, SizeOption, falling, interpolated
 from lowpass.pipeline.search.shaping import Shaping, first_keep
 from lowpass.pipeline.search.state import SearchState, first_images, keeping
 
-PROFILED_IMAGES = 512  # on which losses are measured
-POINTS = 8  # sizes measured of a hidden width or of a token count; in between is interpolated
+PROFILED_IMAGES = 256  # on which losses are measured
+# Sizes measured of a hidden width, a head count or a token count; in between is interpolated. Along the error that a
+# cut leaves behind a refit, which structured OBS knows, a loss is nearly straight: few points tell more than many.
+POINTS, POINTS_BY_ERROR = 8, 4
 LEVELS = 32  # counts of tokens that a plan may choose from
 THRESHOLDS = 12  # cuts of the attention measured where heads are thinned
 
@@ -69,19 +74,30 @@ def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
 
     whole = block.shape
     prune = state.settings.prune
-    attention = [
-        AttentionOption(heads=s.heads, qk_dim=s.qk_dim, v_dim=s.v_dim, loss=0.0 if s == whole else loss(cut(s)))
-        for s in ([whole] if prune == "tokens" else attention_shapes(whole, scores, shaping))
-    ]
+
+    def of_sizes(field: Literal["heads", "hidden"], sizes: list[int], of: Tensor | None) -> tuple[SizeOption, ...]:
+        points, along = POINTS, falling
+        if of is not None and scores.cumulative:
+            points, along = POINTS_BY_ERROR, partial(_left_behind, of.sort().values)
+        shapes = {size: whole.model_copy(update={field: size}) for size in spread(sizes, points)}
+        measured = [SizeOption(size=n, loss=0.0 if s == whole else loss(cut(s))) for n, s in shapes.items()]
+        return interpolated(measured, sizes, along)
+
+    if prune == "tokens":
+        attention = [AttentionOption(heads=whole.heads, qk_dim=whole.qk_dim, v_dim=whole.v_dim, loss=0.0)]
+    elif shaping.whole_heads:
+        attention = [
+            AttentionOption(heads=kept.size, qk_dim=whole.qk_dim, v_dim=whole.v_dim, loss=kept.loss)
+            for kept in of_sizes("heads", list(range(1, whole.heads + 1)), scores.heads)
+        ]
+    else:
+        attention = [
+            AttentionOption(heads=s.heads, qk_dim=s.qk_dim, v_dim=s.v_dim, loss=0.0 if s == whole else loss(cut(s)))
+            for s in thin_shapes(whole, scores)
+        ]
     widths = [whole.hidden] if prune == "tokens" else widths_of(whole.hidden, shaping)
-    hidden = [
-        SizeOption(
-            size=width,
-            loss=0.0 if width == whole.hidden else loss(cut(whole.model_copy(update={"hidden": width}))),
-        )
-        for width in spread(widths, POINTS)
-    ]
-    tokens = []
+    hidden = of_sizes("hidden", widths, scores.hidden)
+    tokens = list[SizeOption]()
     if prune != "channels" and index in shaping.stages(len(model.blocks)):
         counts = token_counts(model.architecture, index, shaping)
         for keep in spread(counts, POINTS):
@@ -89,14 +105,18 @@ def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
                 divergence = 0.0 if keep == whole.keep else loss(model.blocks[index])
             tokens.append(SizeOption(size=keep, loss=divergence))
         tokens = list(interpolated(tokens, counts))
-    losses = BlockCurve(attention=tuple(attention), hidden=interpolated(hidden, widths), tokens=tuple(tokens))
+    losses = BlockCurve(attention=tuple(attention), hidden=hidden, tokens=tuple(tokens))
     return Curve(block=index, losses=losses)
 
 
-def attention_shapes(whole: BlockShape, scores: ChannelScores, shaping: Shaping) -> list[BlockShape]:
-    """What the attention of a block may be cut to: whole heads, or what the paper's head search makes of thresholds."""
-    if shaping.whole_heads:
-        return [whole.model_copy(update={"heads": heads}) for heads in range(1, whole.heads + 1)]
+def _left_behind(ascending: Tensor, kept: int) -> float:
+    """The error once all but `kept` channels (or heads) are gone, from scores that are cumulative."""
+    gone = len(ascending) - kept
+    return float(ascending[gone - 1]) if gone else 0.0
+
+
+def thin_shapes(whole: BlockShape, scores: ChannelScores) -> list[BlockShape]:
+    """What the paper's head search makes of thresholds."""
     have = 2 * scores.query_key.numel() + scores.value.numel() + len(scores.hidden)
     found = {
         whole: None,

@@ -6,7 +6,7 @@ finds the combination of least loss within the target. The costs of a part depen
 number is part of the state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,12 +52,24 @@ class BlockCurve(_Frozen):
     tokens: tuple[SizeOption, ...]
 
 
-def interpolated(measured: Sequence[SizeOption], sizes: Sequence[int]) -> tuple[SizeOption, ...]:
-    """Losses at all `sizes` from those that were measured: piecewise linear, and never falling as a size falls."""
-    points = sorted((option.size, option.loss) for option in measured)
-    known = np.array([loss for _, loss in points])
-    known = np.maximum.accumulate(known[::-1])[::-1]
-    losses = np.interp(sizes, [size for size, _ in points], known)
+def falling(size: int) -> float:
+    """What `interpolated` goes along where nothing better is known."""
+    return -size
+
+
+def interpolated(
+    measured: Sequence[SizeOption], sizes: Sequence[int], along: Callable[[int], float] = falling
+) -> tuple[SizeOption, ...]:
+    """Losses at all `sizes` from those that were measured, never falling as a size falls.
+
+    Args:
+        measured: some sizes.
+        sizes: those that are wanted.
+        along: of a size, falling as it grows, what the loss is piecewise linear in.
+    """
+    points = sorted((along(option.size), option.loss) for option in measured)
+    known = np.maximum.accumulate(np.array([loss for _, loss in points]))
+    losses = np.interp([along(size) for size in sizes], [place for place, _ in points], known)
     return tuple(SizeOption(size=size, loss=float(loss)) for size, loss in zip(sizes, losses, strict=True))
 
 

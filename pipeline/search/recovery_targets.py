@@ -7,11 +7,22 @@ import torch
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
+from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.query_key_recovery import QueryKey, refit_query_key
-from lowpass.pipeline.method.recovery import Moments, Refit, Rows, moments, refit, token_weights, unscaled
+from lowpass.pipeline.method.recovery import (
+    Moments,
+    Refit,
+    Rows,
+    moments,
+    refit,
+    refit_together,
+    token_weights,
+    unscaled,
+)
 from lowpass.pipeline.method.token_scores import kept_indices
 from lowpass.pipeline.model.architecture import DenseViT
 from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.activation_store import Store
 
 REFIT_ROWS = 131_072  # tokens that recovery looks at: some hundred for each unknown of a row
@@ -34,6 +45,7 @@ class RecoveryTargets:
     ) -> None:
         self.dense, self.described, self.store, self.device, self.index = dense, described, store, device, 0
         self.entering = entering
+        self.deviates = False  # whether what enters the pruned model's block is not what enters the dense one's
         self.alive = [torch.arange(tokens.shape[1]).expand(len(tokens), -1) for tokens in entering]
         self._run_dense()
 
@@ -55,27 +67,60 @@ class RecoveryTargets:
         """Move past the block at hand, which the pruned model has as `block`; `clean` is what enters that."""
         for i, alive in enumerate(self.alive):
             self.alive[i] = self._selected(block, clean[i].to(self.device), alive.to(self.device))[1].cpu()
+        if self.dense:
+            self.deviates |= block.shape != self.dense[self.index].shape
         self.entering = self.leaving
         self.index += 1
         self._run_dense()
 
+    def refit_attention_inputs(self, block: SlimBlock, clean: Sequence[Tensor]) -> tuple[Refit, ...]:
+        """Refit query, key and value of an uncut block, in place: from what enters the pruned model's block they are to
+        give what the dense model's give."""
+        layers = [block.attn.query, block.attn.key, block.attn.value]
+        if not self.deviates or any(layer.bias is None for layer in layers):
+            return ()
+        return (refit_together(layers, "query/key/value", *moments(self._attention_input_rows(block, clean))),)
+
     def refit(
-        self, block: SlimBlock, before: SlimBlock, heads: tuple[int, ...], clean: Sequence[Tensor]
+        self, block: SlimBlock, before: SlimBlock, choice: ChannelChoice | None, clean: Sequence[Tensor]
     ) -> tuple[Refit, ...]:
-        """Refit what reads removed channels in `block`, in place.
+        """Refit what reads removed channels in `block`, and what reads a stream that is no longer the dense model's, in
+        place.
 
         Args:
-            block: pruned; its head i was `heads[i]` of `before`.
+            block: pruned.
             before: the block as it was.
-            heads: see above.
+            choice: what stayed of it; None: everything.
             clean: what enters the block of the pruned model.
         """
         done = []
-        if block.attn.qk_dim < before.attn.qk_dim:
+        if choice is not None and block.attn.qk_dim < before.attn.qk_dim:
             inputs = (block.norm1(tokens) for tokens in self._visiting(clean))
-            done.append(refit_query_key(query_key_of(block), inputs, query_key_of(before), heads))
+            done.append(refit_query_key(query_key_of(block), inputs, query_key_of(before), choice.heads))
         done.append(refit(block.attn.proj, "attn.proj", *moments(self._attention_rows(block, clean))))
+        if self.deviates or block.attn.value.out_features < before.attn.value.out_features:
+            hidden = range(before.shape.hidden) if choice is None else choice.hidden
+            rows = self._mlp_input_rows(block, clean, list(hidden))
+            done.append(refit(cast(nn.Linear, block.mlp.fc1), "mlp.fc1", *moments(rows)))
         done.append(refit(block.mlp.fc2, "mlp.fc2", *moments(self._mlp_rows(block, clean))))
+        return tuple(done)
+
+    def refit_classifier(self, model: SlimViT, clean: Sequence[Tensor]) -> tuple[Refit, ...]:
+        """Refit the classifiers of a pruned model, in place, by the dense model's logits; `clean` is what leaves its
+        last block."""
+        done = []
+        for name, layer in model.classifiers.items():
+            seen = list[Tensor]()
+            hook = layer.register_forward_hook(lambda _, inputs, output, seen=seen: seen.extend((*inputs, output)))
+            rows = list[Rows]()
+            for dense, slim in zip(self._visiting(self.entering), self._visiting(clean), strict=True):
+                for tokens in (dense, slim):
+                    model.classify(tokens)
+                _, wanted, features, _ = seen
+                seen.clear()
+                rows.append((features[:, None], wanted[:, None], torch.ones(1, device=self.device)))
+            hook.remove()
+            done.append(refit(layer, name, *moments(rows)))
         return tuple(done)
 
     def moments_of(
@@ -87,6 +132,23 @@ class RecoveryTargets:
     def _visiting(self, clean: Sequence[Tensor]) -> Iterator[Tensor]:
         for tokens in clean[: self.batches]:
             yield tokens.to(self.device)
+
+    def _attention_input_rows(self, block: SlimBlock, clean: Sequence[Tensor]) -> Iterator[Rows]:
+        """What query, key and value read, and what they should give, side by side."""
+        dense = self.dense[self.index]
+        layers = (dense.attn.query, dense.attn.key, dense.attn.value)
+        for tokens, alive, entering in zip(self._visiting(clean), self.alive, self.entering, strict=True):
+            wanted = dense.norm1(_pick(entering.to(self.device), alive.to(self.device)))
+            target = torch.cat([layer(wanted) for layer in layers], 2)
+            yield block.norm1(tokens), target, self._weights(block, tokens)
+
+    def _mlp_input_rows(self, block: SlimBlock, clean: Sequence[Tensor], hidden: list[int]) -> Iterator[Rows]:
+        """What the first MLP layer reads, and what it should give; it has the dense one's channels `hidden`."""
+        dense = self.dense[self.index]
+        for tokens, alive, middle in zip(self._visiting(clean), self.alive, self.middle, strict=True):
+            now, left = self._selected(block, tokens, alive.to(self.device))
+            wanted = dense.norm2(_pick(middle.to(self.device), left))
+            yield block.norm2(now), dense.mlp.fc1(wanted)[..., hidden], self._weights(block, now)
 
     def _attention_rows(self, block: SlimBlock, clean: Sequence[Tensor]) -> Iterator[Rows]:
         """What the projection reads, and what it should give."""

@@ -22,6 +22,7 @@ from lowpass.pipeline.search.settings import SearchSettings
 from lowpass.pipeline.search.state import SearchState
 from lowpass.pipeline.search.target import CostTarget, check_measured_target, search_to_target
 
+PROFILE_SCORED = 1024  # images that score the cuts whose loss is measured: an amount needs fewer than a choice does
 IMAGE_SHARE = 0.5  # of the memory budget that images may take; past it they are files, like activations
 CostTargetOf = Callable[[Architecture], CostTarget]
 
@@ -51,12 +52,9 @@ def search(
     Raises:
         InputError: the target is out of reach.
     """
-
-    def state_of(pruned: SlimViT) -> SearchState:
-        return SearchState(pruned, scoring, measuring, settings, directory, budget_gib)
-
     if settings.allowable_drop is not None:
-        search_to_drop(state_of(model), settings.allowable_drop, log)
+        state = SearchState(model, scoring, measuring, settings, directory, budget_gib)
+        search_to_drop(state, settings.allowable_drop, log)
         return
     dense = model.architecture
     if settings.target_macs is not None:
@@ -67,8 +65,18 @@ def search(
         raise ValueError("a latency target needs a way to measure")
     if log.fresh:
         check_measured_target(target, dense, settings.shaping, settings.prune)
-    curves = measure_loss_curves(state_of(copy.deepcopy(model)), log)
-    search_to_target(curves, state_of(model), target, log)
+    few = _first(scoring, PROFILE_SCORED)
+    profiled = SearchState(copy.deepcopy(model), few, [], settings, directory, budget_gib)
+    curves, metrics = measure_loss_curves(profiled, log), profiled.metrics
+    del profiled  # its activations
+    state = SearchState(model, scoring, measuring, settings, directory, budget_gib, metrics)
+    search_to_target(curves, state, target, log)
+
+
+def _first(batches: Batches, images: int) -> Batches:
+    """As many of the first batches as hold that many images."""
+    wanted = -(-images // max((len(labels) for _, labels in batches), default=1))
+    return batches[:wanted]
 
 
 def logged_search(
@@ -94,15 +102,13 @@ def logged_search(
     """
     size, seed = settings.batch_size, settings.seed
     # The images take part in the budget, before the activations do.
-    images = min(settings.score_images, len_of(data.calibration)) + min(
-        settings.measure_images, len_of(data.calibration)
-    )
+    images = sum(min(count, len_of(data.calibration)) for count in (settings.score_images, settings.measured))
     needed = images * image_bytes(slim.architecture)
     in_memory = needed <= budget_gib * 2**30 * IMAGE_SHARE
     keep = None if in_memory else activation_store(needed, 0, directory)
     budget_gib = max(0.0, budget_gib - needed / 2**30) if in_memory else budget_gib
     scoring = data.calibration_batches(settings.score_images, size, seed, "reading images to score", keep)
-    measuring = data.calibration_batches(settings.measure_images, size, seed + 1, "reading images to measure", keep)
+    measuring = data.calibration_batches(settings.measured, size, seed + 1, "reading images to measure", keep)
     header = {
         "lowpass": __version__,
         "dense_sha256": sha256(directory / DENSE_WEIGHTS_FILE),

@@ -12,6 +12,8 @@ from lowpass.pipeline.search.shaping import SHAPINGS, Prune, Shaping
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
+TOLD_BY = 1000  # images that top-1 is measured on where nothing hangs on it
+
 
 class SearchSettings(BaseModel):
     """How far to prune, on which images, and by what. One of `target_macs`, `target_latency` and `allowable_drop` says
@@ -30,7 +32,7 @@ class SearchSettings(BaseModel):
     image_cutoff: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     token_cutoff: Fraction = 0.85
     energy_norm: EnergyNorm = "l2"
-    channel_criterion: ChannelCriterion = "lfs"
+    channel_criterion: ChannelCriterion = "obs"
     token_criterion: TokenCriterion = "lfe-attention"
     order: Literal["bottom-up", "top-down", "one-shot"] = "bottom-up"
     prune: Prune = "both"
@@ -43,3 +45,8 @@ class SearchSettings(BaseModel):
     recovery: bool = True
     mixed_precision: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    @property
+    def measured(self) -> int:
+        """Images that measure top-1. A search to an allowable drop decides by it; one to a target only tells it."""
+        return self.measure_images if self.allowable_drop is not None else min(self.measure_images, TOLD_BY)

@@ -20,7 +20,8 @@ from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB, activation_store
-from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, Stream
+from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, SEE_LOW_PASSED, Stream, Told
+from lowpass.pipeline.search.error_metric import BlockMetric, block_metrics
 from lowpass.pipeline.search.recovery_targets import REFIT_ROWS, RecoveryTargets
 from lowpass.pipeline.search.settings import SearchSettings
 
@@ -30,6 +31,7 @@ class SearchState:
 
     `measured` enters the block from the images that measure top-1, those that the dense model is least sure of first,
     so that a trial that fails does so early. `clean` and `low` come from the scoring images and their low-pass (LFS).
+    `metrics` are the dense model's, where the criterion reads them and another state has them.
     """
 
     def __init__(
@@ -40,21 +42,29 @@ class SearchState:
         settings: SearchSettings,
         directory: Path,
         budget_gib: float = DEFAULT_BUDGET_GIB,
+        metrics: list[BlockMetric] | None = None,
     ) -> None:
         self.model, self.settings, self.index = model, settings, 0
-        self._cuts = dict[ChannelChoice, tuple[SlimBlock, tuple[Refit, ...]]]()
+        self._adapted = tuple[Refit, ...]()
+        self._cuts = dict[ChannelChoice | None, tuple[SlimBlock, tuple[Refit, ...]]]()
         self.device = next(model.parameters()).device
         self.labels = [labels for _, labels in scoring]
         dense = model.architecture.dense
         tokens = dense.num_tokens + dense.num_prefix_tokens
         refitted = math.ceil(REFIT_ROWS / tokens) if settings.recovery else 0
-        images = sum(len(labels) for _, labels in measuring) + 2 * sum(map(len, self.labels)) + 3 * refitted
+        streams = 2 if settings.channel_criterion in SEE_LOW_PASSED else 1
+        scored = sum(map(len, self.labels))
+        images = sum(len(labels) for _, labels in measuring) + streams * scored + 3 * min(refitted, scored)
         self.store = activation_store(images * tokens * dense.embed_dim * 4, round(budget_gib * 2**30), directory)
         with torch.no_grad():
             self.clean = [self._embedded(images) for images, _ in scoring]
-            self.low = [self._embedded(lowpass_images(images, settings.image_cutoff)) for images, _ in scoring]
+            lowpassed = scoring if settings.channel_criterion in SEE_LOW_PASSED else []
+            self.low = [self._embedded(lowpass_images(images, settings.image_cutoff)) for images, _ in lowpassed]
             ordered = self._least_sure_first(measuring)
             self.measured = [self._embedded(images) for images, _ in ordered]
+        self.metrics = metrics or list[BlockMetric]()
+        if settings.channel_criterion == "obs" and not self.metrics:
+            self.metrics = block_metrics(model, self.clean, settings.seed)
         self.measured_labels = [labels for _, labels in ordered]
         blocks = copy.deepcopy(model.blocks) if settings.recovery else []
         self.targets = RecoveryTargets(blocks, dense, first_images(self.clean, refitted), self.store, self.device)
@@ -126,8 +136,9 @@ class SearchState:
         return total / sum(map(len, batches))
 
     def streams(self) -> Iterator[Stream]:
-        """What enters the block at hand from the scoring images, on the model's device."""
-        for clean, low, labels in zip(self.clean, self.low, self.labels, strict=True):
+        """What enters the block at hand from the scoring images, on the model's device; the images themselves take the
+        place of low-passed ones where the criterion does not see those."""
+        for clean, low, labels in zip(self.clean, self.low or self.clean, self.labels, strict=True):
             yield clean.to(self.device), low.to(self.device), labels.to(self.device)
 
     def sensitivity(self) -> ChannelScores:
@@ -136,24 +147,38 @@ class SearchState:
 
     def scores_of(self, model: SlimViT, streams: Iterable[Stream], index: int) -> ChannelScores:
         """Of any block of any model, by the criterion asked for."""
-        score = CHANNEL_CRITERIA[self.settings.channel_criterion]
-        return score(model, streams, index, self.settings.lfs_weight, self.settings.seed)
+        criterion = self.settings.channel_criterion
+        metric = self.metrics[index] if criterion == "obs" else None
+        told = Told(self.settings.lfs_weight, self.settings.seed, metric)
+        return CHANNEL_CRITERIA[criterion](model, streams, index, told)
 
-    def cut(self, choice: ChannelChoice) -> tuple[SlimBlock, tuple[Refit, ...]]:
-        """A copy of the block at hand with the chosen channels alone, refitted; the model stays as it is. The same
+    @torch.no_grad()
+    def adapt(self) -> None:
+        """Refit the attention of the block at hand, in place, to what enters it now."""
+        if self.targets.batches:
+            self._adapted = self.targets.refit_attention_inputs(self.model.blocks[self.index], self.clean)
+
+    def cut(self, choice: ChannelChoice | None) -> tuple[SlimBlock, tuple[Refit, ...]]:
+        """A copy of the block at hand with the chosen channels alone (None: all), refitted; the model stays. The same
         choice gives the same block: what was tried is there when it is accepted."""
         if choice not in self._cuts:
             self._cuts[choice] = self._cut(choice)
         return self._cuts[choice]
 
-    def _cut(self, choice: ChannelChoice) -> tuple[SlimBlock, tuple[Refit, ...]]:
+    def _cut(self, choice: ChannelChoice | None) -> tuple[SlimBlock, tuple[Refit, ...]]:
         before = self.model.blocks[self.index]
         block = copy.deepcopy(before)
-        remove_channels(block, choice)
+        if choice is not None:
+            remove_channels(block, choice)
         if not self.targets.batches:
             return block, ()
         with torch.no_grad():
-            return block, self.targets.refit(block, before, choice.heads, self.clean)
+            return block, self._adapted + self.targets.refit(block, before, choice, self.clean)
+
+    @torch.no_grad()
+    def refit_classifier(self) -> tuple[Refit, ...]:
+        """In place, once all blocks are final."""
+        return self.targets.refit_classifier(self.model, self.clean) if self.targets.batches else ()
 
     def refit_moments(self, block: SlimBlock) -> tuple[tuple[Moments, Moments], tuple[Moments, Moments]]:
         """See `RecoveryTargets.moments_of`."""

@@ -14,8 +14,8 @@ def apply_table(state: SearchState, blocks: Sequence[BlockShape]) -> None:
     model = state.model
     choose = chooser(state, blocks)
     for index, shape in enumerate(track(blocks, "cutting blocks")):
+        state.adapt()
         model.set_keep(index, shape.keep)
-        choice = choose(index)
-        if choice is not None:
-            model.vit.blocks[index], _ = state.cut(choice)
+        model.vit.blocks[index], _ = state.cut(choose(index))
         state.ascend()
+    state.refit_classifier()

@@ -13,9 +13,8 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger, track
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice
-from lowpass.pipeline.method.recovery import Refit
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.search.cascade import apply
+from lowpass.pipeline.search.cascade import apply, refit_classifier
 from lowpass.pipeline.search.costs import Costs, total
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import ChannelDecision, Plan, TokenDecision
@@ -53,11 +52,13 @@ def search_to_target(curves: Sequence[BlockCurve], state: SearchState, target: C
     model = state.model
     choose = chooser(state, planned.blocks)
     for index, shape in enumerate(track(planned.blocks, "cutting blocks")):
+        state.adapt()
         if shape.keep < model.blocks[index].tokens_in:
             log.next(TokenDecision, _kept, state, shape.keep)
             model.set_keep(index, shape.keep)
         apply(state, log.next(ChannelDecision, _cut_to, state, shape, choose))
         state.ascend()
+    refit_classifier(state, log)
 
 
 def _kept(state: SearchState, keep: int) -> TokenDecision:
@@ -70,9 +71,7 @@ def _kept(state: SearchState, keep: int) -> TokenDecision:
 def _cut_to(state: SearchState, shape: BlockShape, choose: Callable[[int], ChannelChoice | None]) -> ChannelDecision:
     model, index = state.model, state.index
     choice = choose(index)
-    block, refits = model.blocks[index], tuple[Refit, ...]()
-    if choice is not None:
-        block, refits = state.cut(choice)
+    block, refits = state.cut(choice)
     top1 = state.top1([block, *model.blocks[index + 1 :]])
     macs = model.architecture.with_block(index, shape).macs()
     return ChannelDecision(block=index, choice=choice, top1=top1, macs=macs, refits=refits)

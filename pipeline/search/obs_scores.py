@@ -1,0 +1,93 @@
+"""Structured OBS (`method/structured_obs.py`) run on a block: the scores of its channels and heads."""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from lowpass.pipeline.method.recovery import token_weights
+from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.method.structured_obs import logit_gram, removal_costs
+from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.search.error_metric import BlockMetric
+
+OBSERVED_TOKENS = 65_536  # some fifty for each channel
+
+
+def obs(slim: SlimViT, entering: Iterable[Tensor], block: int, metric: BlockMetric | None) -> ChannelScores:
+    """Value and hidden channels and heads by what the projection and the second MLP layer lose that a refit does not
+    give back, query-key pairs by the logits.
+
+    Scores of a kind are divided by their mean: a logit and a token have no unit in common.
+
+    Args:
+        slim: in evaluation mode.
+        entering: tokens [B, P + N, C] that enter the block, on the model's device.
+        block: its index.
+        metric: in which errors are measured; None: all channels of the stream count the same.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    part, dense = slim.blocks[block], slim.architecture.dense
+    attention, reader = part.attn, cast(nn.Linear, part.mlp.fc2)
+    last = block == len(slim.blocks) - 1
+    read = (dense.reads_prefix_tokens, dense.reads_image_tokens) if last else None
+    sums = list[Tensor]()
+    seen = 0
+    with torch.no_grad():
+        for clean in entering:
+            if seen >= OBSERVED_TOKENS:
+                break
+            seen += clean.shape[0] * clean.shape[1]
+            found = _moments(part, clean, read, not dense.mean_readout)
+            sums = [one + two for one, two in zip(sums, found, strict=True)] if sums else list(found)
+    if not sums:
+        raise ValueError("channel sensitivity needs at least one batch")
+    logits, mixed, hidden = sums
+    heads, size = attention.num_heads, attention.v_dim
+    value_weight, hidden_weight = _with_bias(attention.proj, part.ls1), _with_bias(reader, part.ls2)
+    if metric is not None:
+        value_weight, hidden_weight = metric.middle @ value_weight.double(), metric.leaving @ hidden_weight.double()
+    ones = torch.ones(1, logits.shape[-1], device=logits.device)
+    pairs = torch.stack([removal_costs(gram, ones) for gram in logits])
+    values = removal_costs(mixed, value_weight, always=1).unflatten(0, (heads, size))
+    whole = removal_costs(mixed, value_weight, group=size, always=1)
+    scores = (pairs, values, removal_costs(hidden, hidden_weight, always=1), whole)
+    pairs, values, hidden, whole = ((score / score.mean().clamp_min(1e-300)).float().cpu() for score in scores)
+    return ChannelScores(pairs, values, hidden, whole, cumulative=True)
+
+
+def _moments(
+    block: SlimBlock, tokens: Tensor, read: tuple[bool, bool] | None, cls_readout: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a batch, FP64: of the logits of each head [H, Dqk, Dqk], and of what the projection [H * Dv + 1, ...] and the
+    second MLP layer read [M + 1, ...], a constant 1 at the end."""
+    normed = block.norm1(tokens)
+    query, key = (
+        layer(normed).unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
+        for layer in (block.attn.query, block.attn.key)
+    )
+    mixed, attention = block.attn.features(normed, block.reads_attention)
+    middle = tokens + block.ls1(block.attn.proj(mixed))
+    if block.scores_tokens:
+        middle = block.keep_tokens(middle, block.scores(middle, attention), block.keep)
+    hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.norm2(middle))))
+
+    def weights(like: Tensor) -> Tensor:
+        return token_weights(like.shape[1], block.num_prefix_tokens, read, cls_readout, like)
+
+    def second(features: Tensor) -> Tensor:
+        rows = torch.cat([features, features.new_ones(*features.shape[:2], 1)], 2)
+        return ((rows * weights(features)[:, None]).flatten(0, 1).T @ rows.flatten(0, 1)).double()
+
+    return logit_gram(query, key, weights(tokens)).double(), second(mixed), second(hidden)
+
+
+def _with_bias(layer: nn.Linear, scale: nn.Module) -> Tensor:
+    """[C, k + 1]: what the layer adds to the stream, its bias last."""
+    weight = torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1)
+    return weight * cast(Tensor, scale.gamma).detach()[:, None] if isinstance(scale, LayerScale) else weight

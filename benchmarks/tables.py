@@ -263,6 +263,29 @@ def kernels(results: Path) -> str:
     return markdown(["model", "candidate", *header, "bytes moved, FP16, batch 32, of dense"], lines, 2)
 
 
+def real(results: Path) -> str:
+    """Points of top-1 that every method loses on the real model, by the MACs that stay."""
+    rows = study(results, "real")
+    levels = [level for (level,) in different(rows, "level")]
+    lines = []
+    for setting, method, tested in different(rows, "setting", "method", "test_images"):
+        of = {"setting": setting, "method": method, "test_images": tested}
+        own = [row for row in rows if all(row[key] == value for key, value in of.items())]
+        dense = one(own, "top1_dense")
+        cells = []
+        for level in levels:
+            lost = [
+                row | {"figure": "lost", "value": str(float(row["value"]) - float(dense["value"]))}
+                for row in own
+                if dense is not None and row["figure"] == "top1_no_training" and row["level"] == level
+            ]
+            cells.append(over_seeds(lost, "lost"))
+        seeds = str(len({row["seed"] for row in own}))
+        lines.append([setting, method, tested, seeds, number(dense, "{:.2f}"), *cells])
+    header = ["setting", "method", "test images", "seeds", "dense", *(f"{level} of the MACs" for level in levels)]
+    return markdown(header, lines, 2)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "accuracy": accuracy("accuracy_recovery", "accuracy_recovery_curve", "accuracy_as_published"),
@@ -270,6 +293,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "criteria": accuracy("accuracy_criteria"),
     "settings": accuracy("accuracy_settings"),
     "noise": noise,
+    "ranked": accuracy("accuracy_ranked"),
+    "real": real,
     "speed-small": speed("deit_small"),
     "speed-tiny": speed("deit_tiny"),
     "speed-base": speed("deit_base"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lowpass.pipeline.method.sensitivity import ChannelScores
     from lowpass.pipeline.method.token_scores import token_scores
     from lowpass.pipeline.model.slim_vit import SlimViT
+    from lowpass.pipeline.run.show_tokens import show_tokens
     from lowpass.pipeline.search.channel_criteria import low_frequency_sensitivity
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "low_frequency_energy",
     "low_frequency_sensitivity",
     "lowpass_images",
+    "show_tokens",
     "token_scores",
 ]
 
@@ -63,6 +65,7 @@ _HOMES = {
     "low_frequency_energy": "pipeline.method.energy",
     "low_frequency_sensitivity": "pipeline.search.channel_criteria",
     "lowpass_images": "pipeline.method.frequency",
+    "show_tokens": "pipeline.run.show_tokens",
     "token_scores": "pipeline.method.token_scores",
 }
 

@@ -91,6 +91,14 @@ STUDIES = {
             _both("random", "random"),
         ),
     ),
+    # What a criterion must foresee is what is lost behind recovery, in the shapes that deploy.
+    "ranked": Study(
+        "criteria for channels, behind recovery",
+        {"shaping": SHAPINGS["tensorrt"].model_copy(update={"align": 16}), "score_images": 512},
+        targets=(0.5, 0.35, 0.25),
+        epochs=2,
+        variants=tuple(_channels(criterion) for criterion in ("obs", "lfs", "taylor", "magnitude")),
+    ),
     "settings": Study(
         "order and settings of the method",
         PAPER,

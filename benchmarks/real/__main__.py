@@ -13,6 +13,7 @@ from lowpass.benchmarks.real.dense import SETTINGS, make_dense
 from lowpass.benchmarks.real.methods import METHODS
 from lowpass.benchmarks.real.packages import CLIPART, FASHION, fetch
 from lowpass.benchmarks.real.pictures import DATA, image_folder
+from lowpass.benchmarks.real.plot import plot_rows
 from lowpass.benchmarks.real.table import Request, finished_rows, listed, measure_rows
 from lowpass.benchmarks.rows import origin_of, write_rows
 from lowpass.pipeline.base.allocator import keep_freed_memory
@@ -72,7 +73,9 @@ def rows(
     seeds: Annotated[str, typer.Option(help="Of the images to calibrate on.")] = "0,1,2",
     score_images: Annotated[int, typer.Option(help="To calibrate on.")] = Request.score_images,
     test_images: Annotated[int | None, typer.Option(help="Drawn from the test split. [default: all]")] = None,
-    out: Annotated[Path | None, typer.Option(help="A CSV of every finished row, written after each.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A CSV of every finished row, and a plot beside it, written after each.")
+    ] = None,
     cache: Cache = CACHE,
 ) -> None:
     """Prune the dense model by every method, and measure top-1 without training."""
@@ -88,7 +91,9 @@ def rows(
     machine = describe()
     for _ in measure_rows(request, cache, origin_of(machine, command)):
         if out is not None:
-            write_rows(out, finished_rows(cache), machine, command)
+            done = finished_rows(cache)
+            write_rows(out, done, machine, command)
+            plot_rows(done, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

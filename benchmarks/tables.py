@@ -264,9 +264,9 @@ def kernels(results: Path) -> str:
 
 
 def real(results: Path) -> str:
-    """Points of top-1 that every method loses on the real model, by the MACs that stay."""
+    """Points of top-1 between every method and the dense real model, by the MACs that stay."""
     rows = study(results, "real")
-    levels = [level for (level,) in different(rows, "level")]
+    levels = sorted((level for (level,) in different(rows, "level")), key=float, reverse=True)
     lines = []
     for setting, method, tested in different(rows, "setting", "method", "test_images"):
         of = {"setting": setting, "method": method, "test_images": tested}

@@ -9,10 +9,13 @@ import torch
 from PIL import Image
 
 import lowpass
+from lowpass.benchmarks.real.show import write_pictures
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.data.digits import DigitScenes
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.run.show_tokens import FADED, GAP, SIDE, kept_tokens
+from lowpass.pipeline.run.compress import compress
+from lowpass.pipeline.run.recipe import make_recipe
+from lowpass.pipeline.run.show_tokens import GAP, PAINT, SHINES_THROUGH, SIDE, kept_tokens
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +58,10 @@ def test_the_sheet_shows_it(slim: SlimViT) -> None:
     np.testing.assert_allclose(whole[::7, ::7], np.asarray(pictures[0], float), atol=1)
     for stage, kept in ((1, 40), (2, 12)):
         shown = sheet[:side, stage * (side + GAP) : stage * (side + GAP) + side]
-        faded = 255 - FADED * (255 - whole)
+        painted = SHINES_THROUGH * whole + (1 - SHINES_THROUGH) * 255 * PAINT
         patches = lambda image: image.reshape(8, side // 8, 8, side // 8, 3).swapaxes(1, 2).reshape(64, -1)  # noqa: E731
         same = np.abs(patches(shown) - patches(whole)).max(1) < 1
-        gone = np.abs(patches(shown) - patches(faded)).max(1) <= 1
+        gone = np.abs(patches(shown) - patches(painted)).max(1) <= 1
         assert same.sum() == kept and (same ^ gone).all()
 
 
@@ -78,3 +81,22 @@ def test_a_run_directory_will_do(slim: SlimViT, tmp_path: Path) -> None:
     file = tmp_path / "picture.png"
     picture(0).resize((50, 40)).save(file)
     assert lowpass.show_tokens(tmp_path, [file]).size[1] == SIDE
+
+
+def test_a_search_is_drawn(slim: SlimViT, tiny_source: dict[str, object], tmp_path: Path) -> None:
+    """Of a run that was searched to a target; of anything else the reason is said."""
+    few = {"target_macs": 0.5, "score_images": 32, "measure_images": 32}
+    run = tmp_path / "run"
+    compress(make_recipe(data="digits", **few, **tiny_source), run)
+    pictures = tmp_path / "val"
+    for kind in ("one", "two"):
+        (pictures / kind).mkdir(parents=True)
+        picture(0).save(pictures / kind / "picture.png")
+    written = write_pictures(run, pictures, tmp_path / "drawn")
+    assert written[0].name == "blocks.png"
+    assert all(Image.open(path).size[0] > 100 for path in written)
+    slim.save(tmp_path)
+    with pytest.raises(InputError, match=r"search\.jsonl"):
+        write_pictures(tmp_path, pictures, tmp_path / "drawn")
+    with pytest.raises(InputError, match="no folders of pictures"):
+        write_pictures(run, tmp_path / "none", tmp_path / "drawn")

@@ -1,7 +1,6 @@
 """A real model on real pictures: `python -m lowpass.benchmarks.real --help`."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from lowpass.benchmarks.real.methods import METHODS
 from lowpass.benchmarks.real.packages import CLIPART, FASHION, fetch
 from lowpass.benchmarks.real.pictures import DATA, image_folder
 from lowpass.benchmarks.real.plot import plot_rows
+from lowpass.benchmarks.real.show import write_pictures
 from lowpass.benchmarks.real.table import Request, finished_rows, listed, measure_rows
 from lowpass.benchmarks.rows import origin_of, write_rows
 from lowpass.pipeline.base.allocator import keep_freed_memory
@@ -87,13 +87,28 @@ def rows(
         score_images,
         test_images,
     )
-    command = shlex.join(["python", "-m", "lowpass.benchmarks.real", *sys.argv[1:]])
+    told = {"--setting": setting, "--methods": methods, "--levels": levels, "--seeds": seeds}
+    told |= {"--score-images": score_images} | ({"--test-images": test_images} if test_images else {})
+    # What decides a figure: where files lie on this machine does not.
+    words = (str(word) for pair in told.items() for word in pair)
+    command = shlex.join(["python", "-m", "lowpass.benchmarks.real", "rows", *words])
     machine = describe()
     for _ in measure_rows(request, cache, origin_of(machine, command)):
         if out is not None:
             done = finished_rows(cache)
             write_rows(out, done, machine, command)
             plot_rows(done, out.with_suffix(".png"))
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run that was searched to a target.")],
+    pictures: Annotated[Path, typer.Option(help="A folder of pictures by class; ten are drawn.")],
+    out: Annotated[Path, typer.Option(help="Where blocks.png and tokens.png go.")] = Path(),
+) -> None:
+    """Draw the tokens that stay, the shapes of the blocks and what cuts would lose."""
+    for path in write_pictures(run, pictures, out):
+        console.print(str(path))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of the tokens that stay: what each stage of a slim model no longer looks at is faded."""
+"""Pictures of the tokens that stay: what each stage of a slim model no longer looks at is painted over."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,8 @@ from lowpass.pipeline.method.token_scores import kept_indices
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import SlimViT
 
-FADED = 0.15  # of its contrast that a dropped patch keeps, on white
+PAINT = np.array([0.86, 0.34, 0.14])  # over dropped patches: neither black nor white, which pictures have
+SHINES_THROUGH = 0.25  # share of a dropped patch
 GAP = 4  # pixels between pictures
 SIDE = 224  # pixels that the shorter side of a picture is drawn with, at least
 
@@ -50,7 +51,7 @@ def show_tokens(model: SlimViT | Path | str, images: Sequence[Path | str | Image
         raise InputError(f"{architecture.dense.name} drops no tokens here: there is nothing to show")
     masks = [torch.ones_like(stages[0][1]), *(kept for _, kept in stages)]
     pictures = _pixels(seen, architecture)
-    rows = [[_faded(picture, mask[row], architecture) for mask in masks] for row, picture in enumerate(pictures)]
+    rows = [[_painted(picture, mask[row], architecture) for mask in masks] for row, picture in enumerate(pictures)]
     return _sheet(rows)
 
 
@@ -85,7 +86,7 @@ def _pixels(images: Tensor, architecture: Architecture) -> list[np.ndarray]:
     return [np.broadcast_to(picture.numpy(), (*picture.shape[:2], 3)) for picture in pixels]
 
 
-def _faded(picture: np.ndarray, kept: Tensor, architecture: Architecture) -> Image.Image:
+def _painted(picture: np.ndarray, kept: Tensor, architecture: Architecture) -> Image.Image:
     dense = architecture.dense
     (height, width), (rows, columns) = (
         dense.patch_size,
@@ -93,7 +94,7 @@ def _faded(picture: np.ndarray, kept: Tensor, architecture: Architecture) -> Ima
     )
     mask = kept.reshape(rows, columns).numpy().repeat(height, 0).repeat(width, 1)
     seen = picture[: mask.shape[0], : mask.shape[1]]
-    drawn = np.where(mask[..., None], seen, 1 - FADED * (1 - seen))
+    drawn = np.where(mask[..., None], seen, SHINES_THROUGH * seen + (1 - SHINES_THROUGH) * PAINT)
     image = Image.fromarray(np.rint(255 * drawn).astype(np.uint8))
     times = max(1, -(-SIDE // min(image.size)))
     return image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)

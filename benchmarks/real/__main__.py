@@ -87,10 +87,9 @@ def rows(
         score_images,
         test_images,
     )
-    told = {"--setting": setting, "--methods": methods, "--levels": levels, "--seeds": seeds}
-    told |= {"--score-images": score_images} | ({"--test-images": test_images} if test_images else {})
     # What decides a figure: where files lie on this machine does not.
-    words = (str(word) for pair in told.items() for word in pair)
+    words = ["--setting", setting, "--methods", methods, "--levels", levels, "--seeds", seeds]
+    words += ["--score-images", str(score_images)] + (["--test-images", str(test_images)] if test_images else [])
     command = shlex.join(["python", "-m", "lowpass.benchmarks.real", "rows", *words])
     machine = describe()
     for _ in measure_rows(request, cache, origin_of(machine, command)):

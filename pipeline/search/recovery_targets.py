@@ -140,7 +140,7 @@ class RecoveryTargets:
         for tokens, alive, entering in zip(self._visiting(clean), self.alive, self.entering, strict=True):
             wanted = dense.norm1(_pick(entering.to(self.device), alive.to(self.device)))
             target = torch.cat([layer(wanted) for layer in layers], 2)
-            yield block.norm1(tokens), target, self._weights(block, tokens)
+            yield block.norm1(tokens), target, self._weights(block, tokens, last=False)  # attention reads all tokens
 
     def _mlp_input_rows(self, block: SlimBlock, clean: Sequence[Tensor], hidden: list[int]) -> Iterator[Rows]:
         """What the first MLP layer reads, and what it should give; it has the dense one's channels `hidden`."""
@@ -167,8 +167,9 @@ class RecoveryTargets:
             target = unscaled(wanted, _gamma(block.ls2), block.mlp.fc2, hidden)
             yield hidden, target, self._weights(block, middle)
 
-    def _weights(self, block: SlimBlock, tokens: Tensor) -> Tensor:
-        last = self.index == len(self.dense) - 1
+    def _weights(self, block: SlimBlock, tokens: Tensor, last: bool | None = None) -> Tensor:
+        """Of tokens that `block` passes on; `last`: to the classifier, None: if it is the last block."""
+        last = self.index == len(self.dense) - 1 if last is None else last
         read = (self.described.reads_prefix_tokens, self.described.reads_image_tokens) if last else None
         return token_weights(tokens.shape[1], block.num_prefix_tokens, read, not self.described.mean_readout, tokens)
 

@@ -293,7 +293,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "criteria": accuracy("accuracy_criteria"),
     "settings": accuracy("accuracy_settings"),
     "noise": noise,
-    "ranked": accuracy("accuracy_ranked"),
     "real": real,
     "speed-small": speed("deit_small"),
     "speed-tiny": speed("deit_tiny"),

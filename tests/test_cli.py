@@ -28,7 +28,7 @@ def test_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert first["slim"]["parameters"] < first["dense"]["parameters"]
     decisions = [json.loads(line) for line in (run / "search.jsonl").read_text().splitlines()[1:]]
     assert {decision["kind"] for decision in decisions} >= {"curve", "plan", "channels"}
-    assert decisions[-1]["macs"] == first["slim"]["macs"]
+    assert decisions[-2]["macs"] == first["slim"]["macs"] and decisions[-1]["kind"] == "classifier"
 
     tuned = answer(capsys, "finetune", str(run), "--epochs", "1")
     assert tuned["slim"]["macs"] == first["slim"]["macs"]

@@ -80,6 +80,11 @@ def show_on_console() -> Iterator[None]:
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    # A library that calls logging.info() gives the root logger a handler, which would say our lines once more.
+    root, others = logging.getLogger(), logging.StreamHandler()
+    others.addFilter(lambda record: record.name.split(".")[0] != logger.name)
+    if not root.handlers:
+        root.addHandler(others)
     try:
         if not console.is_terminal:
             with report_to(_lines()):
@@ -88,6 +93,7 @@ def show_on_console() -> Iterator[None]:
         with _bars() as progress, report_to(_drawing(progress)):
             yield
     finally:
+        root.removeHandler(others)
         logger.removeHandler(handler)
         logger.setLevel(level)
 

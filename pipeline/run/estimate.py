@@ -9,6 +9,7 @@ from lowpass.pipeline.data.datasets import image_bytes
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.channel_criteria import SEE_LOW_PASSED
 from lowpass.pipeline.search.error_metric import METRIC_IMAGES
 from lowpass.pipeline.search.loss_curves import POINTS, POINTS_BY_ERROR, PROFILED_IMAGES, THRESHOLDS
 from lowpass.pipeline.search.obs_scores import OBSERVED_TOKENS
@@ -141,7 +142,7 @@ def _held(recipe: Recipe, dense: Architecture, scored: int, measured: int) -> in
     (LFS: and of their low-pass), and for recovery three times what it looks at."""
     tokens = dense.dense.num_tokens + dense.dense.num_prefix_tokens
     refitted = math.ceil(REFIT_ROWS / tokens) if recipe.recovery else 0
-    streams = 2 if recipe.channel_criterion == "lfs" else 1
+    streams = 2 if recipe.channel_criterion in SEE_LOW_PASSED else 1
     kept = measured + streams * scored + 3 * min(refitted, scored)
     return (scored + measured) * image_bytes(dense) + kept * tokens * dense.dense.embed_dim * 4
 
@@ -181,7 +182,7 @@ def _cutting(recipe: Recipe, dense: Architecture, scored: int) -> float:
     lfs = scored * (2 * above + 3)
     obs = min(scored, METRIC_IMAGES) * (1 + BACKWARD) + min(scored, OBSERVED_TOKENS // tokens) * OBS_BLOCKS
     scoring = 0 if recipe.prune == "tokens" else obs if recipe.channel_criterion == "obs" else lfs
-    streams = 2 if recipe.channel_criterion == "lfs" else 1
+    streams = 2 if recipe.channel_criterion in SEE_LOW_PASSED else 1
     refitted = min(scored, math.ceil(REFIT_ROWS / tokens)) if recipe.recovery else 0
     return scoring + streams * scored + 2 * refitted + _refits(recipe, dense, scored)
 

@@ -60,6 +60,8 @@ def block_metrics(model: SlimViT, entering: Sequence[Tensor], seed: int) -> list
 def _chunks(entering: Sequence[Tensor]) -> Iterator[Tensor]:
     left = METRIC_IMAGES
     for batch in entering:
+        if not left:
+            return  # no images would still be a chunk
         yield from batch[:left].split(IMAGES_AT_ONCE)
         left -= min(left, len(batch))
 

@@ -93,6 +93,8 @@ class RecoveryTargets:
             choice: what stayed of it; None: everything.
             clean: what enters the block of the pruned model.
         """
+        if choice is None and not self.deviates:
+            return ()  # the dense model's block, which reads the dense model's stream
         done = []
         if choice is not None and block.attn.qk_dim < before.attn.qk_dim:
             inputs = (block.norm1(tokens) for tokens in self._visiting(clean))

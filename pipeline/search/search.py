@@ -19,7 +19,7 @@ from lowpass.pipeline.search.costs import Macs
 from lowpass.pipeline.search.log import SEARCH_FILE, SearchLog, digest, open_log
 from lowpass.pipeline.search.loss_curves import measure_loss_curves
 from lowpass.pipeline.search.settings import SearchSettings
-from lowpass.pipeline.search.state import SearchState
+from lowpass.pipeline.search.state import SearchState, first_images
 from lowpass.pipeline.search.target import CostTarget, check_measured_target, search_to_target
 
 PROFILE_SCORED = 1024  # images that score the cuts whose loss is measured: an amount needs fewer than a choice does
@@ -65,18 +65,12 @@ def search(
         raise ValueError("a latency target needs a way to measure")
     if log.fresh:
         check_measured_target(target, dense, settings.shaping, settings.prune)
-    few = _first(scoring, PROFILE_SCORED)
+    few = scoring[: len(first_images([images for images, _ in scoring], PROFILE_SCORED))]
     profiled = SearchState(copy.deepcopy(model), few, [], settings, directory, budget_gib)
     curves, metrics = measure_loss_curves(profiled, log), profiled.metrics
     del profiled  # its activations
     state = SearchState(model, scoring, measuring, settings, directory, budget_gib, metrics)
     search_to_target(curves, state, target, log)
-
-
-def _first(batches: Batches, images: int) -> Batches:
-    """As many of the first batches as hold that many images."""
-    wanted = -(-images // max((len(labels) for _, labels in batches), default=1))
-    return batches[:wanted]
 
 
 def logged_search(

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from lowpass.pipeline.data.datasets import Batches, made_batches
 from lowpass.pipeline.method.channels import ChannelChoice, choose_channels, choose_for_shape
 from lowpass.pipeline.method.query_key_recovery import refit_query_key
-from lowpass.pipeline.method.recovery import HELD_OUT_EVERY, RIDGES, moments, refit, token_weights, unscaled
+from lowpass.pipeline.method.recovery import (
+    HELD_OUT_EVERY,
+    RIDGE_TOLERANCE,
+    RIDGES,
+    moments,
+    refit,
+    token_weights,
+    unscaled,
+)
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe
@@ -41,22 +49,30 @@ def test_refit_is_weighted_ridge_regression_that_beats_what_was_there(seed: int,
     before = copy.deepcopy(layer)
     done = refit(layer, "layer", fitted, judged)
     held = torch.arange(len(features)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    x = torch.cat([features, torch.ones_like(features[..., :1])], -1).double()
+    y, now = targets.double(), torch.cat([before.weight.T, before.bias[None]]).detach().double()
 
-    def error(module: nn.Linear) -> float:
-        squared = (module(features[held]) - targets[held]).double().square().sum(-1)
+    def error(solution: Tensor) -> float:
+        squared = (x[held] @ solution - y[held]).square().sum(-1)
         return float((squared * weights).sum() / (weights.sum() * held.sum()))
 
-    assert done.before == pytest.approx(error(before), rel=1e-4)
-    assert done.after == pytest.approx(error(layer), rel=1e-3) and done.after < done.before
-    assert done.ridge in RIDGES
-    # The same by least squares on stacked rows: sqrt-weighted data above, the ridge's pull below.
-    root = weights.sqrt().double()[None, :, None]
-    x = torch.cat([features, torch.ones_like(features[..., :1])], -1).double()
-    x, y = ((t.double() * root)[~held].flatten(0, 1) for t in (x, targets))
-    now = torch.cat([before.weight.T, before.bias[None]]).detach().double()
-    penalty = (done.ridge * x[:, :-1].square().sum() / 6) ** 0.5 * torch.eye(7, dtype=torch.float64)
-    penalty[-1, -1] = 0
-    solution = torch.linalg.lstsq(torch.cat([x, penalty]), torch.cat([y, penalty @ now])).solution
+    def stacked(seen: Tensor, ridge: float) -> Tensor:
+        """The same by least squares on stacked rows: sqrt-weighted data above, the ridge's pull below."""
+        root = weights.sqrt().double()[None, :, None]
+        inputs, wanted = ((part * root)[seen].flatten(0, 1) for part in (x, y))
+        pull = (ridge * inputs[:, :-1].square().sum() / 6) ** 0.5 * torch.eye(7, dtype=torch.float64)
+        pull[-1, -1] = 0
+        return torch.linalg.lstsq(torch.cat([inputs, pull]), torch.cat([wanted, pull @ now])).solution
+
+    errors = {ridge: error(stacked(~held, ridge)) for ridge in RIDGES}
+    assert done.ridge in RIDGES and done.after < done.before == pytest.approx(error(now), rel=1e-4)
+    assert done.after == pytest.approx(errors[done.ridge], rel=1e-3)
+    # The largest ridge that is about as good as the best, then all images.
+    assert errors[done.ridge] <= min(errors.values()) * (1 + RIDGE_TOLERANCE) * (1 + 1e-6)
+    assert all(
+        e > min(errors.values()) * (1 + RIDGE_TOLERANCE) * (1 - 1e-6) for r, e in errors.items() if r > done.ridge
+    )
+    solution = stacked(torch.ones_like(held), done.ridge)
     torch.testing.assert_close(layer.weight.double(), solution[:-1].T, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.bias.double(), solution[-1], rtol=1e-4, atol=1e-5)
 

@@ -3,8 +3,8 @@
 The projection and the second MLP layer of a pruned block are fitted by ridge regression so that the residual stream
 comes as near as it can to the dense model's on the same images. So are query, key, value and the first MLP layer, by
 what the dense model's give, where cuts below have changed what they read; last the classifier, by the dense model's
-logits. The ridge pulls towards the weights that are there, and is chosen on held-out images. A refit that does not
-lower the held-out error is not taken. Everything is in FP64.
+logits. The ridge pulls towards the weights that are there, and is chosen on held-out images, which then count too. A
+refit that does not lower the held-out error is not taken. Everything is in FP64.
 
 Related: CORP (arXiv 2602.05243), Variance-Based Pruning (arXiv 2507.12988).
 """
@@ -17,7 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the mean square of a feature
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean square of a feature
+RIDGE_TOLERANCE = 0.01  # of the least held-out error
 HELD_OUT_EVERY = 4  # every fourth image judges
 SMALLEST_SCALE = 1e-6  # layer scale below which an output channel is left alone: dividing by it would blow up noise
 
@@ -95,33 +96,38 @@ def _add(one: Moments, two: Moments) -> Moments:
 
 
 def refit(layer: nn.Linear, name: str, fitted: Moments, judged: Moments) -> Refit:
-    """Replace weight and bias of `layer` by the ridge solution that does best on held-out images, if it beats them.
+    """Replace weight and bias of `layer` by a ridge solution, if that does better on held-out images.
 
     Minimises `|X W - Y|^2 + ridge * m |W - W0|^2`, W0 what is there now, m the mean square of a feature; the bias is
-    not held back.
+    not held back. The ridge is the largest whose held-out error is within `RIDGE_TOLERANCE` of the least: the error
+    is flat there, and what moves less from W0 quantises better and holds for other images. The solution taken is that
+    of all images together. The errors told are those of the solution that has not seen the held-out ones.
     """
     assert layer.bias is not None
     now = torch.cat([layer.weight.detach().T, layer.bias.detach()[None]]).double()
     before = judged.error(now)
-    best, best_error, best_ridge = now, before, None
-    diagonal = fitted.gram.diagonal()[:-1]
-    missing = fitted.cross - fitted.gram @ now
-    for ridge in RIDGES:
-        penalty = torch.zeros_like(fitted.gram.diagonal())
-        penalty[:-1] = ridge * diagonal.mean()
-        penalty[-1] = 1e-9 * fitted.gram[-1, -1]
-        factor, failed = torch.linalg.cholesky_ex(fitted.gram + penalty.diag())
-        if int(failed):
-            continue
-        solution = now + torch.cholesky_solve(missing, factor)
-        error = judged.error(solution)
-        if error < best_error:
-            best, best_error, best_ridge = solution, error, ridge
-    if best_ridge is not None:
-        with torch.no_grad():
-            layer.weight.copy_(best[:-1].T)
-            layer.bias.copy_(best[-1])
-    return Refit(layer=name, before=before, after=best_error, ridge=best_ridge)
+    solutions = {ridge: _ridge_solution(fitted, now, ridge) for ridge in RIDGES}
+    errors = {ridge: judged.error(solution) for ridge, solution in solutions.items() if solution is not None}
+    least = min(errors.values(), default=before)
+    if not least < before:
+        return Refit(layer=name, before=before, after=before, ridge=None)
+    ridge = max(ridge for ridge, error in errors.items() if error <= min(before, least * (1 + RIDGE_TOLERANCE)))
+    taken = _ridge_solution(_add(fitted, judged), now, ridge)
+    if taken is None:
+        taken = cast(Tensor, solutions[ridge])
+    with torch.no_grad():
+        layer.weight.copy_(taken[:-1].T)
+        layer.bias.copy_(taken[-1])
+    return Refit(layer=name, before=before, after=errors[ridge], ridge=ridge)
+
+
+def _ridge_solution(seen: Moments, now: Tensor, ridge: float) -> Tensor | None:
+    """Weight and bias [k + 1, C]; None: the system has no solution."""
+    penalty = torch.zeros_like(seen.gram.diagonal())
+    penalty[:-1] = ridge * seen.gram.diagonal()[:-1].mean()
+    penalty[-1] = 1e-9 * seen.gram[-1, -1]
+    factor, failed = torch.linalg.cholesky_ex(seen.gram + penalty.diag())
+    return None if int(failed) else now + torch.cholesky_solve(seen.cross - seen.gram @ now, factor)
 
 
 def refit_together(layers: Sequence[nn.Linear], name: str, fitted: Moments, judged: Moments) -> Refit:

@@ -13,6 +13,7 @@ from lowpass.benchmarks.real.methods import METHODS
 from lowpass.benchmarks.real.packages import CLIPART, FASHION, fetch
 from lowpass.benchmarks.real.pictures import DATA, image_folder
 from lowpass.benchmarks.real.plot import plot_rows
+from lowpass.benchmarks.real.precisions import PRECISIONS, measure_precisions
 from lowpass.benchmarks.real.show import write_pictures
 from lowpass.benchmarks.real.table import Request, finished_rows, listed, measure_rows
 from lowpass.benchmarks.rows import origin_of, write_rows
@@ -97,6 +98,21 @@ def rows(
             done = finished_rows(cache)
             write_rows(out, done, machine, command)
             plot_rows(done, out.with_suffix(".png"))
+
+
+@app.command()
+def precisions(
+    run: Annotated[Path, typer.Argument(help="A run of `rows`, or any other with images.")],
+    names: Annotated[str, typer.Option("--precisions", help="Which.")] = ",".join(PRECISIONS),
+    out: Annotated[Path | None, typer.Option(help="A CSV, written after each file.")] = None,
+    cache: Annotated[Path, typer.Option(help="Where finished figures are kept.")] = CACHE / "precisions",
+) -> None:
+    """Export a run's dense and slim model in every precision: agreement with PyTorch, and top-1."""
+    command = shlex.join(["python", "-m", "lowpass.benchmarks.real", "precisions", run.name, "--precisions", names])
+    machine = describe()
+    for done in measure_precisions(run, cache, listed(names, "--precisions", str)):
+        if out is not None:
+            write_rows(out, done, machine, command)
 
 
 @app.command()

@@ -69,8 +69,8 @@ def _costs(inverse: Tensor, weight: Tensor, group: int, groups: int) -> Tensor:
 def _remove(inverse: Tensor, weight: Tensor, which: slice) -> None:
     """In place. Rows and columns that are gone become those of the identity, so that blocks stay regular."""
     taken = torch.linalg.solve(inverse[which, which], inverse[which])  # [group, k]
-    weight -= weight[:, which] @ taken
-    inverse -= inverse[:, which] @ taken
+    weight.addmm_(weight[:, which].clone(), taken, alpha=-1)
+    inverse.addmm_(inverse[:, which].clone(), taken, alpha=-1)
     size = which.stop - which.start
     weight[:, which] = 0
     inverse[which], inverse[:, which] = 0, 0

@@ -12,7 +12,7 @@ from lowpass.pipeline.search.shaping import SHAPINGS, Prune, Shaping
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
-TOLD_BY = 1000  # images that top-1 is measured on where nothing hangs on it
+TOLD_BY = 500  # images that top-1 is measured on where nothing hangs on it
 
 
 class SearchSettings(BaseModel):

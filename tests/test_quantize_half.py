@@ -19,11 +19,11 @@ from lowpass.export.tensorrt.plan import build, load_layers
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.images import verification_batches
 
-# Of the layers. FP8 weights have one scale a tensor; 17 of 21 here since more layers are refitted, 11 before.
-MOST_LEFT_OUT: dict[Precision, float] = {"int8-fp16": 0.6, "fp8": 0.6}
+PRECISIONS: tuple[Precision, ...] = ("int8-fp16", "fp8")
+MOST_LEFT_OUT = 0.6  # of the layers
 
 
-@pytest.mark.parametrize("precision", MOST_LEFT_OUT)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_digits(tuned_run: Path, precision: Precision) -> None:
     """Top-1 on the test images within 0.3 points of FP32; Q/DQ in FP16 around every layer that reads all tokens."""
     done = export_run(tuned_run, ExportOptions(precision=precision, profile=BatchProfile.parse("1")))
@@ -41,7 +41,7 @@ def test_digits(tuned_run: Path, precision: Precision) -> None:
     file = onnx_path(tuned_run, precision)
     model, left_out = onnx.load(file), json.loads(read_metadata(file)["left_out"])
     layers = layers_of_all_tokens(to_onnx(fp32, ExportOptions(precision=precision)))
-    assert len(layers) == 4 * 5 + 1 and len(left_out) < MOST_LEFT_OUT[precision] * len(layers)
+    assert len(layers) == 4 * 5 + 1 and len(left_out) < MOST_LEFT_OUT * len(layers)
     made_by = {output: node for node in model.graph.node for output in node.output}
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     narrow = onnx.TensorProto.INT8 if precision == "int8-fp16" else onnx.TensorProto.FLOAT8E4M3FN

@@ -31,6 +31,7 @@ from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import ChannelDecision, ClassifierDecision, Curve, Entry, Plan, TokenDecision
 from lowpass.pipeline.search.search import search
 from lowpass.pipeline.search.shaping import AS_PUBLISHED, FIRST_BLOCK_KEEP
+from lowpass.pipeline.search.state import SearchState
 from lowpass.pipeline.train.evaluate import top1
 
 TOKENS, BLOCKS = 36, 3  # enough for block 0 to drop a token, and for that to be worth it
@@ -261,6 +262,22 @@ def _check_trials(decision: TokenDecision | ChannelDecision, floor: float, befor
         assert (decision.choice is None) == (taken == 0)
     if taken:
         assert decision.top1 == trials[taken]
+
+
+@pytest.mark.parametrize("prune", ["tokens", "channels", "both"])
+def test_a_block_s_last_decision_states_the_top1_that_it_leaves(
+    prune: str, dense: SlimViT, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was refitted in it: nothing is spent without a word."""
+    left, ascend = list[float](), SearchState.ascend
+
+    def watched(state: SearchState) -> None:
+        left.append(state.top1(state.model.blocks[state.index :]))
+        ascend(state)
+
+    monkeypatch.setattr(SearchState, "ascend", watched)
+    _, decisions = run(dense, batches, recipe(allowable_drop=30, prune=prune))
+    assert left == [decision.top1 for decision in decisions if isinstance(decision, ChannelDecision)]
 
 
 def test_more_may_be_dropped_for_a_larger_allowance(dense: SlimViT, batches: Batches) -> None:

@@ -90,6 +90,12 @@ def test_nothing_reduced_is_the_dense_model(vit: VisionTransformer) -> None:
 
 
 @torch.no_grad()
+def test_a_norm_before_the_blocks_is_run(make_vit: MakeViT) -> None:
+    vit = make_vit(img_size=32, depth=12, pre_norm=True)
+    torch.testing.assert_close(tome(vit, 0)(pictures(2)), vit(pictures(2)), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
 def test_the_dense_model_is_left_alone(vit: VisionTransformer) -> None:
     before = vit(pictures(1))
     for rival in (evit(vit, 0.5), tome(vit, 4)):

@@ -19,11 +19,13 @@ from lowpass.pipeline.method.recovery import (
     HELD_OUT_EVERY,
     RIDGE_TOLERANCE,
     RIDGES,
+    Readout,
     moments,
     refit,
     token_weights,
     unscaled,
 )
+from lowpass.pipeline.method.token_scores import kept_indices
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe
@@ -110,15 +112,44 @@ def test_too_few_images_are_refused() -> None:
 
 def test_only_what_is_read_counts() -> None:
     like = torch.zeros(1)
-    prefix, images, both = (True, False), (False, True), (True, True)
-    assert token_weights(6, 1, prefix, True, like).tolist() == [1, 0, 0, 0, 0, 0]
-    assert token_weights(6, 1, None, True, like).tolist() == [5, 1, 1, 1, 1, 1]
-    assert token_weights(6, 2, None, True, like).tolist() == [2, 2, 1, 1, 1, 1]
+    cls, mean, both = Readout(1, False, True), Readout(0, True, False), Readout(1, True, True)
+    assert token_weights(6, 1, cls, True, like).tolist() == [1, 0, 0, 0, 0, 0]
+    assert token_weights(6, 1, cls, False, like).tolist() == [5, 1, 1, 1, 1, 1]
+    assert token_weights(6, 2, Readout(2, False, True), False, like).tolist() == [2, 2, 1, 1, 1, 1]
     # Where the mean of the image tokens is read, alone or with CLS, and where there are no prefix tokens at all.
-    assert token_weights(6, 1, images, False, like).tolist() == [0, 1, 1, 1, 1, 1]
+    assert token_weights(6, 1, mean, True, like).tolist() == [0, 1, 1, 1, 1, 1]
     assert token_weights(6, 1, both, True, like).tolist() == [5, 1, 1, 1, 1, 1]
-    assert token_weights(6, 1, None, False, like).tolist() == [1, 1, 1, 1, 1, 1]
-    assert token_weights(6, 0, images, False, like).tolist() == [1, 1, 1, 1, 1, 1]
+    assert token_weights(6, 1, mean, False, like).tolist() == [1, 1, 1, 1, 1, 1]
+    assert token_weights(6, 0, mean, True, like).tolist() == [1, 1, 1, 1, 1, 1]
+    # Registers are read by attention alone, unless a pool takes all tokens in.
+    assert token_weights(7, 3, cls, True, like).tolist() == [1, 0, 0, 0, 0, 0, 0]
+    assert token_weights(7, 3, cls, False, like).tolist() == [4, 1, 1, 1, 1, 1, 1]
+    assert token_weights(7, 3, Readout(3, True, False), True, like).tolist() == [1, 1, 1, 1, 1, 1, 1]
+
+
+def test_what_a_model_reads_is_known(make_vit: MakeViT) -> None:
+    def readout(**changes: object) -> Readout:
+        return SlimViT.from_timm(make_vit(**changes)).architecture.dense.readout
+
+    assert readout() == readout(reg_tokens=4) == Readout(1, False, True)
+    assert readout(kind=VisionTransformerDistilled) == Readout(2, False, True)
+    pooled = {"reg_tokens": 4, "global_pool": "avg"}
+    assert readout(**pooled) == Readout(0, True, False)
+    assert readout(**pooled, pool_include_prefix=True) == Readout(5, True, False)
+
+
+def test_a_channel_that_hardly_reaches_the_stream_does_not_decide() -> None:
+    """Layer scale: the error of the last channel, divided by next to nothing, would be all that counts."""
+    features, targets, weights = rows(0)
+    unit = torch.tensor([1.0, 1.0, 1.0, 1e-6])
+    generator = torch.Generator().manual_seed(1)
+    targets[..., 3] = 1e4 * torch.randn(targets.shape[:2], generator=generator)  # nothing to be learned
+    fitted, judged = moments([(features, targets, weights)])
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4)
+    assert refit(copy.deepcopy(layer), "layer", fitted, judged).ridge is None
+    seeing = refit(layer, "layer", fitted, judged, unit)
+    assert seeing.ridge is not None and seeing.after < 0.01 * seeing.before
 
 
 def test_layer_scale_is_divided_out_where_it_is_on() -> None:
@@ -170,6 +201,18 @@ def test_pairing_of_what_is_whole_is_exact(dense: SlimViT, images: Batches) -> N
     torch.testing.assert_close(block.attn.features(x, "full")[0], before, rtol=1e-3, atol=1e-4)
 
 
+def test_a_dead_head_is_thinned(make_vit: MakeViT) -> None:
+    """One that masking has switched off."""
+    vit = make_vit(img_size=24, embed_dim=48, depth=2)
+    with torch.no_grad():
+        vit.blocks[0].attn.qkv.weight[:16], vit.blocks[0].attn.qkv.bias[:16] = 0, 0
+    dead = SlimViT.from_timm(vit)
+    at = state_of(dead, made_batches(dead.architecture, 32, 16, seed=0))
+    shape = at.model.blocks[0].shape.model_copy(update={"qk_dim": 5})
+    block, _ = at.cut(choose_for_shape(at.sensitivity(), shape))
+    assert block.shape == shape and all(bool(p.isfinite().all()) for p in block.parameters())
+
+
 @pytest.mark.parametrize("index", [0, 2])
 @pytest.mark.parametrize("dropping", [False, True])
 def test_a_cut_block_comes_nearer_to_the_dense_stream(
@@ -214,6 +257,37 @@ def test_tokens_are_followed_through_drops(dense: SlimViT, images: Batches) -> N
     middle, alive = first.targets._selected(first.model.blocks[0], first.clean[0], first.targets.alive[0])
     expected = first.targets.middle[0].gather(1, alive[..., None].expand(-1, -1, 48))
     torch.testing.assert_close(middle, expected)
+
+
+def test_tokens_are_followed_in_the_precision_of_the_search(make_vit: MakeViT) -> None:
+    """Rounded to BF16 near ties go the other way: what is said to be kept must be what was kept."""
+    dense = SlimViT.from_timm(make_vit(img_size=64, embed_dim=48, depth=2))
+    images = made_batches(dense.architecture, 32, 16, seed=0)
+    recipe = Recipe(model="tiny", data="digits", target_macs=0.5, mixed_precision=True, channel_criterion="taylor")
+    at = SearchState(copy.deepcopy(dense), images, images[:1], recipe, Path())
+    at.model.set_keep(0, 128)
+    entering = at.clean[0].clone()
+    at.ascend()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        middle, weights = at.model.blocks[0].mix(entering)
+        kept = kept_indices(at.model.blocks[0].scores(middle, weights), 128) + 1
+    assert torch.equal(at.targets.alive[0][:, 1:], kept)
+
+
+def test_an_adaptation_that_costs_top1_is_undone(
+    dense: SlimViT, images: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = state_of(dense, images)
+    at.model.vit.blocks[0], _ = at.cut(choose_channels(at.sensitivity(), 200))
+    at.ascend()
+    before = copy.deepcopy(at.model.blocks[1].state_dict())
+    for after, stays in ((50.0, False), (75.0, True)):
+        monkeypatch.setattr(at, "top1", lambda blocks, after=after: after)
+        assert at.adapt_unless_worse(75.0) == 75.0
+        now = at.model.blocks[1].state_dict()
+        assert all(torch.equal(now[name], before[name]) for name in before) != stays
+        assert bool(at.cut(None)[1][0].layer == "query/key/value") == stays
+        at._cuts.clear()
 
 
 @pytest.mark.parametrize("index", [1, 2])

@@ -161,3 +161,14 @@ def test_a_refusal_names_the_timm_model(make_vit: MakeViT) -> None:
     model.pretrained_cfg = {"architecture": "vit_small_normalised"}
     with pytest.raises(InputError, match=r"^vit_small_normalised is not a plain ViT"):
         describe_dense(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"), [({"num_classes": 1}, "its classifier has one output"), ({}, "its classifier has no bias")]
+)
+def test_classifiers_that_say_nothing_refused(changes: dict[str, Any], why: str, make_vit: MakeViT) -> None:
+    vit = make_vit(**changes)
+    if not changes:
+        vit.head = nn.Linear(24, 5, bias=False)
+    with pytest.raises(InputError, match=why):
+        SlimViT.from_timm(vit)

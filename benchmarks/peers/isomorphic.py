@@ -6,6 +6,9 @@ timm's ViTs. Importance is first-order Taylor, from the cross-entropy on the cal
 pruned by one ratio, found by bisection; then that of the channels is lowered, since heads go in large steps. What a
 layer loses is not made up for: the paper trains the pruned model.
 
+The authors' own scripts for DeiT also thin heads, by a ratio of their own, which the library's example does not: at
+equal MACs fewer heads and channels would go then.
+
 `inside`, the example's `--bottleneck`, leaves the residual stream alone. The paper prunes it as well, which costs far
 more where nothing is trained. MACs are counted with the attention's products in them, as everywhere here.
 """

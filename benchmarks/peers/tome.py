@@ -68,7 +68,7 @@ class ToMeViT(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        x, sizes = self.vit._pos_embed(self.vit.patch_embed(images)), None
+        x, sizes = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images))), None
         for block in self.vit.blocks:
             x, sizes = block(x, sizes)
         return cast(Tensor, self.vit.forward_head(self.vit.norm(x)))

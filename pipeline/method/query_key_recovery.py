@@ -61,7 +61,8 @@ def _match(given: Tensor, given_whole: Tensor, other_whole: Tensor, gram: Tensor
     with second moments `gram`: `(G S G^T)^-1 G S W^T V` for each head."""
     weighted = given @ gram
     square = weighted @ given.transpose(1, 2)
-    square.diagonal(dim1=1, dim2=2).add_(RIDGE * square.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
+    ridge = RIDGE * square.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    square.diagonal(dim1=1, dim2=2).add_(ridge.clamp_min(torch.finfo(torch.float32).tiny))  # a dead head has none
     return torch.linalg.solve(square, weighted @ given_whole.transpose(1, 2) @ other_whole)
 
 

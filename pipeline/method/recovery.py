@@ -43,7 +43,7 @@ class Moments:
 
     gram: Tensor  # [k + 1, k + 1]
     cross: Tensor  # [k + 1, C]
-    energy: float  # of the targets
+    energy: Tensor  # of the targets [C]
     weight: float  # of all rows
 
     def take(self, channels: Iterable[int]) -> "Moments":
@@ -51,10 +51,12 @@ class Moments:
         index = torch.tensor([*channels, len(self.gram) - 1], device=self.gram.device)
         return replace(self, gram=self.gram[index][:, index], cross=self.cross[index])
 
-    def error(self, solution: Tensor) -> float:
-        """Mean squared error, per row, of `solution` [k + 1, C]."""
-        squared = (solution * (self.gram @ solution - 2 * self.cross)).sum().item() + self.energy
-        return squared / self.weight
+    def error(self, solution: Tensor, unit: Tensor | None = None) -> float:
+        """Mean squared error, per row, of `solution` [k + 1, C]; `unit` [C] multiplies the channels first."""
+        squared = (solution * (self.gram @ solution - 2 * self.cross)).sum(0) + self.energy
+        if unit is not None:
+            squared = squared * unit.double().square()
+        return max(0.0, squared.sum().item() / self.weight)  # rounding can take a difference of sums below 0
 
 
 Rows = tuple[Tensor, Tensor, Tensor]  # features [B, T, k], targets [B, T, C], weights of the tokens [T]
@@ -88,26 +90,35 @@ def _sums(features: Tensor, targets: Tensor, weights: Tensor) -> Moments:
     x = torch.cat([x, x.new_ones(len(x), 1)], 1)
     y = targets[:, rows].flatten(0, 1).double()
     weighted = x * weight
-    return Moments(weighted.T @ x, weighted.T @ y, (y.square() * weight).sum().item(), weight.sum().item())
+    return Moments(weighted.T @ x, weighted.T @ y, (y.square() * weight).sum(0), weight.sum().item())
 
 
 def _add(one: Moments, two: Moments) -> Moments:
     return Moments(one.gram + two.gram, one.cross + two.cross, one.energy + two.energy, one.weight + two.weight)
 
 
-def refit(layer: nn.Linear, name: str, fitted: Moments, judged: Moments) -> Refit:
+def refit(layer: nn.Linear, name: str, fitted: Moments, judged: Moments, unit: Tensor | None = None) -> Refit:
     """Replace weight and bias of `layer` by a ridge solution, if that does better on held-out images.
 
     Minimises `|X W - Y|^2 + ridge * m |W - W0|^2`, W0 what is there now, m the mean square of a feature; the bias is
     not held back. The ridge is the largest whose held-out error is within `RIDGE_TOLERANCE` of the least: the error
     is flat there, and what moves less from W0 quantises better and holds for other images. The solution taken is that
     of all images together. The errors told are those of the solution that has not seen the held-out ones.
+
+    Args:
+        layer: in place.
+        name: of the layer, to be told.
+        fitted: of the images to fit on.
+        judged: of those held out.
+        unit: [C], by which the layer's channels are multiplied before they join the stream (layer scale, of which
+            `unscaled` has freed the targets): held-out errors are those of the stream. A channel that hardly reaches
+            it would decide otherwise, for its error is divided by next to nothing.
     """
     assert layer.bias is not None
     now = torch.cat([layer.weight.detach().T, layer.bias.detach()[None]]).double()
-    before = judged.error(now)
+    before = judged.error(now, unit)
     solutions = {ridge: _ridge_solution(fitted, now, ridge) for ridge in RIDGES}
-    errors = {ridge: judged.error(solution) for ridge, solution in solutions.items() if solution is not None}
+    errors = {ridge: judged.error(solution, unit) for ridge, solution in solutions.items() if solution is not None}
     least = min(errors.values(), default=before)
     if not least < before:
         return Refit(layer=name, before=before, after=before, ridge=None)
@@ -153,22 +164,33 @@ def unscaled(difference: Tensor, gamma: Tensor | None, layer: nn.Module, feature
     return torch.where(usable, difference / torch.where(usable, gamma, 1), layer(features))
 
 
-def token_weights(
-    tokens: int, num_prefix_tokens: int, read: tuple[bool, bool] | None, cls_readout: bool, like: Tensor
-) -> Tensor:
+@dataclass(frozen=True)
+class Readout:
+    """What the classifier reads: the first `prefix` of the prefix tokens, and whether image tokens. `cls`: these prefix
+    tokens stand for the image, not the mean of the image tokens."""
+
+    prefix: int
+    image: bool
+    cls: bool
+
+
+def token_weights(tokens: int, num_prefix_tokens: int, readout: Readout, last: bool, like: Tensor) -> Tensor:
     """How much each token's error counts [tokens].
+
+    Leaving the last block, what the classifier reads counts. Below, all do; where CLS stands for the image it counts as
+    much as all image tokens, since attention reads the answer into it.
 
     Args:
         tokens: prefix and image tokens, P + N.
-        num_prefix_tokens: P.
-        read: leaving the last block, whether the classifier reads prefix tokens and image tokens; None: other blocks.
-        cls_readout: CLS stands for the image. Below the last block it counts as much as all image tokens then, since
-            attention reads the answer into it.
+        num_prefix_tokens: P: CLS, distillation and register tokens.
+        readout: of the model.
+        last: whether the tokens leave the last block.
         like: a tensor on the device.
     """
     weights = torch.ones(tokens, device=like.device)
-    if cls_readout and (read is None or all(read)):
-        weights[:num_prefix_tokens] = max(1.0, (tokens - num_prefix_tokens) / num_prefix_tokens)
-    elif read is not None:
-        weights[:num_prefix_tokens], weights[num_prefix_tokens:] = (float(part) for part in read)
+    if last:
+        weights[readout.prefix : num_prefix_tokens] = 0
+        weights[num_prefix_tokens:] = float(readout.image)
+    if readout.cls and (readout.image or not last):
+        weights[: readout.prefix] = max(1.0, (tokens - num_prefix_tokens) / readout.prefix)
     return weights

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lowpass.pipeline.base.errors import InputError, first_problem
 from lowpass.pipeline.method.block_shape import BlockShape, Positive
 from lowpass.pipeline.method.energy import EnergyNorm
+from lowpass.pipeline.method.recovery import Readout
 from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, TokenCriterion, TokenScore
 
 
@@ -73,15 +74,17 @@ class DenseViT(_Frozen):
         return self.global_pool != "token"
 
     @property
-    def reads_prefix_tokens(self) -> bool:
-        """Whether the classifier reads prefix tokens."""
-        return self.global_pool in ("token", "token+avg") or self.pool_prefix
-
-    @property
     def mean_readout(self) -> bool:
         """Whether the mean of the image tokens stands for the image, in scores of tokens and channels; otherwise CLS
         does."""
         return self.global_pool in ("avg", "map")
+
+    @property
+    def readout(self) -> Readout:
+        """What the classifier reads: register tokens only where a pool takes in all prefix tokens."""
+        pooled = self.num_prefix_tokens if self.pool_prefix else 0
+        prefix = pooled if self.mean_readout else self.class_token + self.distilled
+        return Readout(prefix, self.reads_image_tokens, not self.mean_readout)
 
     def end_macs(self) -> int:
         """MACs of the patch embedding, the pool (of all tokens, were none dropped) and the classifiers."""

@@ -115,6 +115,12 @@ def obstacles(vit: VisionTransformer) -> Iterator[tuple[str, bool]]:
     pool = vit.global_pool
     yield f"it reads out by {pool!r} pooling, not 'token', 'avg' or 'map'", pool not in ("token", "avg", "map")
     yield "it has no classifier", not isinstance(vit.head, nn.Linear)
+    heads = [head for name in ("head", "head_dist") if isinstance(head := getattr(vit, name, None), nn.Linear)]
+    yield (
+        "its classifier has one output, of which neither top-1 nor a divergence says anything",
+        any(head.out_features == 1 for head in heads),
+    )
+    yield "its classifier has no bias", any(head.bias is None for head in heads)
     yield "its position embedding is not a learned table", vit.pos_embed is None
     patch = vit.patch_embed
     yield (

@@ -30,8 +30,8 @@ def search_to_drop(state: SearchState, allowance: float, log: SearchLog) -> None
     top1 = state.top1(model.blocks)
     guesses = {"tokens": 0.1, "channels": 0.3}  # shares; once a block is done, what it came to
     for index in range(depth):
-        state.adapt()
         floor = top1
+        top1 = state.adapt_unless_worse(top1)
         if index in stages:
             floor -= allowance * token_share / len(stages)
             tokens = log.next(TokenDecision, _drop_tokens, state, floor, top1, guesses)
@@ -42,8 +42,10 @@ def search_to_drop(state: SearchState, allowance: float, log: SearchLog) -> None
             floor -= allowance * (1 - token_share) / depth
             channels = log.next(ChannelDecision, _drop_channels, state, floor, top1, guesses)
             guesses["channels"] = channels.dropped / _rows(model.blocks[index])
-            apply(state, channels)
-            top1 = channels.top1
+        else:
+            channels = log.next(ChannelDecision, _uncut, state, top1)
+        apply(state, channels)
+        top1 = channels.top1
         state.ascend()
     refit_classifier(state, log)
 
@@ -105,18 +107,23 @@ def _drop_channels(state: SearchState, floor: float, before: float, guesses: dic
         return state.top1([block, *model.blocks[index + 1 :]], floor)
 
     n, trials = largest(have - 1, have, guesses["channels"], floor, top1)
-    architecture = model.architecture
-    if n:
-        architecture = architecture.with_block(index, choice(n).shape(architecture.blocks[index].keep))
+    tried = tuple(Trial(amount=amount, top1=left) for amount, left in trials.items())
+    if not n:
+        return _uncut(state, before).model_copy(update={"trials": tried})
+    macs = model.architecture.with_block(index, choice(n).shape(model.blocks[index].keep)).macs()
     return ChannelDecision(
-        block=index,
-        dropped=n,
-        choice=choice(n) if n else None,
-        top1=trials[n] if n else before,
-        macs=architecture.macs(),
-        refits=cuts[n] if n else (),
-        trials=tuple(Trial(amount=amount, top1=left) for amount, left in trials.items()),
+        block=index, dropped=n, choice=choice(n), top1=trials[n], macs=macs, refits=cuts[n], trials=tried
     )
+
+
+def _uncut(state: SearchState, before: float) -> ChannelDecision:
+    """No channel goes. What reads a stream that has changed is refitted, unless that lowers top-1."""
+    model, index = state.model, state.index
+    block, refits = state.cut(None)
+    top1 = state.top1([block, *model.blocks[index + 1 :]]) if refits else before
+    if top1 < before:
+        top1, refits = before, ()
+    return ChannelDecision(block=index, choice=None, top1=top1, macs=model.architecture.macs(), refits=refits)
 
 
 def _rows(block: SlimBlock) -> int:

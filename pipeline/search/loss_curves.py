@@ -1,6 +1,7 @@
 """What every part of every block of the dense model loses when it is cut alone."""
 
 import copy
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -8,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowpass.pipeline.base.errors import RunError
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import choose_channels, choose_for_shape
@@ -19,6 +21,7 @@ from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import Curve
 from lowpass.pipeline.search.plan import AttentionOption, BlockCurve, SizeOption, falling, interpolated
+from lowpass.pipeline.search.recovery_targets import layer_scale
 from lowpass.pipeline.search.shaping import Shaping, first_keep
 from lowpass.pipeline.search.state import SearchState, first_images, keeping
 
@@ -52,7 +55,12 @@ def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
     moments = state.refit_moments(block) if state.settings.recovery else None
 
     def loss(candidate: SlimBlock) -> float:
-        return state.divergence([candidate, *above], batches, wanted)
+        found = state.divergence([candidate, *above], batches, wanted)
+        if not math.isfinite(found):
+            raise RunError(
+                f"block {index}: the classes of the cut model are no numbers; if mixed precision is on, do without it"
+            )
+        return found
 
     def cut(shape: BlockShape) -> SlimBlock:
         choice = choose_for_shape(scores, shape)
@@ -65,11 +73,17 @@ def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
         if moments is not None:
             (fitted, judged), (mlp_fitted, mlp_judged) = moments
             if shape.hidden < block.shape.hidden:
-                refit(candidate.mlp.fc2, "mlp.fc2", mlp_fitted.take(choice.hidden), mlp_judged.take(choice.hidden))
+                refit(
+                    candidate.mlp.fc2,
+                    "mlp.fc2",
+                    mlp_fitted.take(choice.hidden),
+                    mlp_judged.take(choice.hidden),
+                    layer_scale(block.ls2),
+                )
             else:
                 size = block.attn.v_dim
                 rows = [h * size + i for h, kept in zip(choice.heads, choice.value, strict=True) for i in kept]
-                refit(candidate.attn.proj, "attn.proj", fitted.take(rows), judged.take(rows))
+                refit(candidate.attn.proj, "attn.proj", fitted.take(rows), judged.take(rows), layer_scale(block.ls1))
         return candidate
 
     whole = block.shape

@@ -7,7 +7,7 @@ import torch
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
-from lowpass.pipeline.method.recovery import token_weights
+from lowpass.pipeline.method.recovery import Readout, token_weights
 from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.method.structured_obs import logit_gram, removal_costs
 from lowpass.pipeline.model.slim_block import SlimBlock
@@ -35,7 +35,6 @@ def obs(slim: SlimViT, entering: Iterable[Tensor], block: int, metric: BlockMetr
     part, dense = slim.blocks[block], slim.architecture.dense
     attention, reader = part.attn, cast(nn.Linear, part.mlp.fc2)
     last = block == len(slim.blocks) - 1
-    read = (dense.reads_prefix_tokens, dense.reads_image_tokens) if last else None
     sums = list[Tensor]()
     seen = 0
     with torch.no_grad():
@@ -43,7 +42,7 @@ def obs(slim: SlimViT, entering: Iterable[Tensor], block: int, metric: BlockMetr
             if seen >= OBSERVED_TOKENS:
                 break
             seen += clean.shape[0] * clean.shape[1]
-            found = _moments(part, clean, read, not dense.mean_readout)
+            found = _moments(part, clean, dense.readout, last)
             sums = [one + two for one, two in zip(sums, found, strict=True)] if sums else list(found)
     if not sums:
         raise ValueError("channel sensitivity needs at least one batch")
@@ -61,9 +60,7 @@ def obs(slim: SlimViT, entering: Iterable[Tensor], block: int, metric: BlockMetr
     return ChannelScores(pairs, values, hidden, whole, cumulative=True)
 
 
-def _moments(
-    block: SlimBlock, tokens: Tensor, read: tuple[bool, bool] | None, cls_readout: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(block: SlimBlock, tokens: Tensor, readout: Readout, last: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Of a batch, FP64: of the logits of each head [H, Dqk, Dqk], and of what the projection [H * Dv + 1, ...] and the
     second MLP layer read [M + 1, ...], a constant 1 at the end."""
     normed = block.norm1(tokens)
@@ -78,7 +75,7 @@ def _moments(
     hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.norm2(middle))))
 
     def weights(like: Tensor) -> Tensor:
-        return token_weights(like.shape[1], block.num_prefix_tokens, read, cls_readout, like)
+        return token_weights(like.shape[1], block.num_prefix_tokens, readout, last, like)
 
     def second(features: Tensor) -> Tensor:
         rows = torch.cat([features, features.new_ones(*features.shape[:2], 1)], 2)

@@ -1,6 +1,7 @@
 """What recovery aims at: the dense model's tokens at the block at hand, for those tokens that are still there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -32,7 +33,8 @@ class RecoveryTargets:
     """Of the block at hand, on the first of the scoring images.
 
     `entering` is what enters the block of the dense model, `middle` what leaves its attention and `leaving` what leaves
-    all of it, each [B, T, C] a batch. `alive` [B, t] says which of the dense model's tokens the pruned one still has.
+    all of it, each [B, T, C] a batch. `alive` [B, t] says which of the dense model's tokens the pruned one still has,
+    found in `precision`, a context, as its own stream is: else near ties would be told otherwise.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class RecoveryTargets:
         entering: list[Tensor],
         store: Store,
         device: torch.device,
+        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.dense, self.described, self.store, self.device, self.index = dense, described, store, device, 0
+        self.precision = precision
         self.entering = entering
         self.deviates = False  # whether what enters the pruned model's block is not what enters the dense one's
         self.alive = [torch.arange(tokens.shape[1]).expand(len(tokens), -1) for tokens in entering]
@@ -66,7 +70,8 @@ class RecoveryTargets:
     def ascend(self, block: SlimBlock, clean: Sequence[Tensor]) -> None:
         """Move past the block at hand, which the pruned model has as `block`; `clean` is what enters that."""
         for i, alive in enumerate(self.alive):
-            self.alive[i] = self._selected(block, clean[i].to(self.device), alive.to(self.device))[1].cpu()
+            with self.precision():
+                self.alive[i] = self._selected(block, clean[i].to(self.device), alive.to(self.device))[1].cpu()
         if self.dense:
             self.deviates |= block.shape != self.dense[self.index].shape
         self.entering = self.leaving
@@ -99,12 +104,14 @@ class RecoveryTargets:
         if choice is not None and block.attn.qk_dim < before.attn.qk_dim:
             inputs = (block.norm1(tokens) for tokens in self._visiting(clean))
             done.append(refit_query_key(query_key_of(block), inputs, query_key_of(before), choice.heads))
-        done.append(refit(block.attn.proj, "attn.proj", *moments(self._attention_rows(block, clean))))
+        done.append(
+            refit(block.attn.proj, "attn.proj", *moments(self._attention_rows(block, clean)), layer_scale(block.ls1))
+        )
         if self.deviates or block.attn.value.out_features < before.attn.value.out_features:
             hidden = range(before.shape.hidden) if choice is None else choice.hidden
             rows = self._mlp_input_rows(block, clean, list(hidden))
             done.append(refit(cast(nn.Linear, block.mlp.fc1), "mlp.fc1", *moments(rows)))
-        done.append(refit(block.mlp.fc2, "mlp.fc2", *moments(self._mlp_rows(block, clean))))
+        done.append(refit(block.mlp.fc2, "mlp.fc2", *moments(self._mlp_rows(block, clean)), layer_scale(block.ls2)))
         return tuple(done)
 
     def refit_classifier(self, model: SlimViT, clean: Sequence[Tensor]) -> tuple[Refit, ...]:
@@ -157,7 +164,7 @@ class RecoveryTargets:
         for tokens, alive, middle in zip(self._visiting(clean), self.alive, self.middle, strict=True):
             features, _ = block.attn.features(block.norm1(tokens), block.reads_attention)
             wanted = _pick(middle.to(self.device), alive.to(self.device)) - tokens
-            target = unscaled(wanted, _gamma(block.ls1), block.attn.proj, features)
+            target = unscaled(wanted, layer_scale(block.ls1), block.attn.proj, features)
             yield features, target, self._weights(block, tokens)
 
     def _mlp_rows(self, block: SlimBlock, clean: Sequence[Tensor]) -> Iterator[Rows]:
@@ -166,14 +173,13 @@ class RecoveryTargets:
             middle, left = self._selected(block, tokens, alive.to(self.device))
             hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.norm2(middle))))
             wanted = _pick(leaving.to(self.device), left) - middle
-            target = unscaled(wanted, _gamma(block.ls2), block.mlp.fc2, hidden)
+            target = unscaled(wanted, layer_scale(block.ls2), block.mlp.fc2, hidden)
             yield hidden, target, self._weights(block, middle)
 
     def _weights(self, block: SlimBlock, tokens: Tensor, last: bool | None = None) -> Tensor:
         """Of tokens that `block` passes on; `last`: to the classifier, None: if it is the last block."""
         last = self.index == len(self.dense) - 1 if last is None else last
-        read = (self.described.reads_prefix_tokens, self.described.reads_image_tokens) if last else None
-        return token_weights(tokens.shape[1], block.num_prefix_tokens, read, not self.described.mean_readout, tokens)
+        return token_weights(tokens.shape[1], block.num_prefix_tokens, self.described.readout, last, tokens)
 
     def _selected(self, block: SlimBlock, tokens: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens after attention and selection, and which of the dense model's tokens they are."""
@@ -191,7 +197,8 @@ def _pick(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
 
 
-def _gamma(scale: nn.Module) -> Tensor | None:
+def layer_scale(scale: nn.Module) -> Tensor | None:
+    """What a block multiplies a layer's channels by [C]; None: nothing."""
     return cast(Tensor, scale.gamma).detach() if isinstance(scale, LayerScale) else None
 
 

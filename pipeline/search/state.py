@@ -67,7 +67,8 @@ class SearchState:
             self.metrics = block_metrics(model, self.clean, settings.seed)
         self.measured_labels = [labels for _, labels in ordered]
         blocks = copy.deepcopy(model.blocks) if settings.recovery else []
-        self.targets = RecoveryTargets(blocks, dense, first_images(self.clean, refitted), self.store, self.device)
+        entering = first_images(self.clean, refitted)
+        self.targets = RecoveryTargets(blocks, dense, entering, self.store, self.device, self._precision)
 
     def _embedded(self, images: Tensor) -> Tensor:
         return self.store(self.model.embed(images.to(self.device)).float())
@@ -157,6 +158,17 @@ class SearchState:
         """Refit the attention of the block at hand, in place, to what enters it now."""
         if self.targets.batches:
             self._adapted = self.targets.refit_attention_inputs(self.model.blocks[self.index], self.clean)
+
+    def adapt_unless_worse(self, top1: float) -> float:
+        """`adapt`, undone where top-1 falls below `top1`, what it is before. Returns what it is then."""
+        attention = self.model.blocks[self.index].attn
+        before = copy.deepcopy(attention.state_dict())
+        self.adapt()
+        after = self.top1(self.model.blocks[self.index :]) if self._adapted else top1
+        if after < top1:
+            attention.load_state_dict(before)
+            self._adapted = ()
+        return max(after, top1)
 
     def cut(self, choice: ChannelChoice | None) -> tuple[SlimBlock, tuple[Refit, ...]]:
         """A copy of the block at hand with the chosen channels alone (None: all), refitted; the model stays. The same

@@ -286,6 +286,28 @@ def real(results: Path) -> str:
     return markdown(header, lines, 2)
 
 
+def real_precisions(results: Path) -> str:
+    """What every precision of the real model costs, dense and slim."""
+    rows = study(results, "real_precisions")
+    figures = [
+        ("top1", "{:.1f}"),
+        ("same_top1", "{:.1f}%"),
+        ("usual_difference", "{:.1e}"),
+        ("largest_logit", "{:.1f}"),
+        ("largest_magnitude", "{:,.0f}"),
+        ("layers_kept_fp32", "{:.0f}"),
+        ("layers_left_out", "{:.0f}"),
+    ]
+    lines = []
+    for model, precision in different(rows, "model", "precision"):
+        found = {figure: one(rows, figure, model=model, precision=precision) for figure, _ in figures}
+        refused = one(rows, "not_exported", model=model, precision=precision)
+        cells = [number(found[figure], form) for figure, form in figures]
+        lines.append([model, precision, *(cells if refused is None else ["refused", *cells[1:]])])
+    header = ["top-1", "same top-1", "usual logit difference", "largest logit", "largest FP16 value"]
+    return markdown(["model", "precision", *header, "layers kept in FP32", "left out of 8 bits"], lines, 2)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "accuracy": accuracy("accuracy_recovery", "accuracy_recovery_curve", "accuracy_as_published"),
@@ -294,6 +316,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "settings": accuracy("accuracy_settings"),
     "noise": noise,
     "real": real,
+    "real-precisions": real_precisions,
     "speed-small": speed("deit_small"),
     "speed-tiny": speed("deit_tiny"),
     "speed-base": speed("deit_base"),

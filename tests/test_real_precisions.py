@@ -35,7 +35,7 @@ def test_a_precision_is_measured_once(tuned_run: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(precisions, "export_run", lambda *_, **__: pytest.fail("measured again"))
     assert last(tuned_run, tmp_path) == rows
     weights = load((tuned_run / "slim.safetensors").read_bytes())
-    (tuned_run / "slim.safetensors").write_bytes(save(weights | {"vit.head.bias": weights["vit.head.bias"] + 1e-3}))
+    (tuned_run / "slim.safetensors").write_bytes(save(weights | {"head.bias": weights["head.bias"] + 1e-3}))
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         last(tuned_run, tmp_path)
 

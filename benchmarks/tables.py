@@ -205,6 +205,13 @@ def headline(results: Path) -> str:
         lines.append(
             [f"digits, half of the MACs, {name}: top-1 (dense {dense})", f"{over_seeds(recovered, stage, **of)}%"]
         )
+    real_rows = study(results, "real", setting="fashion-112", method="lowpass")
+    seeds = len({row["seed"] for row in real_rows})
+    for level in ("0.5", "0.35"):
+        of = {"level": level}
+        dense = number(one(real_rows, "top1_dense", **of), "{:.2f}%")
+        what = f"DINOv2-S on Fashion-MNIST, {level} of the MACs, no training: top-1 (dense {dense}; seeds: {seeds})"
+        lines.append([what, f"{over_seeds(real_rows, 'top1_no_training', **of)}%"])
     rows = study(results, "speed_paper", model="deit_small")
     macs = {who: one(rows, "macs", candidate=who) for who in ("dense", "lowpass")}
     saved = float((macs["dense"] or {})["value"]) / float((macs["lowpass"] or {})["value"])

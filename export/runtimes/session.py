@@ -1,4 +1,4 @@
-"""`Session`: a model ready to run, in PyTorch, ONNX Runtime or OpenVINO."""
+"""`Session`: a model ready to run, in PyTorch, ONNX Runtime, OpenVINO or TensorRT."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol

@@ -70,7 +70,8 @@ def compress(
     architecture: Annotated[
         Path | None,
         typer.Option(
-            help="Skip the search: apply this architecture.json, its channels chosen by LFS.", rich_help_panel=GOAL
+            help="Skip the search: apply this architecture.json, its channels chosen by --channel-criterion.",
+            rich_help_panel=GOAL,
         ),
     ] = None,
     model: Annotated[
@@ -158,7 +159,9 @@ def compress(
     target_key: Annotated[
         str | None, typer.Option(help="Column of the classes of hfds/NAME.", rich_help_panel=DATA)
     ] = None,
-    score_images: Annotated[int, typer.Option(help="Training images for LFS.", rich_help_panel=DATA)] = 2000,
+    score_images: Annotated[
+        int, typer.Option(help="Training images for scoring and recovery.", rich_help_panel=DATA)
+    ] = 2000,
     measure_images: Annotated[
         int, typer.Option(help="Training images on which a step's top-1 is measured.", rich_help_panel=DATA)
     ] = 5000,
@@ -243,7 +246,7 @@ def compress(
         bool,
         typer.Option(
             "--mixed-precision",
-            help="Trials in FP16 on a GPU (BF16 on a CPU); LFS stays FP32.",
+            help="Trials in FP16 on a GPU (BF16 on a CPU); scores stay FP32.",
             rich_help_panel=MACHINE,
         ),
     ] = False,

@@ -11,7 +11,7 @@ def export(
     directory: RunDirectory,
     precision: Annotated[
         PrecisionOption,
-        typer.Option(help="FP32 or INT8 for CPUs, BF16 for CPUs with AMX, FP16, BF16 or INT8 for TensorRT."),
+        typer.Option(help="fp32 or int8 for CPUs, bf16 for CPUs with AMX; fp16, bf16, int8-fp16 or fp8 for TensorRT."),
     ] = "fp32",
     batch: Annotated[
         str, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes an engine will be built for; ONNX takes any.")

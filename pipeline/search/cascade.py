@@ -91,7 +91,7 @@ def _drop_tokens(state: SearchState, floor: float, before: float, guesses: dict[
 
 
 def _drop_channels(state: SearchState, floor: float, before: float, guesses: dict[str, float]) -> ChannelDecision:
-    """The most channels, lowest LFS first, that leave top-1 at or above `floor`."""
+    """The most channels, lowest scores first, that leave top-1 at or above `floor`."""
     model, index = state.model, state.index
     scores = state.sensitivity()
     have = _rows(model.blocks[index])

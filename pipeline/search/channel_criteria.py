@@ -1,6 +1,6 @@
 """What channels are scored by, run on a model: LFS (the method, eq. 3-5) and its rivals.
 
-A new criterion is one function here and one line of `CHANNEL_CRITERIA`.
+A new criterion is one function here, one line of `CHANNEL_CRITERIA` and its name where `docs/developers.md` says.
 """
 
 from collections.abc import Callable, Iterable, Iterator

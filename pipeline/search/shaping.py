@@ -1,7 +1,7 @@
 """Shapes that hardware likes: aligned widths, whole heads, few token drops.
 
-What stays is decided by importance (LFS, LFE); a shaping only says in which amounts it may go. Saved MACs turn into
-time when matrix products keep full tiles, attention keeps one head size, and tokens are scored in few blocks.
+What stays is decided by the criteria of channels and tokens; a shaping only says in which amounts it may go. Saved MACs
+turn into time when matrix products keep full tiles, attention keeps one head size, and tokens are scored in few blocks.
 """
 
 import math

@@ -1,9 +1,9 @@
 """A search with a target: MACs or milliseconds are met, and what is lost on the way is as little as can be.
 
-First every part of every block of the dense model is cut alone to several sizes (channels by LFS, refitted, tokens by
-LFE), and the divergence of the final classes from the dense model's is measured. `plan.py` then picks the
-table that meets the target at the least sum. Last, the blocks are cut to that table bottom-up, each scored and refitted
-on the model as it then stands.
+First every part of every block of the dense model is cut alone to several sizes (channels by their criterion and
+refitted, tokens by theirs), and the divergence of the final classes from the dense model's is measured. `plan.py` then
+picks the table that meets the target at the least sum. Last, the blocks are cut to that table bottom-up, each scored
+and refitted on the model as it then stands.
 """
 
 from collections.abc import Callable, Sequence

@@ -17,6 +17,7 @@ from lowpass.pipeline.data.datasets import made_batches
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.estimate import estimate
 from lowpass.pipeline.run.recipe import Recipe, read_recipe
+from lowpass.pipeline.search.settings import TOLD_BY
 from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS
 from lowpass.pipeline.train.settings import FinetuneSettings, finetune_settings
 
@@ -51,7 +52,8 @@ def test_imagenet_recipes(
     assert f"--recipe recipes/{path.name}" in heading and top1 in heading and "not been run" in heading
     told = answer(capsys, "compress", "--recipe", str(path), "--data", str(imagenet), "--dry-run")
     assert told["slim_macs"] == pytest.approx(macs, rel=0.01) and told["weights"] is None
-    assert told["train_images"] == told["test_images"] == told["scored_images"] == told["measured_images"] == 1000
+    assert told["train_images"] == told["test_images"] == told["scored_images"] == 1000
+    assert told["measured_images"] == TOLD_BY
     epochs = told["finetune_epochs"]
     assert 150 <= epochs <= 300 and told["finetune_images"] == epochs * 896  # whole batches of 128
     assert told["finetune_macs"] == told["finetune_images"] * (3 * told["slim_macs"] + told["dense_macs"])

@@ -265,7 +265,7 @@ def test_wrong_logits_are_seen_at_the_first_batch_size(tmp_path: Path, monkeypat
         timed_with({}, monkeypatch, tmp_path, (3, 1))
     rows = read_rows(tmp_path / "speed_gpu.csv")
     (said,) = [row["value"] for row in rows if row["figure"] == "not_measured"]
-    assert said.count("batch 3: its logits differ from PyTorch's by 100.0% of the largest") == 3
+    assert said.count("batch 3: its logits differ from PyTorch's by ") == 3
 
 
 def test_what_was_measured_before_a_kill_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

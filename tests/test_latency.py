@@ -1,21 +1,25 @@
 """The latency benchmark: fair turns, sound figures, and nothing timed that is not the model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import lowpass.benchmarks.latency.compare
 import lowpass.benchmarks.latency.timing
 from lowpass.benchmarks.latency.compare import benchmark, compare
 from lowpass.benchmarks.latency.machine import as_text, describe
-from lowpass.benchmarks.latency.timing import ROUNDS, interleaved
+from lowpass.benchmarks.latency.timing import CHECKED, ROUNDS, check_logits, interleaved
 from lowpass.benchmarks.speed.__main__ import parse_engines
 from lowpass.export.batch import parse_batches
 from lowpass.export.runtimes.registry import parse_runtimes
 from lowpass.export.runtimes.session import Images
-from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.errors import InputError, RunError
 
 
 class _Named:
@@ -43,6 +47,40 @@ def test_rounds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     few = interleaved({"dense": _Named("dense", [])}, seconds=1e-9, least=3)  # a run takes longer than that
     many = interleaved({"dense": _Named("dense", [])}, seconds=0.01, least=3)
     assert (len(few["dense"]), len(many["dense"])) == (3, ROUNDS)
+
+
+class _Off:
+    """A session of `model` whose logits are off where `wrong` says, by the place of an image among all that it saw."""
+
+    def __init__(self, model: nn.Module, wrong: Callable[[int], bool], by: float = 1.0) -> None:
+        self.model, self.wrong, self.by, self.seen = model, wrong, by, 0
+
+    def load(self, images: Images) -> None:
+        self.images = torch.from_numpy(images)
+
+    def run(self) -> None: ...
+
+    def logits(self) -> Images:
+        with torch.inference_mode():
+            logits = self.model(self.images).numpy()
+        for image in range(len(logits)):
+            logits[image] += self.by * self.wrong(self.seen)
+            self.seen += 1
+        return cast(Images, logits)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 32])
+def test_a_tie_of_one_image_refuses_no_session(batch: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).eval()
+    images = torch.randn(batch, 3, 4, 4).numpy()
+    for wrong in (lambda _: False, lambda image: image == 0):
+        session = _Off(model, wrong)
+        check_logits(session, model, images, 0.1)
+        assert session.seen >= CHECKED and torch.equal(session.images, torch.from_numpy(images))
+    for session in (_Off(model, lambda _: True), _Off(model, lambda image: image == 0, np.nan)):
+        with pytest.raises(RunError, match="differ from PyTorch"):
+            check_logits(session, model, images, 0.1)
 
 
 def test_figures() -> None:

@@ -1,9 +1,11 @@
 """Top-1 of what is deployed: an exported file or an engine in its own runtime."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from lowpass.export.artefacts import open_session
 from lowpass.export.options import Precision
@@ -45,17 +47,26 @@ def evaluate_deployed(
     """
     precision = precision or default_precision(runtime)
     session, images = open_session(runtime, directory, precision), run_data(directory, data)
-    size, least, correct, seen = Recipe.load(directory).batch_size, 1, 0, 0
+    size, least = Recipe.load(directory).batch_size, 1
     if runtime in FLAVOURS:
         profile = current_plan(directory, precision, runtime)[1].profile
         size, least = min(max(size, profile.least), profile.most), profile.least
-    for batch, labels in track(images.loader(images.test, size), f"testing {runtime} {precision}"):
-        predicted = logits_of_part(session, batch.numpy(), least).argmax(-1)
-        correct += int((predicted == labels.numpy()).sum())
-        seen += len(labels)
+    batches = track(images.loader(images.test, size), f"testing {runtime} {precision}")
+    correct, seen = count_right(session, batches, least)
     if not seen:
         raise InputError(f"{images.name} holds no test images")
     return Deployed(runtime=runtime, precision=precision, images=seen, top1=100 * correct / seen)
+
+
+def count_right(session: Session, batches: Iterable[tuple[Tensor, Tensor]], least: int = 1) -> tuple[int, int]:
+    """How many of the images [B, C, H, W] a session puts into their class [B], and how many there are; `least` as in
+    `logits_of_part`."""
+    correct = seen = 0
+    for images, labels in batches:
+        predicted = logits_of_part(session, images.numpy(), least).argmax(-1)
+        correct += int((predicted == labels.numpy()).sum())
+        seen += len(labels)
+    return correct, seen
 
 
 def logits_of_part(session: Session, images: Images, least: int) -> Images:

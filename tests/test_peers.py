@@ -213,6 +213,9 @@ def test_what_cannot_be_is_refused(make_vit: MakeViT, vit: VisionTransformer) ->
         for build in (lambda m: evit(m, 0.7), lambda m: tome(m, 1)):
             with pytest.raises(InputError, match="prefix tokens"):
                 build(wrong)
+    for build in (lambda m: evit(m, 0.7), lambda m: tome(m, 1)):
+        with pytest.raises(InputError, match="'avg' pooling"):
+            build(make_vit(depth=12, global_pool="avg"))
     with pytest.raises(InputError, match="has 9 blocks"):
         evit(make_vit(depth=9), 0.7)
     for keep_rate in (0, 1.1):

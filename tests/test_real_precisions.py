@@ -8,19 +8,22 @@ from safetensors.torch import load, save
 
 from lowpass.benchmarks.real import precisions
 from lowpass.benchmarks.real.precisions import measure_precisions
-from lowpass.benchmarks.rows import Row
+from lowpass.benchmarks.rows import Origin, Row
 from lowpass.export.onnx.verify import VERIFICATION_FILE
 from lowpass.pipeline.base.errors import InputError, RunError
 
+ORIGIN = Origin("a machine", "python", "abc", "a command")
+
 
 def last(run: Path, cache: Path) -> list[Row]:
-    *_, rows = measure_precisions(run, cache, ("fp16",))
+    *_, rows = measure_precisions(run, cache, ORIGIN, ("fp16",))
     return rows
 
 
 @pytest.mark.slow
 def test_a_precision_is_measured_once(tuned_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = last(tuned_run, tmp_path)
+    assert all(row.origin == ORIGIN for row in rows)
     found = {(row.of["model"], row.figure): row.value for row in rows}
     noted = json.loads((tuned_run / VERIFICATION_FILE).read_text())
     tested = json.loads((tuned_run / "metrics.json").read_text())
@@ -50,4 +53,4 @@ def test_a_refusal_is_a_row(slim_run: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_what_there_is_not_is_refused(slim_run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no precision 'fp4'; known are fp32"):
-        next(measure_precisions(slim_run, tmp_path, ("fp4",)))  # type: ignore[arg-type]
+        next(measure_precisions(slim_run, tmp_path, ORIGIN, ("fp4",)))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from timm.layers import LayerScale
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from lowpass.pipeline.base.errors import RunError
 from lowpass.pipeline.data.datasets import Batches, made_batches
 from lowpass.pipeline.method.channels import ChannelChoice, choose_channels, choose_for_shape
 from lowpass.pipeline.method.query_key_recovery import refit_query_key
@@ -29,6 +31,8 @@ from lowpass.pipeline.method.token_scores import kept_indices
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.log import SearchLog
+from lowpass.pipeline.search.loss_curves import measure_loss_curves
 from lowpass.pipeline.search.recovery_targets import query_key_of
 from lowpass.pipeline.search.state import SearchState
 
@@ -272,6 +276,24 @@ def test_tokens_are_followed_in_the_precision_of_the_search(make_vit: MakeViT) -
         middle, weights = at.model.blocks[0].mix(entering)
         kept = kept_indices(at.model.blocks[0].scores(middle, weights), 128) + 1
     assert torch.equal(at.targets.alive[0][:, 1:], kept)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_stream_that_is_not_finite_is_refused(bad: float, dense: SlimViT, images: Batches) -> None:
+    at = state_of(dense, images)
+    with torch.no_grad():
+        cast(nn.Linear, at.model.blocks[0].mlp.fc2).bias[0] = bad
+    with pytest.raises(RunError, match=r"block 0: what leaves it is not finite"):
+        at.ascend()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_is_refused(bad: float, dense: SlimViT, images: Batches) -> None:
+    at = state_of(dense, images)
+    with torch.no_grad():
+        at.model.vit.head.bias[0] = bad
+    with pytest.raises(RunError, match=r"block 0: the classes of the cut model are no numbers"):
+        measure_loss_curves(at, SearchLog())
 
 
 def test_an_adaptation_that_costs_top1_is_undone(

@@ -40,8 +40,8 @@ from lowpass.pipeline.run.images import verification_batches
 BENCHMARK_FILE = "benchmark.json"
 TABLE_FILE = "benchmark.md"
 DEFAULT_BATCHES = (1, 8, 32)
-# Logit difference of the median image from FP32 PyTorch, over the largest logit, at which a session still counts as
-# this model. Wide, for noise makes tokens tie; `lowpass export` judges strictly, on real images.
+# Logit difference from FP32 PyTorch, over the largest logit, at which a session still counts as this model on an image.
+# Wide, for noise makes tokens tie; `lowpass export` judges strictly, on real images.
 TOLERANCE = 0.1
 
 

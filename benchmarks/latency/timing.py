@@ -1,5 +1,6 @@
 """Timing several sessions side by side: interleaved rounds, so that all of them meet the same machine."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
@@ -13,7 +14,9 @@ from lowpass.export.runtimes.session import Images, Session, logits_of
 from lowpass.pipeline.base.errors import RunError
 
 ROUNDS = 20
-CHECKED = 9  # images at least: on noise two tokens of one may tie, and in half precision the other of them stay
+# On noise two tokens may tie, and rounded to 16 or 8 bits the other of them stays: with the digits' slim model in at
+# most 8 of 100 images, in OpenVINO and ONNX Runtime.
+CHECKED, MAY_TIE = 24, 0.25  # images at least; fewer than this share may differ by more than the tolerance
 WARM_UP_S = 0.3  # of each session, and two runs at least
 Rounds = list[list[float]]  # milliseconds of every run, by round
 
@@ -35,7 +38,7 @@ def check_logits(session: Session, model: nn.Module, images: Images, tolerance: 
     shifted to make more. The session is left with `images` loaded.
 
     Raises:
-        RunError: on the median image they differ by more than `tolerance` of the largest.
+        RunError: on a share `MAY_TIE` of them or more they differ by more than `tolerance` of the largest.
     """
     differences, largest = list[float](), 0.0
     for shift in reversed(range(-(-CHECKED // len(images)))):
@@ -44,7 +47,8 @@ def check_logits(session: Session, model: nn.Module, images: Images, tolerance: 
             expected = model(torch.from_numpy(shifted)).numpy()
         differences += np.abs(logits_of(session, shifted) - expected).max(1).tolist()
         largest = max(largest, float(np.abs(expected).max()))
-    difference = median(differences) / largest
+    allowed = math.ceil(MAY_TIE * len(differences)) - 1
+    difference = sorted(differences)[-1 - allowed] / largest
     if not difference <= tolerance or not np.isfinite(differences).all():
         raise RunError(f"its logits differ from PyTorch's by {100 * difference:.1f}% of the largest")
 

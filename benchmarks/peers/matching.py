@@ -14,7 +14,7 @@ from lowpass.pipeline.model.slim_vit import SlimViT
 
 
 def describe_with_cls(model: VisionTransformer) -> DenseViT:
-    """What makes up a plain ViT whose only prefix token is CLS, which is what the rivals are defined for.
+    """What makes up a plain ViT that reads CLS and has no other prefix token, which is what the rivals are defined for.
 
     Raises:
         InputError: `model` is another.
@@ -24,6 +24,8 @@ def describe_with_cls(model: VisionTransformer) -> DenseViT:
         raise InputError(
             f"{dense.name} has {dense.num_prefix_tokens} prefix tokens; the rivals take a ViT with CLS alone"
         )
+    if dense.global_pool != "token":
+        raise InputError(f"{dense.name} reads out by {dense.global_pool!r} pooling; the rivals take one that reads CLS")
     return dense
 
 

@@ -110,7 +110,7 @@ def precisions(
     """Export a run's dense and slim model in every precision: agreement with PyTorch, and top-1."""
     command = shlex.join(["python", "-m", "lowpass.benchmarks.real", "precisions", run.name, "--precisions", names])
     machine = describe()
-    for done in measure_precisions(run, cache, listed(names, "--precisions", str)):
+    for done in measure_precisions(run, cache, origin_of(machine, command), listed(names, "--precisions", str)):
         if out is not None:
             write_rows(out, done, machine, command)
 

@@ -3,16 +3,17 @@ could not hold. DINOv2's activations are large, which the digits' are not."""
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast, get_args
 
 from lowpass.benchmarks.real.steps import begin, finish
-from lowpass.benchmarks.rows import Row
+from lowpass.benchmarks.rows import Origin, Row
 from lowpass.export.artefacts import export_run, open_session
+from lowpass.export.evaluate import count_right
 from lowpass.export.onnx.file import onnx_path, read_metadata
 from lowpass.export.options import ExportOptions, Precision
 from lowpass.export.runtimes.registry import RuntimeName
-from lowpass.export.runtimes.session import logits_of
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.files import sha256
 from lowpass.pipeline.base.progress import logger, track
@@ -22,12 +23,15 @@ from lowpass.pipeline.run.images import verification_batches
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
-def measure_precisions(run: Path, cache: Path, precisions: tuple[Precision, ...] = PRECISIONS) -> Iterator[list[Row]]:
+def measure_precisions(
+    run: Path, cache: Path, origin: Origin, precisions: tuple[Precision, ...] = PRECISIONS
+) -> Iterator[list[Row]]:
     """Export a run's dense and slim model in every precision, and yield all rows so far after each file.
 
     Args:
         run: a run directory with images.
         cache: what was measured is kept here, and not measured again.
+        origin: of what is measured now.
         precisions: which.
 
     Raises:
@@ -45,10 +49,12 @@ def measure_precisions(run: Path, cache: Path, precisions: tuple[Precision, ...]
             name = f"{'dense' if dense else 'slim'}-{precision}"
             done = begin(cache / name, {"weights": weights})
             if done is None:
-                done = finish(cache / name, _measured(run, precision, dense, batches))
-            logger.info("%s: %s", name, ", ".join(f"{figure} {value}" for figure, value in done.items()))
+                figures = _measured(run, precision, dense, batches)
+                done = finish(cache / name, {"figures": figures, "origin": asdict(origin)})
+            figures = done["figures"]
+            logger.info("%s: %s", name, ", ".join(f"{figure} {value}" for figure, value in figures.items()))
             of = {"run": run.name, "model": "dense" if dense else "slim", "precision": precision}
-            rows += [Row(of, figure, value) for figure, value in done.items()]
+            rows += [Row(of, figure, value, origin=Origin(**done["origin"])) for figure, value in figures.items()]
             yield rows
 
 
@@ -57,10 +63,8 @@ def _measured(run: Path, precision: Precision, dense: bool, batches: Batches) ->
         done = export_run(run, ExportOptions(precision=precision), dense=dense)
     except RunError as error:
         return {"not_exported": str(error)}
-    session, right, total = open_session(cast(RuntimeName, done.runtime), run, precision, dense), 0, 0
-    for images, labels in track(batches, f"testing {precision}"):
-        right += int((logits_of(session, images.numpy()).argmax(-1) == labels.numpy()).sum())
-        total += len(labels)
+    session = open_session(cast(RuntimeName, done.runtime), run, precision, dense)
+    right, total = count_right(session, track(batches, f"testing {precision}"))
     figures: dict[str, float | str] = {
         "images": total,
         "top1": 100 * right / total,

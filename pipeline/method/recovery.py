@@ -56,7 +56,8 @@ class Moments:
         squared = (solution * (self.gram @ solution - 2 * self.cross)).sum(0) + self.energy
         if unit is not None:
             squared = squared * unit.double().square()
-        return max(0.0, squared.sum().item() / self.weight)  # rounding can take a difference of sums below 0
+        total = squared.sum().item()
+        return 0.0 if total < 0 else total / self.weight  # rounding can take a difference of sums below 0
 
 
 Rows = tuple[Tensor, Tensor, Tensor]  # features [B, T, k], targets [B, T, C], weights of the tokens [T]

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.recovery import Readout, token_weights
@@ -13,6 +12,7 @@ from lowpass.pipeline.method.structured_obs import logit_gram, removal_costs
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.error_metric import BlockMetric
+from lowpass.pipeline.search.recovery_targets import layer_scale
 
 OBSERVED_TOKENS = 65_536  # some fifty for each channel
 
@@ -87,4 +87,5 @@ def _moments(block: SlimBlock, tokens: Tensor, readout: Readout, last: bool) -> 
 def _with_bias(layer: nn.Linear, scale: nn.Module) -> Tensor:
     """[C, k + 1]: what the layer adds to the stream, its bias last."""
     weight = torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1)
-    return weight * cast(Tensor, scale.gamma).detach()[:, None] if isinstance(scale, LayerScale) else weight
+    gamma = layer_scale(scale)
+    return weight if gamma is None else weight * gamma[:, None]

@@ -1,7 +1,7 @@
 """What recovery aims at: the dense model's tokens at the block at hand, for those tokens that are still there."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -44,7 +44,7 @@ class RecoveryTargets:
         entering: list[Tensor],
         store: Store,
         device: torch.device,
-        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+        precision: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.dense, self.described, self.store, self.device, self.index = dense, described, store, device, 0
         self.precision = precision

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowpass.pipeline.base.errors import RunError
 from lowpass.pipeline.data.datasets import Batches
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.frequency import lowpass_images
@@ -91,12 +92,21 @@ class SearchState:
 
     @torch.no_grad()
     def ascend(self) -> None:
-        """Move past the block at hand, which is final now."""
+        """Move past the block at hand, which is final now.
+
+        Raises:
+            RunError: what leaves it is not all finite: every score and fit above would be none.
+        """
         block = self.model.blocks[self.index]
         self.targets.ascend(block, self.clean)
         for stream in (self.clean, self.low, self.measured):
             for i, tokens in enumerate(stream):
-                stream[i] = self.store(self._run([block], tokens))
+                leaving = self._run([block], tokens)
+                if not bool(leaving.isfinite().all()):
+                    raise RunError(
+                        f"block {self.index}: what leaves it is not finite; if mixed precision is on, do without it"
+                    )
+                stream[i] = self.store(leaving)
         self.index += 1
         self._cuts.clear()
 

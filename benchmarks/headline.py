@@ -5,8 +5,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lowpass.benchmarks.figures import COLOURS, write_figure
+from lowpass.benchmarks.lookups import one, study
 from lowpass.benchmarks.rows import RESULTS
-from lowpass.benchmarks.tables import one, study
 from lowpass.pipeline.base.exits import exit_codes
 
 SHOWN = {"lowpass": "lowpass", "as-published": "VTC-LFC as published", "evit": "EViT", "tome": "ToMe"}

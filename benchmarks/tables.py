@@ -2,60 +2,23 @@
 see whether they still agree. A table stands between `<!-- table: NAME -->` and `<!-- /table -->`."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lowpass.benchmarks.accuracy.table import spread
-from lowpass.benchmarks.rows import RESULTS, markdown, read_rows
+from lowpass.benchmarks.lookups import different, number, one, over_seeds, study
+from lowpass.benchmarks.rows import RESULTS, markdown
+from lowpass.benchmarks.serving.tables import serving, serving_floods, serving_pictures, serving_soak
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_text
 
-Rows = list[dict[str, str]]
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 RIVALS = ("dense-exported", "lowpass", "as-published", "uniform-width", "evit", "tome")
 LEAST_TOP1 = 95.0  # percent, of a file that a runtime computes as PyTorch does, but for ties
 STAGES = {"top1_no_training": "no training", "top1_finetuned": "fine-tuned"}
-
-
-def study(results: Path, name: str, **of: str) -> Rows:
-    """The rows of a study that are of these things.
-
-    Raises:
-        InputError: there is no such study.
-    """
-    rows = read_rows(results / f"{name}.csv")
-    return [row for row in rows if all(row.get(key) == value for key, value in of.items())]
-
-
-def different(rows: Iterable[dict[str, str]], *keys: str) -> list[tuple[str, ...]]:
-    """What there is of these keys, in the order of the rows."""
-    return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
-
-
-def one(rows: Rows, figure: str, **of: str) -> dict[str, str] | None:
-    """The row of a figure."""
-    found = [row for row in rows if row["figure"] == figure and all(row[key] == value for key, value in of.items())]
-    return found[-1] if found else None
-
-
-def number(row: dict[str, str] | None, form: str) -> str:
-    """Its value, or a dash."""
-    return "-" if row is None else form.format(float(row["value"]))
-
-
-def over_seeds(rows: Rows, figure: str, **of: str) -> str:
-    """Mean, and half of the 95% interval of the mean (Student's t) where there are seeds enough for one."""
-    values = [
-        float(row["value"]) for row in rows if row["figure"] == figure and all(row[k] == v for k, v in of.items())
-    ]
-    if not values:
-        return "-"
-    all_ = spread(values)
-    return f"{all_.mean:.2f}" if all_.half_interval is None else f"{all_.mean:.2f} ± {all_.half_interval:.2f}"
 
 
 def accuracy(*names: str) -> Callable[[Path], str]:
@@ -135,32 +98,6 @@ def agreement(results: Path) -> str:
     return markdown(
         ["classifier", "file", "images", "same top-1", "largest logit difference", "layers left in FP32"], lines, 2
     )
-
-
-def serving(results: Path) -> str:
-    """Throughput and overhead behind one server."""
-    rows = study(results, "serving")
-    lines = []
-    for (model,) in different(rows, "model"):
-        for images in ("1", "8"):
-            best = {
-                kind: max(
-                    float(row["value"])
-                    for row in rows
-                    if row["figure"] == "images_per_s"
-                    and (row["model"], row["candidate"], row["load"]) == (model, kind, "closed")
-                    and row["request_images"] == images
-                )
-                for kind in ("dense", "slim")
-            }
-            cost = [
-                number(one(rows, "overhead_percent", model=model, candidate=kind, request_images=images), "{:+.1f}%")
-                for kind in best
-            ]
-            gain = f"{best['slim'] / best['dense']:.2f}x"
-            lines.append([model, images, f"{best['dense']:.1f}", f"{best['slim']:.1f}", gain, *cost])
-    header = ["model", "images a request", "dense images/s", "slim images/s", "gain", "server's cost, dense", "slim"]
-    return markdown(header, lines)
 
 
 def search_cost(results: Path) -> str:
@@ -315,6 +252,22 @@ def real_precisions(results: Path) -> str:
     return markdown(["model", "precision", *header, "layers kept in FP32", "left out of 8 bits"], lines, 2)
 
 
+def forecasts(results: Path) -> str:
+    """How wrong forecasts are on rows left out: the median error, and what nine in ten stay below."""
+    rows = study(results, "forecast")
+    lines = []
+    for gpu, engine, precision, batches in different(rows, "gpu", "engine", "precision", "batches"):
+        of = {"gpu": gpu, "engine": engine, "precision": precision, "batches": batches}
+        cells = [number(one(rows, "rows", left_out="model", **of), "{:.0f}")]
+        for left_out in ("model", "gpu"):
+            for figure in ("median_error", "nine_in_ten_below"):
+                found = one(rows, figure, left_out=left_out, **of)
+                cells.append("-" if found is None else f"{100 * float(found['value']):.0f}%")
+        lines.append([gpu, engine, precision, batches, *cells])
+    header = ["rows", "model left out: median", "nine in ten below", "GPU left out: median", "nine in ten below"]
+    return markdown(["GPU", "engine", "precision", "batch", *header], lines, 4)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "accuracy": accuracy("accuracy_recovery", "accuracy_recovery_curve", "accuracy_as_published"),
@@ -328,9 +281,13 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "speed-tiny": speed("deit_tiny"),
     "speed-base": speed("deit_base"),
     "kernels": kernels,
+    "forecast": forecasts,
     "gains": gains,
     "agreement": agreement,
     "serving": serving,
+    "serving-floods": serving_floods,
+    "serving-soak": serving_soak,
+    "serving-pictures": serving_pictures,
     "search-cost": search_cost,
     "targets": targets,
     "compatibility": compatibility,

@@ -4,9 +4,10 @@ from functools import partial
 from pathlib import Path
 
 from lowpass.export.graph.deployable import deployable
-from lowpass.export.onnx.file import current_onnx, kept_fp32, read_metadata, weights_path
+from lowpass.export.onnx.export import export
+from lowpass.export.onnx.file import current_onnx, kept_fp32, onnx_path, read_metadata, weights_path
 from lowpass.export.onnx.quantize import Quantization
-from lowpass.export.onnx.verify import Verification, export
+from lowpass.export.onnx.verify import Verification
 from lowpass.export.options import QUANTISED, USUAL, ExportOptions, Precision
 from lowpass.export.runtimes.engine import FLAVOURS, installed_flavours
 from lowpass.export.runtimes.pytorch import TORCH, torch_session
@@ -14,6 +15,7 @@ from lowpass.export.runtimes.registry import RuntimeName, check_precision, missi
 from lowpass.export.runtimes.session import Session
 from lowpass.export.runtimes.tensorrt import TensorRT
 from lowpass.export.tensorrt.plan import build, current_plan
+from lowpass.export.torch_program import export_program, program_path
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -21,15 +23,24 @@ from lowpass.pipeline.run.images import DataSource, image_name, quantization_bat
 
 
 def export_run(directory: Path, options: ExportOptions, data: DataSource = None, dense: bool = False) -> Verification:
-    """Write a run's slim (or dense) model as ONNX, verified, and INT8 calibrated, on the run's images or on `data`.
+    """Write a run's slim (or dense) model, verified, and INT8 calibrated, on the run's images or on `data`.
 
     Raises:
         InputError: the run holds no such model.
         RunError: the file disagrees with PyTorch; it is not written.
     """
     batches, made = verification_batches(directory, data)
+    if options.format == "torch-export":
+        return export_program(directory, batches, made, dense)
     quantization = quantization_of(directory, options.precision, data)
     return export(directory, options, batches, made, dense, quantization, partial(image_name, directory, data))
+
+
+def exported_path(directory: Path, options: ExportOptions, dense: bool = False) -> Path:
+    """The file that `export_run` writes."""
+    if options.format == "torch-export":
+        return program_path(directory, dense)
+    return onnx_path(directory, options.precision, dense)
 
 
 def export_all(directory: Path, data: DataSource = None) -> None:

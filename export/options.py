@@ -14,6 +14,7 @@ OPSETS: tuple[Opset, ...] = get_args(Opset)
 OPSET: Opset = 23  # the first with `Attention`, and the newest that every runtime here reads
 Selection = Literal["gather", "onehot"]  # how token selection is lowered, see `graph/selection.py`
 Input = Literal["float32", "uint8"]  # normalised images, or pixels, see `graph/pixels.py`
+Format = Literal["onnx", "torch-export"]  # of the file: ONNX, or a program of `torch.export`
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # What the graph computes in, or is quantised from: `int8` for CPUs, `int8-fp16` and `fp8` for TensorRT.
@@ -27,14 +28,18 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 # What is exported when nobody chooses: what a CPU can run. 8 bits for TensorRT are for whoever has a GPU.
 USUAL: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+# Files for TensorRT alone: fewer kernels are worth more arithmetic. BF16 is for CPUs as well.
+FOR_TENSORRT: tuple[Precision, ...] = ("fp16", "int8-fp16", "fp8")
 QUANTISED: tuple[Precision, ...] = ("int8", "int8-fp16", "fp8")
 
 
 class ExportOptions(BaseModel):
-    """How a model becomes an ONNX file. `profile` are the batch sizes that engines will be built for."""
+    """How a model becomes a file. `profile` are the batch sizes that engines will be built for. What is beside `format`
+    is of ONNX alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    format: Format = "onnx"
     precision: Precision = "fp32"
     profile: BatchProfile = BatchProfile.parse(DEFAULT_PROFILE)
     selection: Selection = "gather"
@@ -44,14 +49,21 @@ class ExportOptions(BaseModel):
 
 
 def export_options(
-    precision: Precision, batch: str, selection: Selection, input: Input, opset: int, keep_fp32: Sequence[str]
+    precision: Precision,
+    batch: str,
+    selection: Selection,
+    input: Input,
+    opset: int,
+    keep_fp32: Sequence[str],
+    format: Format = "onnx",
 ) -> ExportOptions:
     """What the command and `Run.export` are asked for.
 
     Raises:
-        InputError: `batch` is not MIN:OPT:MAX, or the opset cannot be written.
+        InputError: `batch` is not MIN:OPT:MAX, the opset cannot be written, or the format has no such option.
     """
-    return ExportOptions(
+    options = ExportOptions(
+        format=format,
         precision=precision,
         profile=BatchProfile.parse(batch),
         selection=selection,
@@ -59,6 +71,11 @@ def export_options(
         opset=checked_opset(opset),
         keep_fp32=tuple(keep_fp32),
     )
+    changed = [name for name, value in options if name != "format" and value != getattr(ExportOptions(), name)]
+    if format == "torch-export" and changed:
+        option = "batch" if changed[0] == "profile" else changed[0].replace("_", "-")
+        raise InputError(f"--{option} is for ONNX: --format torch-export writes the FP32 model as it is, for any batch")
+    return options
 
 
 def checked_opset(number: int) -> Opset:

@@ -11,8 +11,8 @@ from torch import nn
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import Listener, report_to
 from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.model.classes import load_classes
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
-from lowpass.pipeline.run.classes import load_classes
 from lowpass.pipeline.run.compress import compress as run_compress
 from lowpass.pipeline.run.dense import has_dense
 from lowpass.pipeline.run.evaluate import evaluate_run
@@ -23,15 +23,17 @@ from lowpass.pipeline.run.recipe import IN_MEMORY, Recipe, make_recipe
 from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB
 from lowpass.pipeline.search.search import CostTargetOf
 from lowpass.pipeline.search.shaping import Shaping, TunedFor, make_shaping
+from lowpass.pipeline.train.finetune import SAVE_MINUTES
 
 if TYPE_CHECKING:  # runtimes are imported once they are used
     from lowpass.benchmarks.latency.compare import Benchmark
     from lowpass.export.options import Precision
     from lowpass.export.runtimes.engine import Flavour
     from lowpass.export.runtimes.registry import RuntimeName
-    from lowpass.export.triton.repository import Deployed, DeployOptions
+    from lowpass.export.triton.prepared import DeployOptions
+    from lowpass.export.triton.repository import Deployed
 
-BESIDE_SEARCH = ("model", "data", "released")  # fields of a recipe that are arguments of their own, or none
+BESIDE_SEARCH = ("model", "data", "released", "pulled")  # fields of a recipe that are arguments of their own, or none
 SETTINGS = {name for name in (*Recipe.model_fields, *Shaping.model_fields) if name not in (*BESIDE_SEARCH, "shaping")}
 
 
@@ -53,8 +55,8 @@ def compress(
     Args:
         model: what `load_model` takes (with `weights=FILE`; `digits_deit` brings its own), or a plain ViT of timm,
             Transformers or torchvision in memory.
-        data: `digits`, an image folder or `hfds/NAME`; or two torch data sets or loaders (train, test) of
-            (image [C, H, W] as the model takes it, label).
+        data: `digits`, an image folder, `hfds/NAME`, `hfids/NAME` or `wds/FOLDER`; or two torch data sets or loaders
+            (train, test) of (image [C, H, W] as the model takes it, label).
         out: the run directory, new or empty.
         resume: go on with an interrupted run; the outcome is the same.
         memory_budget: GiB for the search's activations; past it they are files in the run directory.
@@ -149,9 +151,10 @@ def cost_target_of(recipe: Recipe) -> CostTargetOf | None:
     """
     if recipe.target_latency is None:
         return None
-    from lowpass.benchmarks.latency.target import latency_target
+    from lowpass.benchmarks.latency.target import checked_runtime, latency_target
 
-    runtime, precision = checked_runtime(recipe.runtime, recipe.latency_precision)
+    asked_precision: Any = recipe.latency_precision  # which it checks
+    runtime, precision = checked_runtime(recipe.runtime, asked_precision)
     return partial(
         latency_target,
         target_ms=recipe.target_latency,
@@ -159,22 +162,6 @@ def cost_target_of(recipe: Recipe) -> CostTargetOf | None:
         precision=precision,
         batch=recipe.latency_batch,
     )
-
-
-def checked_runtime(runtime: str | None, precision: str | None) -> "tuple[RuntimeName, Precision]":
-    """A runtime by name, and a precision it computes in: the one asked for, or its own.
-
-    Raises:
-        InputError: the runtime is unknown or not here, or lacks the precision.
-    """
-    from lowpass.export.runtimes.registry import check_precision, default_precision, missing, parse_runtimes
-
-    name = parse_runtimes(runtime)[0]
-    if reason := missing(name):
-        raise InputError(f"cannot measure latencies on {name}: {reason}")
-    chosen: Any = precision or default_precision(name)
-    check_precision(name, chosen)
-    return name, chosen
 
 
 class Run:
@@ -224,16 +211,28 @@ class Run:
         """Names in the order of the logits."""
         return load_classes(self.path, self.architecture.dense.num_classes)
 
-    def finetune(self, data: DataSource = None, *, seed: int | None = None, **settings: Any) -> Metrics:
+    def finetune(
+        self,
+        data: DataSource = None,
+        *,
+        seed: int | None = None,
+        resume: bool = False,
+        restart: bool = False,
+        save_minutes: float = SAVE_MINUTES,
+        **settings: Any,
+    ) -> Metrics:
         """Distil the dense model into the slim one, which takes its place: `epochs`, `lr`, `batch_size`,
-        `distill_weight` and so on as `settings`.
+        `distill_weight`, `mixed_precision` and so on as `settings`.
+
+        `resume` goes on with a training that was interrupted, begins one where none was, and leaves one alone that has
+        ended; `restart` begins from the searched weights. Within an epoch the state is saved every `save_minutes`.
 
         Raises:
-            InputError: a setting is out of range, or the data does not fit.
-            RunError: training diverged; the run is as it was.
+            InputError: a setting is out of range, the data does not fit, or an interrupted training is in the way.
+            RunError: training diverged, or its state cannot be saved; the run is as it was.
         """
         with report_to(self.progress):
-            return finetune_run(self.path, data or self.data, settings, seed)
+            return finetune_run(self.path, data or self.data, settings, seed, resume, restart, save_minutes)
 
     def evaluate(self, data: DataSource = None) -> Metrics:
         """Top-1 of dense and slim on the test images of `data`; nothing is written.
@@ -254,6 +253,7 @@ class Run:
         input: Literal["float32", "uint8"] = "float32",
         opset: int = 23,
         keep_fp32: Sequence[str] = (),
+        format: Literal["onnx", "torch-export"] = "onnx",
         data: DataSource = None,
     ) -> Path:
         """Write `model.<precision>.onnx` (or `dense.<precision>.onnx`), once it agrees with PyTorch on real images.
@@ -267,6 +267,7 @@ class Run:
             opset: of ONNX, 17 to 23; below 23 attention is written out, for runtimes that do not read the newest.
             keep_fp32: layers of an FP16 file that stay FP32, such as `blocks.3.mlp.fc1`; where few overflow, they do so
                 unasked.
+            format: `torch-export` writes `model.fp32.pt2` instead, which plain PyTorch loads; it has no other options.
             data: images to verify on, and to quantise by; None: the run's own.
 
         Returns:
@@ -276,14 +277,13 @@ class Run:
             InputError: the run holds no such model, or an option is out of range.
             RunError: the file disagrees with PyTorch, or would overflow in FP16; it is not written.
         """
-        from lowpass.export.artefacts import export_run
-        from lowpass.export.onnx.file import onnx_path
+        from lowpass.export.artefacts import export_run, exported_path
         from lowpass.export.options import export_options
 
-        options = export_options(precision, batch, selection, input, opset, keep_fp32)
+        options = export_options(precision, batch, selection, input, opset, keep_fp32, format)
         with report_to(self.progress):
             export_run(self.path, options, data or self.data, dense)
-        return onnx_path(self.path, precision, dense)
+        return exported_path(self.path, options, dense)
 
     def export_all(self) -> None:
         """Both models in every precision, verified, and the slim model's engine where TensorRT is installed: what
@@ -350,6 +350,38 @@ class Run:
             InputError: nothing current is exported, or the version exists.
             RunError: ONNX Runtime cannot load the file.
         """
-        from lowpass.export.triton.repository import DeployOptions, deploy
+        from lowpass.export.triton.prepared import DeployOptions
+        from lowpass.export.triton.repository import deploy
 
         return deploy(self.path, Path(repository), name or self.path.absolute().name, options or DeployOptions(), dense)
+
+    def publishable(self, name: str = "", license: str | None = None) -> SlimViT:
+        """The slim model with its classes' names and a model card made of the run, for `save_pretrained(folder)` and
+        `push_to_hub(name)`.
+
+        Args:
+            name: what the card says to load the model by, such as `someone/some-model`.
+            license: of the source model, as the hub abbreviates it; None: what its source says, if it says any.
+
+        Raises:
+            InputError: the run is not finished.
+        """
+        from lowpass.report.card import publishable
+
+        return publishable(self.path, name, license)
+
+    def report(self, compare: Sequence[Path | str] = (), data: DataSource = None, images: int | None = None) -> Path:
+        """Write `report.html`, one page that shows everything of the run, and give its path.
+
+        Args:
+            compare: other runs to put beside it.
+            data: test images to show and to measure on; None: the run's own. Where those are gone, the page says so.
+            images: how many of them to measure on, at most; None: as many as a minute allows.
+
+        Raises:
+            InputError: there is no finished run, here or in `compare`, or `data` cannot be used.
+        """
+        from lowpass.report.page import write_report
+
+        with report_to(self.progress):
+            return write_report(self.path, data or self.data, [Path(other) for other in compare], images)

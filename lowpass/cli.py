@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from lowpass.commands import compress, import_vtc, model, serve, ship
+from lowpass.commands import (
+    compress,
+    deploy,
+    forecast,
+    import_vtc,
+    model,
+    predict,
+    publish,
+    report,
+    serve,
+    ship,
+)
 from lowpass.pipeline.base.allocator import keep_freed_memory
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.version import __version__
@@ -29,8 +40,10 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         model.finetune,
         model.evaluate,
     ),
-    "Make it fast": (ship.export, ship.build, ship.benchmark, ship.profile),
-    "Serve it": (serve.deploy, serve.serve, serve.predict),
+    "Make it fast": (ship.export, ship.build, ship.benchmark, ship.profile, forecast.forecast),
+    "Look at it": (report.report,),
+    "Serve it": (deploy.deploy, serve.serve, predict.predict),
+    "Publish it": (publish.push, publish.pull),
     "This machine": (ship.doctor,),
 }
 for panel, commands in PANELS.items():

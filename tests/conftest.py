@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from filelock import FileLock
 from hypothesis import settings
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
+from traces import traced_once
 
+import lowpass.benchmarks.latency.timing
 from lowpass.pipeline.base.allocator import keep_freed_memory
 from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -31,6 +33,27 @@ settings.load_profile("lowpass")
 
 MakeViT = Callable[..., VisionTransformer]
 MadeOnce = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_warm_up() -> Iterator[None]:
+    """What tests time is not looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowpass.benchmarks.latency.timing, "WARM_UP_S", 0.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[None]:
+    """See `traces.py`."""
+    with traced_once(shared_folder(tmp_path_factory, worker_id)):
+        yield
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """One for all test processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +111,7 @@ def slim_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MadeOnce:
     """A directory by name, made by whichever test process asks first and shared by all. Copy it before changing it."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own if worker_id == "master" else own.parent
+    shared = shared_folder(tmp_path_factory, worker_id)
 
     def directory(name: str, make: Callable[[Path], None]) -> Path:
         with FileLock(shared / f"{name}.lock"):

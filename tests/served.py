@@ -1,6 +1,7 @@
 """What tests of a real Triton server share: where it is, what it serves, and bytes sent to it by hand."""
 
 import os
+import shutil
 import socket
 import threading
 import time
@@ -14,12 +15,16 @@ import tritonclient.http
 
 from lowpass.export.artefacts import open_session
 from lowpass.export.batch import BatchProfile
+from lowpass.export.onnx.export import export
 from lowpass.export.onnx.quantize import Quantization
-from lowpass.export.onnx.verify import export
 from lowpass.export.options import ExportOptions, Input, Precision
 from lowpass.export.runtimes.session import logits_of
+from lowpass.export.triton.address import Address
 from lowpass.export.triton.client import Client, Protocol
-from lowpass.export.triton.server import POLL_S, Address, Supervisor, find_server, is_ready
+from lowpass.export.triton.config import as_text, parse_config
+from lowpass.export.triton.server import POLL_S, Supervisor, find_server
+from lowpass.export.triton.state import is_ready
+from lowpass.export.triton.version import CONFIG_FILE, serve_version, versions_of
 from lowpass.pipeline.run.images import quantization_batches, verification_batches
 
 PROFILE = BatchProfile.parse("1:4:8")
@@ -62,13 +67,9 @@ class Running:
 
 @contextmanager
 def served(run: Path, repository: Path, images: np.ndarray) -> Iterator[Running]:
-    """A server on a repository of a run's models, stopped in the end.
-
-    What breaks a model needs a server of its own: Triton counts a model that failed to load as not ready for as long as
-    the server lives, even when it was taken out of the repository.
-    """
+    """A server on a repository of a run's models, stopped in the end. What breaks a model needs a server of its own."""
     address, log = free_address(), repository.with_name("triton.log")
-    with Supervisor(find_server(TRITON), repository, address, log) as supervisor:
+    with Supervisor(find_server(TRITON), repository, address, log, lambda _: None) as supervisor:
         threading.Thread(target=supervisor.watch, daemon=True).start()
         time.sleep(2 * POLL_S)  # at its first poll the server loads everything once more, and counts anew
         until(lambda: loading(log) == 0)
@@ -88,6 +89,20 @@ def exported(run: Path, precision: Precision, dense: bool = False, input: Input 
     options = ExportOptions(precision=precision, profile=PROFILE, input=input)
     ranges = Quantization(quantization_batches(run, None)[0][:1]) if precision == "int8" else None
     export(run, options, batches, made_images=True, dense=dense, calibration=ranges)
+
+
+def serve_damaged(model: Path) -> int:
+    """Make a version that cannot be loaded the one that is served; its number."""
+    present = versions_of(model)
+    version = present[-1] + 1
+    shutil.copytree(model / str(present[-1]), model / str(version))
+    (model / str(version) / "model.onnx").write_bytes(b"damaged" * 100)
+    path = model / str(version) / CONFIG_FILE
+    config = parse_config(path.read_text(), str(path))
+    config.version_policy.specific.versions[:] = [version]
+    path.write_text(as_text(config))
+    serve_version(model, version)
+    return version
 
 
 def raw(address: Address, content: bytes, patience: float = 5) -> bytes:

@@ -102,7 +102,7 @@ def test_a_run_says_what_it_is(slim_run: Path, capsys: pytest.CaptureFixture[str
     with torch.inference_mode():
         assert run.slim(images).shape == (4, 10)
     deployed = run.deploy(slim_run.parent / "models", "digits")
-    assert (deployed.path / "labels.txt").read_text().split() == list("0123456789")
+    assert (deployed.path / "1" / "labels.txt").read_text().split() == list("0123456789")
     printed = capsys.readouterr()
     assert printed.out == printed.err == ""
 

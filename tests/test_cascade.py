@@ -19,11 +19,11 @@ from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.cascade import check_target, largest
+from lowpass.pipeline.search.cascade import largest_amount
 from lowpass.pipeline.search.channel_criteria import (
     CHANNEL_CRITERIA,
-    Stream,
-    Told,
+    CriterionContext,
+    ScoringBatch,
     low_frequency_sensitivity,
     sensitivity_from,
 )
@@ -32,6 +32,7 @@ from lowpass.pipeline.search.log_entries import ChannelDecision, ClassifierDecis
 from lowpass.pipeline.search.search import search
 from lowpass.pipeline.search.shaping import AS_PUBLISHED, FIRST_BLOCK_KEEP
 from lowpass.pipeline.search.state import SearchState
+from lowpass.pipeline.search.target import check_target
 from lowpass.pipeline.train.evaluate import top1
 
 TOKENS, BLOCKS = 36, 3  # enough for block 0 to drop a token, and for that to be worth it
@@ -111,8 +112,8 @@ def test_channels_are_scored_as_the_recipe_says(
 ) -> None:
     asked = []
 
-    def score(model: SlimViT, streams: Any, block: int, told: Told) -> ChannelScores:
-        kept = list[Stream](streams)
+    def score(model: SlimViT, streams: Any, block: int, told: CriterionContext) -> ChannelScores:
+        kept = list[ScoringBatch](streams)
         asked.append((block, told.weight))
         expected = low_frequency_sensitivity(model, batches[:1], block, cutoff=0.3, weight=0.7)
         scores = sensitivity_from(model, kept, block, told.weight)
@@ -135,7 +136,7 @@ def test_the_largest_amount_is_found(limit: int, have: int, bearable: int, guess
         tried.append(amount)
         return -amount
 
-    amount, trials = largest(limit, have, guess, floor=-bearable, top1=left)
+    amount, trials = largest_amount(limit, have, guess, floor=-bearable, trial=left)
     best = min(limit, bearable)
     assert best - max(1, round(0.03 * have)) < amount <= best
     assert list(trials) == tried and all(left == -tried and 0 < tried <= limit for tried, left in trials.items())
@@ -145,7 +146,7 @@ def test_the_largest_amount_is_found(limit: int, have: int, bearable: int, guess
 
 @given(st.integers(50, 400), st.floats(0.05, 0.95), st.floats(-0.03, 0.03))
 def test_a_good_guess_takes_few_trials(have: int, share: float, off: float) -> None:
-    _, trials = largest(have, have, share + off, floor=-share * have, top1=lambda amount: -amount)
+    _, trials = largest_amount(have, have, share + off, floor=-share * have, trial=lambda amount: -amount)
     assert len(trials) <= 4
 
 

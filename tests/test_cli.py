@@ -82,6 +82,8 @@ def test_deit_small_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[
         "--model",
         "deit_small_patch16_224",
         "--random-weights",
+        "--channel-criterion",
+        "magnitude",
         "--architecture",
         str(file),
         "--out",
@@ -225,7 +227,7 @@ def test_a_failure_is_not_a_refusal(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowpass.export.onnx.verify.write_bytes", full)
+    monkeypatch.setattr("lowpass.export.onnx.export.write_bytes", full)
     with pytest.raises(SystemExit) as stop:
         main(["export", str(slim_run)])
     assert stop.value.code == 1 and "No space left" in capsys.readouterr().err

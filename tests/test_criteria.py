@@ -24,12 +24,18 @@ from lowpass.pipeline.data.datasets import Batches, made_batches
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import choose_for_shape
 from lowpass.pipeline.method.sensitivity import ChannelScores
-from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, TokenCriterion, TokenScore, keep_tokens
+from lowpass.pipeline.method.token_choices import TokenCriterion, TokenScore
+from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, keep_tokens
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe, make_recipe
-from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, Stream, Told, low_frequency_sensitivity
+from lowpass.pipeline.search.channel_criteria import (
+    CHANNEL_CRITERIA,
+    CriterionContext,
+    ScoringBatch,
+    low_frequency_sensitivity,
+)
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import Entry
 from lowpass.pipeline.search.order import chooser
@@ -121,15 +127,16 @@ def test_any_channel_criterion(criterion: Any, seed: int, heads: int, data: st.D
         hidden=data.draw(st.integers(1, 32 * heads)),
         keep=9,
     )
-    drawn = CHANNEL_CRITERIA["random"](model, [], 0, Told(seed=seed))
+    drawn = CHANNEL_CRITERIA["random"](model, [], 0, CriterionContext(seed=seed))
     remove_channels(model.blocks[0], choose_for_shape(drawn, shape))
     generator = torch.Generator().manual_seed(seed)
-    clean, low = torch.randn(2, 5, 10, 8 * heads, generator=generator)
-    labels = torch.randint(3, (5,), generator=generator)
-    order = torch.tensor(data.draw(st.permutations(range(5))))
+    images = 128  # more than there are channels, or it hangs on rounding which of them make up for the others
+    clean, low = torch.randn(2, images, 10, 8 * heads, generator=generator)
+    labels = torch.randint(3, (images,), generator=generator)
+    order = torch.tensor(data.draw(st.permutations(range(images))))
     scores, other = (
-        CHANNEL_CRITERIA[criterion](model, [(clean[i], low[i], labels[i])], 0, Told(seed=seed))
-        for i in (torch.arange(5), order)
+        CHANNEL_CRITERIA[criterion](model, [(clean[i], low[i], labels[i])], 0, CriterionContext(seed=seed))
+        for i in (torch.arange(images), order)
     )
     assert scores.query_key.shape == (shape.heads, shape.qk_dim)
     assert scores.value.shape == (shape.heads, shape.v_dim)
@@ -141,6 +148,9 @@ def test_any_channel_criterion(criterion: Any, seed: int, heads: int, data: st.D
     )
     for one, two in every:
         assert bool(one.isfinite().all()) and float(one.min()) >= 0
+        if scores.cumulative:  # of channels that cost the same either may go first, and then has the lower sum
+            torch.testing.assert_close(one, two, rtol=0.1, atol=0.01)
+            one, two = one.flatten().sort().values, two.flatten().sort().values
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-9)
 
 
@@ -157,7 +167,7 @@ def batches(dense: SlimViT) -> Batches:
         return [(images, dense(images).argmax(-1)) for images, _ in made]
 
 
-def streams(model: SlimViT, batches: Batches, block: int) -> list[Stream]:
+def streams(model: SlimViT, batches: Batches, block: int) -> list[ScoringBatch]:
     found = []
     for images, labels in batches:
         with torch.no_grad():
@@ -176,13 +186,13 @@ def test_taylor_is_the_squared_product_on_unfiltered_images(dense: SlimViT, batc
     expected = (layer.weight.grad * layer.weight).square().sum(1)
     query, key = model.blocks[1].attn.query, model.blocks[1].attn.key
     pairs = sum((part.weight.grad * part.weight).square().sum(1) for part in (query, key))  # type: ignore[operator]
-    scores = CHANNEL_CRITERIA["taylor"](dense, streams(dense, batches, 1), 1, Told())
+    scores = CHANNEL_CRITERIA["taylor"](dense, streams(dense, batches, 1), 1, CriterionContext())
     torch.testing.assert_close(scores.hidden, expected.detach(), rtol=1e-3, atol=1e-12)
     torch.testing.assert_close(scores.query_key.flatten(), pairs.detach(), rtol=1e-3, atol=1e-12)
 
 
 def test_magnitude_looks_at_weights_alone(dense: SlimViT) -> None:
-    scores, attention = CHANNEL_CRITERIA["magnitude"](dense, [], 2, Told()), dense.blocks[2].attn
+    scores, attention = CHANNEL_CRITERIA["magnitude"](dense, [], 2, CriterionContext()), dense.blocks[2].attn
     assert scores.value[1, 3] == pytest.approx(float(attention.value.weight[8 + 3].square().sum().item()))
     pair = attention.query.weight[5].square().sum() + attention.key.weight[5].square().sum()
     assert scores.query_key[0, 5] == pytest.approx(float(pair.item()))
@@ -190,7 +200,7 @@ def test_magnitude_looks_at_weights_alone(dense: SlimViT) -> None:
 
 def test_chance_hangs_on_seed_and_block(dense: SlimViT, make_vit: MakeViT) -> None:
     def hidden(block: int, seed: int) -> list[float]:
-        return CHANNEL_CRITERIA["random"](dense, [], block, Told(seed=seed)).hidden.tolist()
+        return CHANNEL_CRITERIA["random"](dense, [], block, CriterionContext(seed=seed)).hidden.tolist()
 
     assert hidden(0, 1) == hidden(0, 1) and len({tuple(hidden(b, s)) for b in range(3) for s in range(3)}) == 9
 

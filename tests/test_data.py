@@ -217,11 +217,13 @@ def test_training_and_calibration_are_the_same_images(tmp_path: Path, two_classe
     assert [label for _, label in images_of(data, "train")] == [label for _, label in images_of(data, "calibration")]
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos", "nearest"])
 def test_the_strongest_augmentation_still_gives_images(
-    tmp_path: Path, two_classes: Architecture, monkeypatch: pytest.MonkeyPatch
+    interpolation: str, tmp_path: Path, two_classes: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(random, "gauss", lambda mean, deviation: mean + 3 * deviation)  # of an operation's magnitude
-    data = load_data(str(folder(tmp_path)), two_classes)
+    prep = two_classes.preprocessing.model_copy(update={"interpolation": interpolation})
+    data = load_data(str(folder(tmp_path)), two_classes.model_copy(update={"preprocessing": prep}))
     for draw in range(200):
         image, _ = data.train[draw % len(data.train)]
         assert image.shape == (3, 16, 16)
@@ -263,7 +265,7 @@ def test_a_folder_without_images_is_refused(layout: str, tmp_path: Path, two_cla
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path, two_classes: Architecture) -> None:
-    with pytest.raises(InputError, match=r"there is no folder .*nowhere; --data takes 'digits', a folder or"):
+    with pytest.raises(InputError, match=r"there is no folder .*nowhere; --data takes 'digits', a folder, hfds"):
         load_data(str(tmp_path / "nowhere"), two_classes)
     paint(tmp_path / "file.png")
     with pytest.raises(InputError, match="there is no folder"):
@@ -325,7 +327,7 @@ def test_an_unknown_data_set_of_a_reader_is_refused(two_classes: Architecture, m
 
 
 def test_an_unknown_reader_is_no_folder(two_classes: Architecture) -> None:
-    with pytest.raises(InputError, match=r"there is no folder nosuch.*or hfds/NAME"):
+    with pytest.raises(InputError, match=r"there is no folder nosuch.*or wds/FOLDER"):
         load_data("nosuch/imagenet", two_classes)
 
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowpass.pipeline.method.energy import EnergyNorm, low_frequency_energy
+from lowpass.pipeline.method.energy import low_frequency_energy
 from lowpass.pipeline.method.frequency import token_lowpass_matrix
+from lowpass.pipeline.method.token_choices import EnergyNorm
 from lowpass.pipeline.method.token_scores import (
     attention_importance,
     cls_importance,

@@ -17,16 +17,21 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 import lowpass.export.graph.deployable
-import lowpass.export.onnx.verify
+import lowpass.export.onnx.export
+import lowpass.export.onnx.file
 from lowpass.export.artefacts import open_session
 from lowpass.export.batch import BatchProfile
 from lowpass.export.graph.attention import FusedAttention, RowAttention
+from lowpass.export.graph.bias_free import drop_biases
+from lowpass.export.graph.cls_score import importance_by_sums
 from lowpass.export.graph.deployable import deployable
+from lowpass.export.graph.last_block import LastBlock
+from lowpass.export.graph.precision import AtPrecision
 from lowpass.export.graph.selection import SELECTIONS
+from lowpass.export.onnx.export import export as export_verified
 from lowpass.export.onnx.file import current_onnx, onnx_path, read_metadata, serialise
 from lowpass.export.onnx.trace import FORBIDDEN, to_onnx, trace
 from lowpass.export.onnx.verify import VERIFICATION_FILE
-from lowpass.export.onnx.verify import export as export_verified
 from lowpass.export.options import ExportOptions, Input, Precision, Selection
 from lowpass.export.runtimes.registry import missing
 from lowpass.export.runtimes.session import logits_of
@@ -34,7 +39,8 @@ from lowpass.export.tensorrt.plan import NO_GPU, build, current_plan, manifest_p
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.data.datasets import Batches
 from lowpass.pipeline.method.block_shape import BlockShape
-from lowpass.pipeline.method.token_scores import TokenScore
+from lowpass.pipeline.method.token_choices import TokenScore
+from lowpass.pipeline.method.token_scores import cls_importance
 from lowpass.pipeline.model.slim_block import SlimAttention
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.images import verification_batches
@@ -95,9 +101,10 @@ def test_graph(slim_run: Path, precision: Precision, score: TokenScore) -> None:
     assert 0 < scoring < len(slim.blocks)
     # The tokens that the last of them keeps need no order: no later low-pass runs along them.
     # Only the full score needs a whole attention matrix, and so the products and the softmax that make it; the last
-    # block has those of CLS's row.
+    # block has those of CLS's row. For TensorRT the softmax of a row that scores is written as sums.
     assert kinds.count("Attention") == len(slim.blocks) - 1 - (scoring if score == "full" else 0)
-    assert kinds.count("Softmax") == scoring + 1 and kinds.count("TopK") == 2 * scoring - 1
+    by_sums = scoring if precision == "fp16" and score == "cls" else 0
+    assert kinds.count("Softmax") == scoring + 1 - by_sums and kinds.count("TopK") == 2 * scoring - 1
     # In FP32 attention reads rows as they are: heads are set apart where tokens are scored and in the last block alone.
     # Query, key and value are GEMMs of their own, with no Split behind them.
     assert kinds.count("Split") == 1  # the last block's is of key and value
@@ -150,14 +157,19 @@ def test_the_same_tokens_are_kept(tuned_run: Path, images: Batches) -> None:
                     kept.append((tokens.sort(1).values if index == scoring[-1] else tokens).flatten(1))
             return torch.cat(kept, 1)
 
-    files = []
-    for selection in SELECTIONS:
-        model = trace(Kept(cast(SlimViT, deployable(slim, selection=selection))), torch.zeros(2, 3, 32, 32))
-        files.append(onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]))
+    def file_of(model: SlimViT) -> onnxruntime.InferenceSession:
+        content = trace(Kept(model), torch.zeros(2, 3, 32, 32)).SerializeToString()
+        return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+    files = [(slim, file_of(cast(SlimViT, deployable(slim, selection=selection)))) for selection in SELECTIONS]
+    # What TensorRT gets, with nothing but its weights rounded: the file scores by sums, PyTorch by a softmax.
+    rounded = cast(SlimViT, cast(AtPrecision, deployable(slim, "fp16")).model.float())
+    assert any(isinstance(block.attn, FusedAttention) and block.attn.gives_logits for block in rounded.blocks[:-1])
+    files.append((rounded, file_of(rounded)))
     for batch, _ in images:
-        with torch.inference_mode():
-            expected = Kept(slim)(batch).numpy()
-        for file in files:
+        for model, file in files:
+            with torch.inference_mode():
+                expected = Kept(model)(batch).numpy()
             (got,) = file.run(None, {"images": batch.numpy()})
             np.testing.assert_allclose(got, expected, atol=1e-4)
 
@@ -173,7 +185,8 @@ def test_metadata(slim_run: Path, images: Batches) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_same_weights_same_bytes(slim_run: Path, precision: Precision) -> None:
+def test_same_weights_same_bytes(slim_run: Path, precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowpass.export.onnx.file, "to_onnx", to_onnx)  # traced anew, see `traces.py`
     assert serialise(slim_run, options(precision)) == serialise(slim_run, options(precision))
 
 
@@ -184,7 +197,7 @@ def test_a_file_that_disagrees_is_not_written(
     wrong = serialise(slim_run, options(precision), dense=True)  # a good model, but not this one
     path = onnx_path(slim_run, precision)
     path.unlink(missing_ok=True)
-    monkeypatch.setattr(lowpass.export.onnx.verify, "serialise", lambda *_: wrong)
+    monkeypatch.setattr(lowpass.export.onnx.export, "serialise", lambda *_: wrong)
     with pytest.raises(RunError, match="not written"):
         export_verified(slim_run, options(precision), images)
     assert not path.exists()
@@ -222,6 +235,9 @@ def test_deployed_attention_is_exact(heads: int, qk_dim: int, v_dim: int, extra:
     x = torch.randn(2, 5, 24)
     one = FusedAttention(attention, None, "one")
     heads_first = FusedAttention(attention, max(qk_dim, v_dim), "one, heads first")
+    logits = FusedAttention(attention, max(qk_dim, v_dim), gives_logits=True)(x, "cls")[1]
+    assert logits is not None
+    torch.testing.assert_close(logits.softmax(-1), attention(x, "cls")[1], atol=1e-5, rtol=1e-5)
     for deployed in (FusedAttention(attention, None), one, heads_first, padded, RowAttention(attention)):
         for score in (None, "full", "cls"):
             if score == "full" and isinstance(deployed, RowAttention):
@@ -248,6 +264,33 @@ def test_the_last_block_is_computed_for_what_is_read(
         assert read.shape[1] == (2 if kind is VisionTransformerDistilled else 1)
         torch.testing.assert_close(deployed(images), slim(images), atol=1e-5, rtol=1e-5)
         assert slim(images).std() > 0.01  # there is something to compare
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_last_block_in_one_product(slim_run: Path, rows: int) -> None:
+    """The queries of tokens that nobody reads do not matter."""
+    block = SlimViT.load(slim_run).blocks[-1]
+    drop_biases(block)
+    x = torch.randn(3, block.tokens_in + 1, 96)
+    with torch.inference_mode():
+        apart, together = (LastBlock(block, rows, whole_query=whole)(x) for whole in (False, True))
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
+@given(
+    heads=st.integers(1, 4),
+    prefix=st.integers(1, 3),
+    count=st.integers(1, 20),
+    length=st.integers(1, 25),
+    spread=st.sampled_from([1.0, 30.0, 1000.0]),
+    seed=st.integers(0, 99),
+)
+def test_a_softmax_as_sums(heads: int, prefix: int, count: int, length: int, spread: float, seed: int) -> None:
+    """Exact however far logits are apart, and however long the sums are."""
+    logits = spread * torch.randn(2, heads, 1, prefix + count, generator=torch.Generator().manual_seed(seed))
+    exact = cls_importance(logits.double().softmax(-1), prefix)
+    got = importance_by_sums(logits, prefix, length)
+    torch.testing.assert_close(got, exact.float(), atol=1e-37, rtol=1e-4)  # what FP32 cannot hold is 0
 
 
 def test_heads_are_padded_to_a_size_that_fuses(slim_run: Path) -> None:

@@ -16,12 +16,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 import lowpass.pipeline.train.finetune
-from lowpass.pipeline.base.errors import RunError
+from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.data.datasets import Data, load_data
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.train.finetune import finetune
+from lowpass.pipeline.train.log import Epoch
+from lowpass.pipeline.train.loss import distillation_loss, mixing
 from lowpass.pipeline.train.settings import FinetuneSettings
 
 COUNT, CLASSES = 24, 5
@@ -208,3 +210,58 @@ def test_a_batch_of_all_images_is_the_largest(slim: SlimViT, dense: SlimViT, cap
         clamped = tuned(slim, dense, batch_size=COUNT + 1, epochs=2)
     assert f"a batch of {COUNT + 1} is more than the {COUNT} training images" in caplog.text
     assert same_weights(clamped, tuned(slim, dense, batch_size=COUNT, epochs=2))
+
+
+def test_gradients_of_several_batches_are_those_of_one(slim: SlimViT, dense: SlimViT) -> None:
+    one = tuned(slim, dense, batch_size=8, epochs=2, lr=0.01)
+    several = tuned(slim, dense, batch_size=4, effective_batch=8, epochs=2, lr=0.01)
+    assert not same_weights(tuned(slim, dense, batch_size=4, epochs=2, lr=0.01), one)
+    for first, second in zip(one.parameters(), several.parameters(), strict=True):
+        torch.testing.assert_close(first, second, atol=2e-3, rtol=1e-2)  # the schedule counts batches
+    with pytest.raises(InputError, match="--effective-batch 12 is no multiple of 8, 8 images in each of 1 processes"):
+        tuned(slim, dense, batch_size=8, effective_batch=12)
+
+
+def test_the_best_epoch_is_kept(slim: SlimViT, dense: SlimViT) -> None:
+    """Of what was measured, whatever comes after."""
+    seen: list[SlimViT] = []
+
+    def measure(model: SlimViT) -> float:
+        seen.append(copy.deepcopy(model))
+        return [50.0, 70.0, 70.0][len(seen) - 1]
+
+    told: list[Epoch] = []
+    arguments = (copy.deepcopy(slim), copy.deepcopy(dense), data(), settings(epochs=6, keep_best=2), 0)
+    best = finetune(*arguments, on_epoch=told.append, measure=measure)
+    assert same_weights(best, seen[1]) and not same_weights(best, seen[2])
+    assert [epoch.top1 for epoch in told] == [None, 50.0, None, 70.0, None, 70.0]
+    assert same_weights(tuned(slim, dense, epochs=6), seen[2])  # measuring changes nothing
+
+
+def test_images_are_mixed_by_place(slim: SlimViT, dense: SlimViT) -> None:
+    plain = tuned(slim, dense)
+    for change in ({"mixup": 0.8}, {"cutmix": 1.0}, {"smoothing": 0.1}):
+        mixed = tuned(slim, dense, **change)
+        assert not same_weights(mixed, plain)
+        np.random.rand()  # whatever was drawn before
+        assert same_weights(tuned(slim, dense, **change), mixed)
+    assert not same_weights(tuned(slim, dense, mixup=0.8, batch_size=1), plain)  # nothing to mix with
+
+
+def test_mixed_labels_are_shares() -> None:
+    mix = mixing(settings(mixup=0.8, smoothing=0.1), CLASSES)
+    assert mix is not None
+    mixed, shares = mix(images(), labels(), (0, 1, 2))
+    assert shares.shape == (COUNT, CLASSES)
+    torch.testing.assert_close(shares.sum(1), torch.ones(COUNT))
+    share = (mixed[0] - images()[-1]).norm() / (images()[0] - images()[-1]).norm()
+    expected = share * smooth(labels()[0]) + (1 - share) * smooth(labels()[-1])
+    torch.testing.assert_close(shares[0], expected, atol=1e-4, rtol=0)
+    logits = torch.randn(COUNT, CLASSES)
+    whole = distillation_loss(logits, shares, labels(1), 0.25, 0.1)
+    parts = 0.75 * -(shares * logits.log_softmax(1)).sum(1).mean() + 0.25 * F.cross_entropy(logits, labels(1))
+    torch.testing.assert_close(whole, parts)
+
+
+def smooth(label: Tensor) -> Tensor:
+    return 0.1 / CLASSES + 0.9 * F.one_hot(label, CLASSES)

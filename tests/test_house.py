@@ -7,8 +7,10 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from functools import cache
 from pathlib import Path
 
+import grimp
 import pytest
 from conftest import SLIM_BLOCKS
 
@@ -52,6 +54,8 @@ def test_the_wheel_holds_one_name(wheel: Path) -> None:
         assert f"lowpass/{room}.py" in names
     assert "lowpass/pipeline/checkpoints/weights/digits_deit.safetensors" in names
     assert "lowpass/recipes/deit_small_paper.json" in names
+    assert {"lowpass/report/templates/page.html", "lowpass/report/templates/style.css"} <= set(names)
+    assert {f"lowpass/export/triton/page/dashboard.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert not [name for name in names if "/results/" in name or "/tests/" in name]
 
 
@@ -95,3 +99,17 @@ def test_it_works_beside_folders_of_the_same_names(wheel: Path, tmp_path: Path) 
     for name in ("slim.safetensors", "architecture.json"):
         assert (project / "runs/api" / name).read_bytes() == (project / "runs/command" / name).read_bytes()
     assert told["slim"]["macs"] < told["dense"]["macs"]
+
+
+def test_the_search_is_understood_from_a_dozen_files() -> None:
+    """The deepest chain of imports from the search down is under 12 files; no file is over 400 lines."""
+    graph = grimp.build_graph("lowpass")
+
+    @cache
+    def depth(module: str) -> int:
+        return 1 + max(map(depth, graph.find_modules_directly_imported_by(module)), default=0)
+
+    assert 5 < depth("lowpass.pipeline.search.search") < 12
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in tracked.split()}
+    assert len(lines) > 200 and not {name: count for name, count in lines.items() if count > 400}

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -29,9 +30,14 @@ ONE = BatchProfile.parse("1")
 
 
 def layers_of(slim: SlimViT, precision: Precision = "fp16", profile: BatchProfile = ONE) -> list[Layers]:
-    model = trace(deployable(slim, precision), torch.zeros(2, 3, *slim.architecture.dense.img_size))
+    model = graph(slim, precision)
     compiled = compile_engine("tensorrt-rtx", model.SerializeToString(), profile)
     return read_layers(compiled.log, model, profile)
+
+
+@cache
+def graph(slim: SlimViT, precision: Precision) -> onnx.ModelProto:
+    return trace(deployable(slim, precision), torch.zeros(2, 3, *slim.architecture.dense.img_size))
 
 
 @cache
@@ -39,6 +45,7 @@ def dense(size: str) -> SlimViT:
     return SlimViT.from_timm(timm.create_model(f"deit_{size}_patch16_224").eval(), token_score="cls")
 
 
+@cache
 def as_the_paper(size: str) -> SlimViT:
     blocks = read_blocks(RECIPES / f"deit_{size}_paper.json")
     return SlimViT(dense(size).architecture.model_copy(update={"blocks": blocks})).eval()
@@ -72,7 +79,7 @@ def test_a_block_is_seven_kernels(digits_slim: SlimViT, precision: Precision) ->
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_blocks_that_score(digits_slim: SlimViT, stages: int) -> None:
-    """Five kernels more, and a sixth that sorts the tokens where a later low-pass reads their order."""
+    """Four kernels more, and a fifth that sorts the tokens where a later low-pass reads their order."""
     slim = SlimViT(digits_slim.architecture.model_copy(update={"token_score": "cls"})).eval()
     slim.load_state_dict(digits_slim.state_dict())
     slim = in_stages(slim, stages)
@@ -81,21 +88,28 @@ def test_blocks_that_score(digits_slim: SlimViT, stages: int) -> None:
     assert len(scoring) == stages
     expected = [0] * 5
     for index in scoring:
-        expected[index] = 5 if index == scoring[-1] else 6
+        expected[index] = 4 if index == scoring[-1] else 5
     assert extra_kernels(layers) == expected
 
 
+def test_blocks_that_score_in_a_range_of_batches(digits_slim: SlimViT) -> None:
+    """They cost no more than that there, where a block has more kernels than seven."""
+    slim = SlimViT(digits_slim.architecture.model_copy(update={"token_score": "cls"})).eval()
+    layers = layers_of(in_stages(slim, 2), profile=BatchProfile.parse("1:2:4"))[0]
+    kernels = [totals.kernels for totals in layers.blocks[:-1]]
+    assert max(kernels) - min(kernels) <= 5
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "one_stage"), [("tiny", 96), ("small", 95), ("base", 96)])
-def test_deit(size: str, one_stage: int) -> None:
-    """At most 92 dense, 105 as in the paper, 95 with one token stage, which Tiny and Base miss by one."""
-    (whole,), (slim,), (one,) = (
-        layers_of(dense(size)),
-        layers_of(as_the_paper(size)),
-        layers_of(in_stages(dense(size), 1)),
-    )
-    assert whole.whole.kernels <= 92 and slim.whole.kernels <= 105 and one.whole.kernels <= one_stage
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_deit(size: str) -> None:
+    """At most 92 kernels dense, 105 as in the paper or with three token stages, 95 with one."""
+    models = dense(size), as_the_paper(size), in_stages(dense(size), 3), in_stages(dense(size), 1)
+    whole, slim, three, one = (layers_of(model)[0] for model in models)
+    assert whole.whole.kernels <= 92 and one.whole.kernels <= 95
+    assert slim.whole.kernels <= 105 and three.whole.kernels <= 105
     assert extra_kernels(whole) == [0] * 11
+    assert sorted(extra_kernels(three)) == [0] * 8 + [4, 5, 5]
     assert sum(kernel.is_attention for kernel in slim.kernels if kernel.block != 11) == 11
 
 
@@ -112,7 +126,7 @@ def test_a_larger_batch_moves_nothing_either() -> None:
 def test_eight_bits_keep_attention_fused(precision: Precision) -> None:
     """All of DeiT-Small's linear layers but CLS's in 8 bits, and few kernels more than in FP16."""
     slim, generator = as_the_paper("small"), np.random.default_rng(0)
-    plain = trace(deployable(slim, precision), torch.zeros(2, 3, 224, 224))
+    plain = graph(slim, precision)
     noise = generator.standard_normal((2, 3, 224, 224), np.float32)
     model, left_out = quantize_half(plain, Quantization([noise]), precision)
     assert not left_out
@@ -128,7 +142,7 @@ def test_eight_bits_keep_attention_fused(precision: Precision) -> None:
 
 def test_macs_are_those_of_the_table(digits_slim: SlimViT) -> None:
     """But for the last block, which is computed for what is read, and biases, which the table does not count."""
-    model = trace(deployable(digits_slim, "fp16"), torch.zeros(2, 3, 32, 32))
+    model = graph(digits_slim, "fp16")
     by_node, (layers,) = macs_by_node(model, 1), layers_of(digits_slim)
     assert layers.whole.macs == sum(by_node.values())
     block = sum(macs for node, macs in by_node.items() if node.startswith("blocks.2."))

@@ -21,11 +21,11 @@ from lowpass.benchmarks.compatibility.benchmark import OLDER, answer
 from lowpass.benchmarks.compatibility.benchmark import main as compare_runtimes
 from lowpass.export.batch import BatchProfile
 from lowpass.export.onnx.attention_nodes import without_attention_nodes
+from lowpass.export.onnx.export import export as export_verified
 from lowpass.export.onnx.file import onnx_path, serialise
 from lowpass.export.onnx.opset import at_opset
 from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.onnx.trace import to_onnx
-from lowpass.export.onnx.verify import export as export_verified
 from lowpass.export.options import OPSET, OPSETS, ExportOptions, Opset, Precision, checked_opset
 from lowpass.export.runtimes.engine import tensorrt_module
 from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
@@ -65,12 +65,13 @@ def test_every_opset_agrees_with_pytorch(tuned_run: Path, images: Batches, opset
 
 
 @pytest.mark.parametrize("opset", [17, 20, 22])
-def test_bf16_and_int8(tuned_run: Path, images: Batches, opset: Opset) -> None:
+def test_bf16_and_int8(tuned_run: Path, opset: Opset) -> None:
+    images = verification_batches(tuned_run, None)[0]
     calibration = Quantization(quantization_batches(tuned_run, None)[0])
     for precision, least in (("bf16", 99.5), ("int8", 98.0)):
         options = ExportOptions(precision=precision, opset=opset)
         done = export_verified(tuned_run, options, images, made_images=True, calibration=calibration)
-        assert done.same_top1 >= least, precision
+        assert done.images == 1000 and done.same_top1 >= least, precision
         assert onnx.load(onnx_path(tuned_run, precision)).opset_import[0].version == opset
 
 

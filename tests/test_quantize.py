@@ -12,10 +12,10 @@ import lowpass.export.onnx.quantize
 from lowpass.benchmarks.peers.tome import tome
 from lowpass.export.artefacts import open_session
 from lowpass.export.batch import BatchProfile
+from lowpass.export.onnx.export import export as export_verified
 from lowpass.export.onnx.file import onnx_path, read_metadata, serialise
 from lowpass.export.onnx.quantize import Quantization, linear_layers, quantize, without_attention_nodes
 from lowpass.export.onnx.trace import to_onnx, trace
-from lowpass.export.onnx.verify import export as export_verified
 from lowpass.export.options import ExportOptions
 from lowpass.export.runtimes.onnx_runtime import OnnxRuntime
 from lowpass.export.runtimes.session import logits_of

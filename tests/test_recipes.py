@@ -106,7 +106,7 @@ def test_a_recipe_is_run_and_remembers_how_to_be_fine_tuned(
         main(["compress", "--recipe", str(file), "--out", str(run), "--dry-run"])
     assert "already holds a run" in capsys.readouterr().err
     again = answer(capsys, "compress", "--recipe", str(file), "--out", str(run), "--resume", "--dry-run")
-    assert again == told
+    assert again | {"least_bytes": 0} == told | {"least_bytes": 0}
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_pairing_keeps_logits_nearer_than_the_best_channels_do(dense: SlimViT, i
     at = state_of(dense, images)
     block = copy.deepcopy(at.model.blocks[0])
     shape = block.shape.model_copy(update={"heads": 2, "qk_dim": 5})
-    choice = choose_for_shape(at.sensitivity(), shape)
+    choice = choose_for_shape(at.channel_scores(), shape)
     remove_channels(block, choice)
     inputs = [block.norm1(tokens) for tokens in at.clean]
     done = refit_query_key(query_key_of(block), inputs, query_key_of(dense.blocks[0]), choice.heads)
@@ -213,7 +213,7 @@ def test_a_dead_head_is_thinned(make_vit: MakeViT) -> None:
     dead = SlimViT.from_timm(vit)
     at = state_of(dead, made_batches(dead.architecture, 32, 16, seed=0))
     shape = at.model.blocks[0].shape.model_copy(update={"qk_dim": 5})
-    block, _ = at.cut(choose_for_shape(at.sensitivity(), shape))
+    block, _ = at.cut(choose_for_shape(at.channel_scores(), shape))
     assert block.shape == shape and all(bool(p.isfinite().all()) for p in block.parameters())
 
 
@@ -230,11 +230,11 @@ def test_a_cut_block_comes_nearer_to_the_dense_stream(
         if dropping:
             at.model.set_keep(0, 20)
         if index:
-            at.model.vit.blocks[0], _ = at.cut(choose_channels(at.sensitivity(), 150))
+            at.model.vit.blocks[0], _ = at.cut(choose_channels(at.channel_scores(), 150))
             at.ascend()
             at.ascend()
-        at.adapt()
-        at.model.vit.blocks[index], refits = at.cut(choose_channels(at.sensitivity(), 200))
+        at.refit_attention()
+        at.model.vit.blocks[index], refits = at.cut(choose_channels(at.channel_scores(), 200))
         done = [*(["query/key/value"] if index else []), "query/key", "attn.proj", "mlp.fc1", "mlp.fc2"]
         assert [r.layer for r in refits] == (done if recovery else [])
         assert all(r.after <= r.before for r in refits)
@@ -300,12 +300,12 @@ def test_an_adaptation_that_costs_top1_is_undone(
     dense: SlimViT, images: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = state_of(dense, images)
-    at.model.vit.blocks[0], _ = at.cut(choose_channels(at.sensitivity(), 200))
+    at.model.vit.blocks[0], _ = at.cut(choose_channels(at.channel_scores(), 200))
     at.ascend()
     before = copy.deepcopy(at.model.blocks[1].state_dict())
     for after, stays in ((50.0, False), (75.0, True)):
         monkeypatch.setattr(at, "top1", lambda blocks, after=after: after)
-        assert at.adapt_unless_worse(75.0) == 75.0
+        assert at.refit_attention_unless_worse(75.0) == 75.0
         now = at.model.blocks[1].state_dict()
         assert all(torch.equal(now[name], before[name]) for name in before) != stays
         assert bool(at.cut(None)[1][0].layer == "query/key/value") == stays
@@ -318,10 +318,10 @@ def test_attention_is_adapted_to_what_enters_it(dense: SlimViT, images: Batches,
     last block, too; on the dense stream they stay."""
     fresh = made_batches(dense.architecture, 64, 64, seed=9)[0][0]
     at = state_of(dense, images)
-    at.adapt()
+    at.refit_attention()
     both = zip(at.model.state_dict().values(), dense.state_dict().values(), strict=True)
     assert all(torch.equal(one, two) for one, two in both)
-    at.model.vit.blocks[0], _ = at.cut(choose_channels(at.sensitivity(), 200))
+    at.model.vit.blocks[0], _ = at.cut(choose_channels(at.channel_scores(), 200))
     for _ in range(index):
         at.ascend()
 
@@ -336,7 +336,7 @@ def test_attention_is_adapted_to_what_enters_it(dense: SlimViT, images: Batches,
         return [float((getattr(block.attn, n)(now) - getattr(whole.attn, n)(wanted)).square().mean()) for n in layers]
 
     before = errors()
-    at.adapt()
+    at.refit_attention()
     assert all(after < 0.95 * error for after, error in zip(errors(), before, strict=True))
 
 
@@ -344,7 +344,7 @@ def test_the_classifier_comes_nearer_to_the_dense_logits(dense: SlimViT, images:
     fresh = made_batches(dense.architecture, 64, 64, seed=9)[0][0]
     at = state_of(dense, images)
     for index in range(len(dense.blocks)):
-        at.model.vit.blocks[index], _ = at.cut(choose_channels(at.sensitivity(), 300))
+        at.model.vit.blocks[index], _ = at.cut(choose_channels(at.channel_scores(), 300))
         at.ascend()
     wanted = dense(fresh)
     before = float((at.model(fresh) - wanted).square().mean())
@@ -358,6 +358,6 @@ def test_both_classifiers_of_a_distilled_model_are_refitted(make_vit: MakeViT) -
     model = SlimViT.from_timm(make_vit(VisionTransformerDistilled))
     at = state_of(model, made_batches(model.architecture, 32, 16, seed=3))
     for index in range(len(model.blocks)):
-        at.model.vit.blocks[index], _ = at.cut(choose_channels(at.sensitivity(), 100))
+        at.model.vit.blocks[index], _ = at.cut(choose_channels(at.channel_scores(), 100))
         at.ascend()
     assert [done.layer for done in at.refit_classifier()] == ["head", "head_dist"]

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from lowpass.benchmarks.latency.compare import benchmark
 from lowpass.cli import main
-from lowpass.export.triton.repository import DeployOptions, deploy
+from lowpass.export.triton.prepared import DeployOptions
+from lowpass.export.triton.repository import deploy
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.released import read_released
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
@@ -200,7 +201,7 @@ def test_reference_logits_exported(
     np.testing.assert_allclose(session.run(["logits"], {"images": images})[0], logits, rtol=0, atol=1e-4)
     deployed = deploy(run, tmp_path / "models", "theirs", DeployOptions())
     assert (deployed.path / "1" / "model.onnx").read_bytes() == (run / "model.fp32.onnx").read_bytes()
-    assert len((deployed.path / "labels.txt").read_text().splitlines()) == logits.shape[1]
+    assert len((deployed.path / "1" / "labels.txt").read_text().splitlines()) == logits.shape[1]
 
 
 def test_the_command_remembers_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,6 +217,7 @@ def test_the_command_remembers_its_images(tmp_path: Path, capsys: pytest.Capture
                 "0.25",
                 "--data",
                 "digits",
+                "--yes",
                 "--json",
             ]
         )

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import started
+from mounts import private_mounts
 from safetensors.torch import load_file
 
 from lowpass.pipeline.base.errors import InputError
@@ -61,13 +63,13 @@ def test_ten_kills_change_nothing(tiny_source: dict[str, object], tmp_path: Path
         recipe = small(**tiny_source, **goal)
         whole = tmp_path / f"whole-{next(iter(goal))}"
         run_alone(recipe, whole)
+        process = started(forks, run_alone, recipe, tmp_path / f"timed-{next(iter(goal))}")
         began = time.monotonic()
-        run_alone(recipe, tmp_path / f"timed-{next(iter(goal))}")
+        process.join()
         seconds = time.monotonic() - began
         for kill in range(5):
             directory = tmp_path / f"{next(iter(goal))}-{kill}"
-            process = forks.Process(target=run_alone, args=(recipe, directory))
-            process.start()
+            process = started(forks, run_alone, recipe, directory)
             process.join(rng.uniform(0.1, 0.9) * seconds)
             process.kill()
             process.join()
@@ -104,14 +106,6 @@ for name in sys.stdin.read().split():
     print((run / name).read_bytes().hex())
 print(*[file.name for file in run.iterdir() if file.name.startswith(".")])
 """
-
-
-def private_mounts() -> list[str]:
-    """How to get mounts of one's own: as root, or as root of a user namespace."""
-    for command in (["unshare", "--mount"], ["unshare", "--mount", "--user", "--map-root-user"]):
-        if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
-            return command
-    pytest.skip("this system allows no mounts of one's own, which a full disk needs")
 
 
 @pytest.mark.slow

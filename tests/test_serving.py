@@ -19,8 +19,22 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from children import ended
 from PIL import Image
-from served import ROOT, TRITON, Running, exported, free_address, post, raw, request_body, served, still_right, until
+from served import (
+    ROOT,
+    TRITON,
+    Running,
+    exported,
+    free_address,
+    post,
+    raw,
+    request_body,
+    serve_damaged,
+    served,
+    still_right,
+    until,
+)
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -29,9 +43,12 @@ from lowpass.cli import main
 from lowpass.export.artefacts import open_session
 from lowpass.export.runtimes.session import logits_of
 from lowpass.export.tensorrt.plan import build, manifest_path
-from lowpass.export.triton.client import Client, Protocol, predict
-from lowpass.export.triton.repository import DeployOptions, deploy, serve_version
-from lowpass.export.triton.server import Supervisor, find_server, is_ready
+from lowpass.export.triton.client import Client, Protocol
+from lowpass.export.triton.predict import predict
+from lowpass.export.triton.prepared import DeployOptions
+from lowpass.export.triton.repository import deploy, roll_back
+from lowpass.export.triton.server import Supervisor, find_server
+from lowpass.export.triton.state import is_ready
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.run.images import verification_batches
 
@@ -80,7 +97,8 @@ def test_labels_of_image_files(running: Running, tmp_path: Path, model: str, pro
     files = save_images(tmp_path, running.images[:11])  # more than one batch
     wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:11])
     with running.client(model, protocol) as client:
-        found = predict(client, files, 3)
+        found = {each.file: each.guesses for each in predict(client, files, 3, logits=True)}
+    assert list(found) == files
     for file, logits in zip(files, wanted, strict=True):
         assert [guess.index for guess in found[file]] == list(np.argsort(-logits)[:3])
         assert [guess.label for guess in found[file]] == [str(guess.index) for guess in found[file]]
@@ -102,9 +120,8 @@ def test_predict_refuses(running: Running, tmp_path: Path) -> None:
     text = tmp_path / "note.txt"
     text.write_text("not an image")
     with running.client("digits") as client:
-        for file in (text, tmp_path / "missing.png"):
-            with pytest.raises(InputError, match=rf"{file.name} cannot be read as an image"):
-                predict(client, [file], 1)
+        for found in predict(client, [text, tmp_path / "missing.png"], 1):
+            assert found.unreadable and not found.guesses
     protocols: tuple[Protocol, Protocol] = ("http", "grpc")
     for protocol, other in zip(protocols, reversed(protocols), strict=True):
         with pytest.raises(InputError, match="does not serve nothing"):
@@ -237,60 +254,12 @@ def test_a_thousand_malformed_messages_over_grpc(running: Running) -> None:
 
 
 @pytest.mark.slow
-def test_versions_are_swapped_under_load(running: Running) -> None:
-    """Dense and slim take turns as what `swapped` serves; each of 2,000 answers is one or the other, none fails."""
-    one = DeployOptions(instances=1, threads=1)
-    deploy(running.run, running.repository, "swapped", one)
-    until(lambda: version_is_served(running, "swapped", 1))
-    wanted = [
-        logits_of(open_session("onnxruntime", running.run, "fp32", dense), running.images[:1])
-        for dense in (False, True)
-    ]
-    failures, seen, left = [], [0, 0], [1000, 1000]
-
-    def load(index: int) -> None:
-        with running.client("swapped", "grpc") as client:
-            while left[index] > 0 or not swapped.is_set():
-                left[index] -= 1
-                try:
-                    answer = client.logits(running.images[:1])
-                    distances = [np.abs(answer - logits).max() for logits in wanted]
-                    seen[int(np.argmin(distances))] += 1
-                    assert min(distances) < 1e-4
-                except Exception as error:  # every kind of failure counts
-                    failures.append(error)
-
-    swapped = threading.Event()
-    workers = [threading.Thread(target=load, args=(index,)) for index in range(2)]
-    for worker in workers:
-        worker.start()
-    deploy(running.run, running.repository, "swapped", one, dense=True)
-    until(lambda: version_is_served(running, "swapped", 2))
-    assert serve_version(running.repository, "swapped").version == 1
-    until(lambda: version_is_served(running, "swapped", 1))
-    swapped.set()
-    for worker in workers:
-        worker.join()
-    assert not failures and sum(seen) >= 2000 and min(seen) > 0
-
-
-def version_is_served(running: Running, model: str, version: int) -> bool:
-    client = tritonclient.http.InferenceServerClient(running.url("http"))
-    try:
-        return bool(client.is_model_ready(model, str(version)))
-    finally:
-        client.close()
-
-
-@pytest.mark.slow
 def test_a_corrupt_version_leaves_the_old_one_serving(running: Running, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     deploy(running.run, repository, "corrupt", DeployOptions(instances=1, threads=1))
     model = repository / "corrupt"
     with served(running.run, repository, running.images) as server:
-        shutil.copytree(model / "1", model / "2")
-        (model / "2" / "model.onnx").write_bytes(b"damaged" * 100)
-        serve_version(repository, "corrupt", 2)
+        assert serve_damaged(model) == 2
         until(lambda: "failed to load 'corrupt'" in server.log.read_text())
         with server.client("corrupt") as client:
             wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:1])
@@ -303,7 +272,7 @@ def test_a_corrupt_version_leaves_the_old_one_serving(running: Running, tmp_path
     ):
         pass
     assert not is_ready(address)
-    serve_version(repository, "corrupt")
+    roll_back(repository, "corrupt")
     with Supervisor(find_server(TRITON), repository, address, log):
         assert is_ready(address)
 
@@ -339,7 +308,7 @@ def test_engines_for_other_hardware_are_refused(running: Running, monkeypatch: p
     plan = build(running.run, "fp16", "tensorrt-rtx")
     manifest = json.loads(manifest_path(plan).read_text()) | {"runtime": "tensorrt", "gpu": "another GPU"}
     manifest_path(plan).write_text(json.dumps(manifest))
-    monkeypatch.setattr("lowpass.export.triton.repository.current_gpu", lambda: "this GPU")
+    monkeypatch.setattr("lowpass.export.triton.prepared.current_gpu", lambda: "this GPU")
     with pytest.raises(InputError, match=r"built for another GPU, this machine has this GPU.*lowpass build"):
         deploy(running.run, running.repository, "engine", DeployOptions(backend="tensorrt"))
     plan.write_bytes(b"other")
@@ -357,7 +326,10 @@ def test_serve_comes_back_after_a_kill(running: Running, tmp_path: Path) -> None
     for kind, port in (("http", address.http), ("grpc", address.grpc), ("metrics", address.metrics)):
         command += [f"--{kind}-port", str(port)]
     wanted = logits_of(open_session("onnxruntime", running.run, "fp32"), running.images[:1])
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process,
+        ended(process),
+    ):
         assert process.stdout is not None
         ready: dict[str, Any] = json.loads(process.stdout.readline())
         assert ready["ready"] and is_ready(address)

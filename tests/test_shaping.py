@@ -17,11 +17,11 @@ from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.search.cascade import check_target
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import Entry, TokenDecision
 from lowpass.pipeline.search.search import search
 from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS, Shaping, choose_shaped, make_shaping
+from lowpass.pipeline.search.target import check_target
 
 shapings = st.builds(
     Shaping,

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowpass.pipeline.method.block_shape import BlockShape
-from lowpass.pipeline.method.energy import EnergyNorm
+from lowpass.pipeline.method.token_choices import EnergyNorm
 from lowpass.pipeline.method.token_scores import keep_tokens, token_scores
 from lowpass.pipeline.model.architecture import Architecture, check_blocks
 from lowpass.pipeline.model.from_timm import describe_dense

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowpass.pipeline.method.structured_obs import DAMPING, logit_gram, removal_costs
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, Stream, Told
+from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, CriterionContext, ScoringBatch
 
 
 def damped(gram: Tensor, columns: int) -> Tensor:
@@ -77,7 +77,7 @@ def slim(make_vit: MakeViT) -> SlimViT:
     return SlimViT.from_timm(make_vit())
 
 
-def streams(slim: SlimViT, block: int) -> list[Stream]:
+def streams(slim: SlimViT, block: int) -> list[ScoringBatch]:
     images = torch.randn(400, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         tokens = slim.embed(images)
@@ -97,7 +97,7 @@ def test_what_is_spare_goes_first(slim: SlimViT, block: int) -> None:
         part.attn.proj.weight[:, 5] = 0
         part.attn.query.weight[2], part.attn.query.bias[2] = 0, 0
         part.attn.proj.weight[:, 8:16] = 0  # all of head 1
-    scores = CHANNEL_CRITERIA["obs"](slim, streams(slim, block), block, Told())
+    scores = CHANNEL_CRITERIA["obs"](slim, streams(slim, block), block, CriterionContext())
     assert {3, 7} & set(scores.hidden.argsort()[:5].tolist())  # CLS hardly moves some others
     assert int(scores.value[0].argmin()) == 5
     assert int(scores.query_key[0].argmin()) == 2
@@ -111,7 +111,7 @@ def test_every_family_is_scored(family: str, make_vit: MakeViT) -> None:
     tokens = slim.embed(pictures(slim, 12)).detach()
     for block in (0, len(slim.blocks) - 1):
         scores, attention = (
-            CHANNEL_CRITERIA["obs"](slim, [(tokens, tokens, tokens)], block, Told()),
+            CHANNEL_CRITERIA["obs"](slim, [(tokens, tokens, tokens)], block, CriterionContext()),
             slim.blocks[0].attn,
         )
         heads = attention.num_heads
@@ -123,4 +123,4 @@ def test_every_family_is_scored(family: str, make_vit: MakeViT) -> None:
 
 def test_without_images_it_is_refused(slim: SlimViT) -> None:
     with pytest.raises(ValueError, match="at least one batch"):
-        CHANNEL_CRITERIA["obs"](slim, [], 0, Told())
+        CHANNEL_CRITERIA["obs"](slim, [], 0, CriterionContext())

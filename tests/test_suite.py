@@ -1,5 +1,6 @@
 """The speed suite: all rivals at matched MACs, checked, timed and written down; what cannot run is said."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,34 @@ import timm
 from PIL import Image
 
 import lowpass.benchmarks.latency.timing
+import lowpass.benchmarks.speed.sessions
 from lowpass.benchmarks.precision.gains import measure
 from lowpass.benchmarks.rows import read_rows
-from lowpass.benchmarks.speed.candidates import CANDIDATES, candidates, uniform_width
+from lowpass.benchmarks.speed.candidates import CANDIDATES, Candidate, candidates, uniform_width
 from lowpass.benchmarks.speed.measured import Engine
 from lowpass.benchmarks.speed.memory import peak_memory
 from lowpass.benchmarks.speed.plans import Plan, gpu, paper
 from lowpass.benchmarks.speed.result_rows import rows
 from lowpass.benchmarks.speed.suite import run_suite
+from lowpass.export.options import Precision
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.model.slim_vit import SlimViT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported_once() -> Iterator[None]:
+    """A file of the same weights serves two tests: candidates are drawn with a seed."""
+    made = dict[tuple[str, Precision], bytes]()
+
+    def exported(rival: Candidate, precision: Precision) -> bytes:
+        if (rival.name, precision) not in made:
+            made[rival.name, precision] = anew(rival, precision)
+        return made[rival.name, precision]
+
+    anew = lowpass.benchmarks.speed.sessions._exported
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowpass.benchmarks.speed.sessions, "_exported", exported)
+        yield
 
 
 @pytest.mark.parametrize("model", ["deit_tiny", "deit_small", "deit_base"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from command_line import answer
 from PIL import Image
+from written import picture
 
 import lowpass
 from lowpass.cli import main
@@ -32,11 +34,6 @@ from lowpass.pipeline.run.inputs import read_inputs
 from lowpass.pipeline.run.recipe import make_recipe
 
 W = read_weights(DIGITS_WEIGHTS).state
-
-
-def picture(image: torch.Tensor) -> Image.Image:
-    pixels = (image.permute(1, 2, 0) * 0.5 + 0.5) * 255
-    return Image.fromarray(pixels.round().clip(0, 255).to(torch.uint8).numpy())
 
 
 def scenes(
@@ -223,8 +220,11 @@ def test_truncated_test_images_are_refused_or_counted(tmp_path: Path, capsys: py
 
 
 @pytest.mark.slow
-def test_sixty_images_go_all_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sixty_images_go_all_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Six a class to train on, two to test on."""
+    monkeypatch.setattr(lowpass.Run, "benchmark", partialmethod(lowpass.Run.benchmark, seconds=0.05))
     folder = scenes(tmp_path / "images", list("0123456789"), 60, 20)
     options = ("--model", "digits_deit", "--data", str(folder), "--target-macs", "0.7", "--ship", "--epochs", "1")
     result = answer(capsys, "compress", *options, "--out", str(tmp_path / "run"), "--workers", "0")

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import lowpass.export.onnx.export
 import lowpass.export.onnx.verify
 from lowpass.export.onnx.bounds import BOUNDS, allowed_wrong, usual
 from lowpass.export.onnx.compared import compared
+from lowpass.export.onnx.export import export
 from lowpass.export.onnx.file import onnx_path, serialise
-from lowpass.export.onnx.verify import VERIFICATION_FILE, Verification, export
+from lowpass.export.onnx.verify import VERIFICATION_FILE, Verification
 from lowpass.export.options import ExportOptions, Precision
 from lowpass.export.runtimes.session import Images, Session
 from lowpass.pipeline.base.errors import RunError
@@ -65,7 +67,7 @@ def verify(run: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Callab
     """An export in which this runs in the place of the file."""
 
     def verified(session: Session, batches: Batches, precision: Precision = "fp32") -> Verification:
-        monkeypatch.setattr(lowpass.export.onnx.verify, "serialise", lambda *_: content)
+        monkeypatch.setattr(lowpass.export.onnx.export, "serialise", lambda *_: content)
         monkeypatch.setattr(lowpass.export.onnx.verify, "verifier", lambda *_: ("a stand-in", session))
         return export(run, ExportOptions(precision=precision), batches)
 

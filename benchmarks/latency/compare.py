@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.latency.timing import Latency, Rounds, check_logits, interleaved, latency, speedup
 from lowpass.export.artefacts import open_session, quantization_of
+from lowpass.export.onnx.export import export
 from lowpass.export.onnx.file import current_onnx, weights_path
-from lowpass.export.onnx.verify import export
 from lowpass.export.options import ExportOptions, Precision
 from lowpass.export.runtimes.engine import FLAVOURS
 from lowpass.export.runtimes.pytorch import TORCH

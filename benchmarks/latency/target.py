@@ -12,7 +12,7 @@ from lowpass.benchmarks.latency.setup import QUANTILE, TimingSetup, machine_of, 
 from lowpass.benchmarks.latency.timing import interleaved
 from lowpass.export.graph.deployable import deployable
 from lowpass.export.options import Precision
-from lowpass.export.runtimes.registry import RuntimeName
+from lowpass.export.runtimes.registry import RuntimeName, check_precision, default_precision, missing, parse_runtimes
 from lowpass.pipeline.base import files
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import write_json
@@ -62,6 +62,20 @@ def latency_target(
         return quiet / speed
 
     return CostTarget(value=target_ms, costs=table, unit="ms", measure=measure)
+
+
+def checked_runtime(runtime: str | None, precision: Precision | None) -> tuple[RuntimeName, Precision]:
+    """A runtime by name, and a precision it computes in: the one asked for, or its own.
+
+    Raises:
+        InputError: the runtime is unknown or not here, or lacks the precision.
+    """
+    name = parse_runtimes(runtime)[0]
+    if reason := missing(name):
+        raise InputError(f"cannot measure latencies on {name}: {reason}")
+    chosen = precision or default_precision(name)
+    check_precision(name, chosen)
+    return name, chosen
 
 
 def latency_table(

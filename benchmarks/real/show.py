@@ -4,15 +4,14 @@ import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from pydantic import TypeAdapter
 
 from lowpass.benchmarks.figures import COLOURS, write_figure
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import write_bytes
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.show_tokens import show_tokens
-from lowpass.pipeline.search.log import SEARCH_FILE
-from lowpass.pipeline.search.log_entries import Curve, Entry
+from lowpass.pipeline.search.log import SEARCH_FILE, read_log
+from lowpass.pipeline.search.log_entries import Curve
 
 PICTURES = 10
 
@@ -30,13 +29,12 @@ def write_pictures(run: Path, pictures: Path, out: Path) -> list[Path]:
     """
     slim = SlimViT.load(run)
     try:
-        _, *lines = (run / SEARCH_FILE).read_text().splitlines()
+        _, entries = read_log(run / SEARCH_FILE)
     except OSError as error:
         raise InputError(
             f"cannot read {run / SEARCH_FILE}: {error.strerror}; only a search has something to draw"
         ) from None
-    adapter: TypeAdapter[Entry] = TypeAdapter(Entry)
-    curves = [entry for line in lines if isinstance(entry := adapter.validate_json(line), Curve)]
+    curves = [entry for entry in entries if isinstance(entry, Curve)]
     if not curves:
         raise InputError(f"{run} was not searched to a target: it has no loss curves to draw")
     out.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.evaluate import best_device
 from lowpass.pipeline.run.inputs import MACHINE
 from lowpass.pipeline.run.recipe import Recipe, make_recipe
-from lowpass.pipeline.search.cascade import check_target
+from lowpass.pipeline.search.target import check_target
 from lowpass.pipeline.train.evaluate import top1
 
 BATCH = 64  # images, of a test; searches have their own

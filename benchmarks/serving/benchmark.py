@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -28,30 +29,41 @@ from lowpass.benchmarks.figures import write_figure
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.rows import RESULTS, Row, write_rows
 from lowpass.benchmarks.serving.load import Point, closed_loop, open_loop
+from lowpass.benchmarks.serving.overload import Overload, overload
 from lowpass.benchmarks.speed.candidates import RECIPES
-from lowpass.export.artefacts import open_session
+from lowpass.export.artefacts import export_run, open_session
 from lowpass.export.onnx.file import current_onnx
-from lowpass.export.onnx.verify import export
-from lowpass.export.options import ExportOptions
+from lowpass.export.options import ExportOptions, Precision
 from lowpass.export.runtimes.session import Session
-from lowpass.export.triton.repository import DeployOptions, deploy
-from lowpass.export.triton.server import Address, Supervisor, find_server
+from lowpass.export.triton.address import Address
+from lowpass.export.triton.prepared import DeployOptions
+from lowpass.export.triton.repository import deploy
+from lowpass.export.triton.server import Supervisor, find_server
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.data.datasets import made_batches
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.compress import compress
-from lowpass.pipeline.run.images import verification_batches
 from lowpass.pipeline.run.metrics import Metrics
 from lowpass.pipeline.run.recipe import make_recipe
 
 MODELS = ("digits", "deit_small")
+# What is compared: the precision of the file, and whether it is the dense model's.
+KINDS: dict[str, tuple[Precision, bool]] = {
+    "dense": ("fp32", True),
+    "slim": ("fp32", False),
+    "slim int8": ("int8", False),
+}
 BARE_BATCH, BARE_CLIENTS = 8, 2
 BATCHING_CLIENTS = (2, 4, 8)  # with BARE_BATCH images in every request
 OPEN_CLIENTS = 32
 OVERHEAD_TURNS = 5
 LEAST_REQUESTS = 10  # of a turn: fewer, and starting and ending would show
 PAPER_SHARE = 0.456  # of the dense MACs, what the paper leaves of DeiT-Small
+# Loads are to be answered however long it takes; floods meet a queue that is empty again within a second.
+PATIENT = DeployOptions(queue_limit=1000, queue_timeout_ms=0)
+BOUNDED, BOUNDED_SUFFIX = DeployOptions(queue_limit=16, queue_timeout_ms=500), "-bounded"
+COLOURS = {"dense": "black", "slim": "#0b6e4f", "slim int8": "#b5651d"}
 RECIPE = RECIPES / "deit_small_paper.json"
 
 
@@ -67,7 +79,8 @@ class Overhead(BaseModel):
 
 
 class Result(BaseModel):
-    """One model: dense over slim MACs, every load by `dense` and `slim`, and slim's throughput over dense's at best."""
+    """One model: dense over slim MACs, every load by kind, slim's throughput over dense's at best in FP32
+    and in INT8, and what floods of twice the capacity came to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,6 +88,8 @@ class Result(BaseModel):
     points: dict[str, list[Point]]
     overhead: dict[str, Overhead]
     gain: float
+    gain_int8: float
+    floods: dict[str, Overload]
 
 
 class Serving(BaseModel):
@@ -89,7 +104,7 @@ class Serving(BaseModel):
 
 
 def prepare(model: str, work: Path) -> Path:
-    """A run with its FP32 ONNX files, dense and slim; made where missing."""
+    """A run with the ONNX files of every kind; made where missing."""
     run = work / model
     if not (run / "metrics.json").exists():
         if model == "digits":
@@ -97,17 +112,30 @@ def prepare(model: str, work: Path) -> Path:
         else:
             recipe = make_recipe(model="deit_small_patch16_224", random_weights=True, architecture=RECIPE)
         compress(recipe, run, resume=run.exists())
-    for dense in (False, True):
+    for precision, dense in KINDS.values():
         try:
-            current_onnx(run, "fp32", dense)
+            current_onnx(run, precision, dense)
         except InputError:
-            batches, made = verification_batches(run, None)
-            export(run, ExportOptions(precision="fp32"), batches, made, dense)
+            export_run(run, ExportOptions(precision=precision), dense=dense)
     return run
 
 
-def measure(run: Path, url: str, name: str, concurrencies: tuple[int, ...], seconds: float) -> Result:
-    """Every load on a model and its dense one, both behind `url` (gRPC).
+def model_name(model: str, kind: str) -> str:
+    """What a kind of a model is served as."""
+    return f"{model}-{kind.replace(' ', '-')}"
+
+
+def free_address() -> Address:
+    """Three ports of this machine that nobody uses."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    address = Address("127.0.0.1", *(one.getsockname()[1] for one in sockets))
+    for one in sockets:
+        one.close()
+    return address
+
+
+def measure(run: Path, url: str, name: str, concurrencies: tuple[int, ...], seconds: float, server: int) -> Result:
+    """Every load on a model and its dense one, both behind `url` (gRPC) of the process `server`.
 
     Raises:
         RunError: a request failed.
@@ -115,8 +143,8 @@ def measure(run: Path, url: str, name: str, concurrencies: tuple[int, ...], seco
     metrics, architecture = Metrics.load(run), SlimViT.load(run).architecture
     (images, _), *_ = made_batches(architecture, BARE_BATCH, BARE_BATCH, seed=1)
     batch: NDArray[Any] = images.numpy()
-    served = {"dense": f"{name}-dense", "slim": name}
-    points: dict[str, list[Point]] = {"dense": [], "slim": []}
+    served = {kind: model_name(name, kind) for kind in KINDS}
+    points: dict[str, list[Point]] = {kind: [] for kind in KINDS}
     loads = [(1, clients) for clients in concurrencies] + [(BARE_BATCH, clients) for clients in BATCHING_CLIENTS]
     for together, clients in loads:
         for kind, model in served.items():
@@ -132,7 +160,7 @@ def measure(run: Path, url: str, name: str, concurrencies: tuple[int, ...], seco
             points[kind].append(open_loop(url, model, batch[:1], share * single, seconds, OPEN_CLIENTS))
     overhead = {}
     for kind, model in served.items():
-        session = open_session("onnxruntime", run, "fp32", kind == "dense")
+        session = open_session("onnxruntime", run, *KINDS[kind])
         session.load(batch)
         bare, through = list[float](), list[float]()
         for _ in range(OVERHEAD_TURNS):  # in turns, so that a machine that slows down meanwhile slows both
@@ -144,8 +172,15 @@ def measure(run: Path, url: str, name: str, concurrencies: tuple[int, ...], seco
         overhead[kind] = Overhead(
             batch=BARE_BATCH, bare_ms=bare_ms, served_ms=served_ms, percent=100 * (served_ms / bare_ms - 1)
         )
-    saved = metrics.dense.macs / metrics.slim.macs
-    return Result(macs_saved=saved, points=points, overhead=overhead, gain=best["slim"] / best["dense"])
+    floods = {kind: overload(url, model + BOUNDED_SUFFIX, batch[:1], seconds, server) for kind, model in served.items()}
+    return Result(
+        macs_saved=metrics.dense.macs / metrics.slim.macs,
+        points=points,
+        overhead=overhead,
+        gain=best["slim"] / best["dense"],
+        gain_int8=best["slim int8"] / best["dense"],
+        floods=floods,
+    )
 
 
 def _alone(session: Session, seconds: float) -> float:
@@ -167,7 +202,8 @@ def as_markdown(done: Serving) -> str:
         f"`{done.command}`, {done.seconds / 60:.1f} minutes on {in_a_line(machine)}",
     ]
     for name, result in done.models.items():
-        lines += ["", f"## {name}: slim serves {result.gain:.2f}x dense ({result.macs_saved:.2f}x fewer MACs)", ""]
+        lines += ["", f"## {name}: slim serves {result.gain:.2f}x dense, in INT8 {result.gain_int8:.2f}x", ""]
+        lines += [f"{result.macs_saved:.2f}x fewer MACs.", ""]
         lines += [
             "| model | load | images/s | p50 ms | p95 ms | p99 ms | mean batch | queue ms | compute ms |",
             "|---|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -186,6 +222,12 @@ def as_markdown(done: Serving) -> str:
                 f"{kind}, batch {one.batch}: bare session {one.bare_ms:.2f} ms an image, server {one.served_ms:.2f} ms "
                 f"({one.percent:+.1f}%).\n"
             )
+        for kind, flood in result.floods.items():
+            lines.append(
+                f"{kind}, {flood.offered:.1f} requests/s at a capacity of {flood.capacity:.1f}: {flood.goodput:.1f} "
+                f"answered, p99 {flood.p99_ms:.0f} ms, {flood.refused_share:.0%} refused, well again after "
+                f"{flood.recovery_s:.2f} s, memory {flood.bytes_peak / flood.bytes_before:.3f} of before.\n"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -197,7 +239,7 @@ def plot(done: Serving, path: Path) -> None:
         for kind, points in result.points.items():
             for images in (BARE_BATCH, 1):
                 closed = [point for point in points if point.kind == "closed" and point.request_images == images]
-                style = {"marker": "o", "markersize": 4, "color": {"dense": "black"}.get(kind, "#0b6e4f")}
+                style = {"marker": "o", "markersize": 4, "color": COLOURS[kind]}
                 style |= {"label": kind} if images == 1 else {"label": f"{kind}, {images} a request", "linestyle": ":"}
                 clients = [point.offered for point in closed]
                 left.plot(clients, [point.images_per_s for point in closed], **style)
@@ -211,7 +253,8 @@ def plot(done: Serving, path: Path) -> None:
             panel.set_ylim(bottom=0)
             panel.set_xlabel("concurrent clients")
             panel.spines[["top", "right"]].set_visible(False)
-        left.legend(fontsize=8, frameon=False)
+    # Beside the panels: lines are everywhere in them.
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     write_figure(figure, path)
 
 
@@ -223,16 +266,17 @@ def run_benchmark(
     runs = {model: prepare(model, work) for model in models}
     repository = work / f"repository-{os.getpid()}"
     for name, run in runs.items():
-        for dense in (False, True):
-            deploy(run, repository, f"{name}-dense" if dense else name, DeployOptions(), dense)
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-    address = Address("127.0.0.1", *(one.getsockname()[1] for one in sockets))
-    for one in sockets:
-        one.close()
+        for kind, (precision, dense) in KINDS.items():
+            model = model_name(name, kind)
+            deploy(run, repository, model, replace(PATIENT, precision=precision), dense)
+            deploy(run, repository, model + BOUNDED_SUFFIX, replace(BOUNDED, precision=precision), dense)
+    address = free_address()
     with Supervisor(find_server(triton), repository, address, work / "triton.log") as supervisor:
         threading.Thread(target=supervisor.watch, daemon=True).start()
         url = f"127.0.0.1:{address.grpc}"
-        results = {name: measure(run, url, name, concurrencies, seconds) for name, run in runs.items()}
+        assert supervisor.process is not None
+        server = supervisor.process.pid
+        results = {name: measure(run, url, name, concurrencies, seconds, server) for name, run in runs.items()}
     command = shlex.join(["python", "-m", "lowpass.benchmarks.serving", *sys.argv[1:]])
     done = Serving(command=command, seconds=time.monotonic() - began, machine=describe(), models=results)
     write_rows(out / "serving.csv", rows(done), done.machine, command)
@@ -261,6 +305,7 @@ def rows(done: Serving) -> Iterator[Row]:
     for name, result in done.models.items():
         yield Row({"model": name}, "macs_saved", result.macs_saved)
         yield Row({"model": name}, "throughput_gain", result.gain)
+        yield Row({"model": name}, "throughput_gain_int8", result.gain_int8)
         for kind, points in result.points.items():
             for point in points:
                 of = {"model": name, "candidate": kind, "load": point.kind, "offered": point.offered}
@@ -276,3 +321,6 @@ def rows(done: Serving) -> Iterator[Row]:
             yield Row(of, "bare_ms_an_image", one.bare_ms)
             yield Row(of, "served_ms_an_image", one.served_ms)
             yield Row(of, "overhead_percent", one.percent)
+        for kind, flood in result.floods.items():
+            for figure, value in flood.model_dump().items():
+                yield Row({"model": name, "candidate": kind, "load": "flood", "request_images": 1}, figure, value)

@@ -5,8 +5,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowpass.export.graph.cls_score import cls_logits
 from lowpass.export.options import OPSET
-from lowpass.pipeline.method.token_scores import TokenScore
+from lowpass.pipeline.method.token_choices import TokenScore
 from lowpass.pipeline.model.slim_attention import AttentionWeights, SlimAttention, attend
 
 FUSED_HEAD_STEP = 4  # TensorRT's fused attention takes FP16/BF16 heads of 12, 16, 20, ... channels, query like value
@@ -24,11 +25,19 @@ class FusedAttention(nn.Module):
     `products` says how query, key and value are computed. In FP16 as three GEMMs: TensorRT makes one of them itself,
     and its attention reads what that gives where it is, while it moves the parts of one that is split. For CPUs in INT8
     as one that is split. In 8 bits for TensorRT as one whose heads are set apart all at once, which takes one kernel.
+
+    With `gives_logits`, what the `cls` score gets is CLS's row before the softmax.
     """
 
-    def __init__(self, attention: SlimAttention, head_dim: int | None, products: Products = "three") -> None:
+    def __init__(
+        self,
+        attention: SlimAttention,
+        head_dim: int | None,
+        products: Products = "three",
+        gives_logits: bool = False,
+    ) -> None:
         super().__init__()
-        self.products = products
+        self.products, self.gives_logits = products, gives_logits
         self.num_heads = attention.num_heads
         self.qk_dim, self.v_dim = head_dim or attention.qk_dim, head_dim or attention.v_dim
         self.weights = AttentionWeights(attention.weights.scale)
@@ -45,11 +54,13 @@ class FusedAttention(nn.Module):
             self.proj.bias.copy_(source.bias)
 
     def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
-        """As `SlimAttention.forward`."""
+        """As `SlimAttention.forward`, but for `gives_logits`."""
         query, key, value = self._heads(x)
         mixed, weights = attend(query, key, value, self.weights, score if score == "full" else None)
         if score == "cls":
-            weights = cls_row(query, key, self.weights.scale)
+            weights = cls_logits(query, key, self.weights.scale)
+            if not self.gives_logits:
+                weights = weights.softmax(-1)
         if self.own < self.v_dim:
             mixed = mixed[..., : self.own]
         return self.proj(self.norm(mixed.transpose(1, 2).flatten(2))), weights
@@ -98,15 +109,6 @@ class RowAttention(nn.Module):
         )
 
 
-def cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """What CLS attends to: [B, H, T, d] -> [B, H, 1, T] FP32.
-
-    As products and sums, which TensorRT fuses with what comes before: for a MatMul of one row it would copy and pad the
-    keys.
-    """
-    return ((query[:, :, :1] * scale).float() * key.float()).sum(-1).softmax(-1).unsqueeze(2)
-
-
 def unbiased(layer: nn.Linear) -> nn.Linear:
     """The layer, sharing its weights, without a bias."""
     bare = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -125,14 +127,20 @@ def taking_bias(proj: nn.Linear, value: nn.Linear) -> nn.Linear:
 
 
 def stacked(num_heads: int, *parts: tuple[nn.Linear, int]) -> nn.Linear:
-    """Layers as one, the heads of each zero-padded to its size."""
+    """Layers as one, the heads of each zero-padded to its size; with a bias where any has one."""
     first = parts[0][0]
     rows = num_heads * sum(size for _, size in parts)
-    stacked = nn.Linear(first.in_features, rows, bias=first.bias is not None, device=first.weight.device)
+    biased = any(layer.bias is not None for layer, _ in parts)
+    stacked = nn.Linear(first.in_features, rows, bias=biased, device=first.weight.device)
     with torch.no_grad():
         stacked.weight.copy_(torch.cat([padded(layer.weight, num_heads, size) for layer, size in parts]))
-        if first.bias is not None:
-            stacked.bias.copy_(torch.cat([padded(layer.bias, num_heads, size) for layer, size in parts]))
+        if biased:
+            biases = [
+                (layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias) for layer, _ in parts
+            ]
+            stacked.bias.copy_(
+                torch.cat([padded(bias, num_heads, size) for bias, (_, size) in zip(biases, parts, strict=True)])
+            )
     return stacked
 
 

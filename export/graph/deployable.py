@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from lowpass.export.graph.attention import FusedAttention, Products, RowAttention, fused_head_dim
 from lowpass.export.graph.bias_free import drop_biases
+from lowpass.export.graph.cls_score import SeenLogits
 from lowpass.export.graph.keep_fp32 import WideAttention, keep_in_fp32
 from lowpass.export.graph.last_block import LastBlock
 from lowpass.export.graph.precision import AtPrecision, WideLinear
 from lowpass.export.graph.selection import lowering
-from lowpass.export.options import DTYPES, QUANTISED, Precision, Selection
+from lowpass.export.options import DTYPES, FOR_TENSORRT, QUANTISED, Precision, Selection
 from lowpass.pipeline.model.slim_attention import DifferentialAttention
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -42,13 +43,16 @@ def deployable(
     keep_in_fp32(whole, kept, DTYPES[precision])
     written_out = dense.differential or isinstance(whole[-1].attn, WideAttention)
     if not (dense.reads_image_tokens or written_out or dense.attn_norm):
-        model.vit.blocks[-1] = LastBlock(whole.pop(), rows=2 if dense.distilled else 1)
+        rows = 2 if dense.distilled else 1
+        model.vit.blocks[-1] = LastBlock(whole.pop(), rows, whole_query=precision in FOR_TENSORRT)
     if model.vit.attn_pool is not None:
         model.vit.attn_pool.fused_attn = False  # one row of attention: TensorRT has no fused kernel for it
     # The low-pass of LFE runs along the tokens; where no later block has one, their order does not matter.
     last_lowpass = max((i for i, block in enumerate(whole) if len(block.lowpass)), default=-1)
     for index, block in enumerate(whole):
         block.attn = _attention(block, precision)  # type: ignore[assignment]
+        if isinstance(block.attn, FusedAttention) and block.attn.gives_logits:
+            block.seen_tokens = SeenLogits
         if len(block.lowpass):
             block.lowpass = F.pad(block.lowpass, (0, 0, dense.num_prefix_tokens, 0))
         block.keep_tokens = lowering(selection, ordered=index < last_lowpass)
@@ -72,4 +76,5 @@ def _attention(block: SlimBlock, precision: Precision) -> nn.Module:
     products: Products = "three"
     if precision in QUANTISED:
         products = "one, heads first" if padded else "one"
-    return FusedAttention(block.attn, head_dim, products)
+    gives_logits = precision in FOR_TENSORRT and block.reads_attention == "cls"
+    return FusedAttention(block.attn, head_dim, products, gives_logits)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowpass.export.graph.precision import Wide, WideLinear
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.method.token_scores import TokenScore
+from lowpass.pipeline.method.token_choices import TokenScore
 from lowpass.pipeline.model.slim_attention import SlimAttention
 from lowpass.pipeline.model.slim_block import SlimBlock
 

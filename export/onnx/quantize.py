@@ -9,6 +9,7 @@ which decide which tokens are kept. Ranges and roundings are fitted to real inpu
 
 import math
 import tempfile
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,22 +88,24 @@ def leave_out_until_top1_holds(
     def top1_kept(candidate: onnx.ModelProto) -> float:
         return 100 * float((_logits(candidate, judging).argmax(-1) == wanted.argmax(-1)).mean())
 
-    chosen, left_out = everything, list[str]()
-    if top1_kept(chosen) >= JUDGED_TOP1:
-        return chosen, left_out
+    if top1_kept(everything) >= JUDGED_TOP1:
+        return everything, []
     # What each layer costs alone; errors of different layers add up, near enough to say which to begin with.
     cost, few = {}, judging[: math.ceil(len(judging) * RANKED_SHARE)]
     ranked = wanted[: sum(map(len, few))]
     for layer in track(layers, "measuring layers in 8 bits"):
         alone = _logits(_leave_out(everything, plain, set(layers) - {layer}), few)
         cost[layer] = float(np.square(alone - ranked).mean())
-    for layer in sorted(layers, key=lambda name: -cost[name]):
-        left_out.append(layer)
-        chosen = _leave_out(everything, plain, set(left_out))
-        if top1_kept(chosen) >= JUDGED_TOP1:
-            break
+    worst_first = sorted(layers, key=lambda name: -cost[name])
+
+    def holds(count: int) -> bool:
+        return top1_kept(_leave_out(everything, plain, set(worst_first[:count]))) >= JUDGED_TOP1
+
+    # By halving: without a layer more in 8 bits top-1 holds no worse, near enough.
+    fewest = 1 + bisect_left(range(1, len(layers)), True, key=holds)
+    left_out = worst_first[:fewest]
     logger.info(f"8 bits: {len(left_out)} of {len(layers)} layers stay in {instead}: {', '.join(left_out)}")
-    return chosen, left_out
+    return _leave_out(everything, plain, set(left_out)), left_out
 
 
 def linear_layers(model: onnx.ModelProto) -> list[str]:

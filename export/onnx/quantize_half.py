@@ -65,13 +65,14 @@ def quantize_half(
 
 
 def layers_of_all_tokens(model: onnx.ModelProto) -> list[str]:
-    """The blocks' products in FP16 that read every token: of the last block the keys' and values' alone."""
+    """The blocks' products in FP16 that read every token: of the last block the first alone."""
     half = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
     weights = {node.name: node.input[1] for node in model.graph.node if len(node.input) > 1}
     names = [name for name in linear_layers(model) if name.startswith("blocks.") and weights[name] in half]
     last = max((int(name.split(".")[1]) for name in names), default=0)
-    cut = any(name.startswith(f"blocks.{last}.key_value") for name in names)
-    return [name for name in names if not (cut and name.startswith(f"blocks.{last}.") and "key_value" not in name)]
+    first = f"blocks.{last}.qkv"  # of `LastBlock`; that of a whole block is its attention's
+    cut = any(name.startswith(first) for name in names)
+    return [name for name in names if not (cut and name.startswith(f"blocks.{last}.") and not name.startswith(first))]
 
 
 def _with_qdq(

@@ -1,30 +1,26 @@
-"""An exported file is written only when it agrees with PyTorch, and the run directory says how well it does."""
+"""How near an ONNX file comes to PyTorch on the same images, and whether that is near enough to be written."""
 
 import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from lowpass.export.graph.keep_fp32 import kept_layers
 from lowpass.export.graph.pixels import to_images, to_pixels
 from lowpass.export.onnx.bounds import BOUNDS, allowed_wrong, usual
 from lowpass.export.onnx.compared import compared
-from lowpass.export.onnx.file import onnx_path, serialise, weights_path
 from lowpass.export.onnx.half import rounded
-from lowpass.export.onnx.overflow import NameImage, Overflow, find_overflow, further_layers
-from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.options import ExportOptions, Precision
 from lowpass.export.runtimes.onnx_runtime import OnnxRuntime, widened
 from lowpass.export.runtimes.openvino import OpenVino
 from lowpass.export.runtimes.session import Images, Session
-from lowpass.pipeline.base.errors import InputError, RunError
-from lowpass.pipeline.base.files import write_bytes, write_json
+from lowpass.pipeline.base.errors import RunError
+from lowpass.pipeline.base.files import write_json
 from lowpass.pipeline.base.progress import logger, track
 from lowpass.pipeline.model.slim_vit import SlimViT
 
@@ -50,52 +46,6 @@ class Verification(BaseModel):
     largest_magnitude: float | None = None  # of any FP16 tensor; FP16 ends at 65,504
     largest_magnitude_at: str | None = None  # the node
     kept_fp32: tuple[str, ...] = ()  # layers of an FP16 file that are FP32
-
-
-def export(
-    directory: Path,
-    options: ExportOptions,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    made_images: bool = False,
-    dense: bool = False,
-    calibration: Quantization | None = None,
-    name_image: NameImage = "image {}".format,
-) -> Verification:
-    """Export a run's slim (or dense) model, compare it with PyTorch, and only then write it. Where FP16 overflows in a
-    few layers, these are kept in FP32.
-
-    Args:
-        directory: the run.
-        options: of the file.
-        batches: (images [B, C, H, W], labels); labels are not looked at.
-        made_images: the images are noise: what differs is written down but not judged by top-1.
-        dense: export `dense.<precision>.onnx` instead of `model.<precision>.onnx`.
-        calibration: needed for INT8.
-        name_image: what to call an image by its index in `batches`.
-
-    Raises:
-        InputError: the run holds no such model, or it has no layer that `options.keep_fp32` names.
-        RunError: the file disagrees with PyTorch beyond `BOUNDS`, or would overflow in FP16; it is not written.
-    """
-    precision = options.precision
-    if options.keep_fp32 and precision != "fp16":
-        raise InputError(f"--keep-fp32 is for FP16, which overflows past 65,504; {precision} does not")
-    path = onnx_path(directory, precision, dense)
-    model = SlimViT.load(directory, weights_path(directory, dense).name)
-    seen = [_seen(images, model, options) for images, _ in batches]
-    while True:
-        options = options.model_copy(update={"keep_fp32": kept_layers(options.keep_fp32, len(model.blocks))})
-        content = serialise(directory, options, dense, calibration)
-        overflow = find_overflow(path.name, content, seen, name_image)
-        if overflow is None or overflow.wrong is None:
-            break
-        kept = further_layers(path.name, overflow, options.keep_fp32, mendable=precision == "fp16")
-        options = options.model_copy(update={"keep_fp32": kept})
-    verification = _with_overflow(compare(path.name, content, model, batches, made_images, options), overflow)
-    judge(verification, precision, directory)
-    write_bytes(path, content)
-    _note(directory, verification)
-    return verification
 
 
 def judge(verification: Verification, precision: Precision, directory: Path) -> None:
@@ -160,7 +110,7 @@ def compare(
         ValueError: there are no images.
     """
     runtime, session = verifier(content, options.precision)
-    seen = (_seen(images, model, options) for images, _ in track(batches, f"verifying {file}"))
+    seen = (as_seen(images, model, options) for images, _ in track(batches, f"verifying {file}"))
     bound = BOUNDS[options.precision]
     every = compared(session, model, seen, bound, in_doubt=options.precision == "fp32")
     return Verification(
@@ -179,22 +129,15 @@ def compare(
     )
 
 
-def _seen(images: Tensor, model: SlimViT, options: ExportOptions) -> Images:
-    """Images as both see them: PyTorch must see what the file sees, which may be whole pixel values."""
+def as_seen(images: Tensor, model: SlimViT, options: ExportOptions) -> Images:
+    """Images [B, C, H, W] as both see them: PyTorch must see what the file sees, which may be whole pixel values."""
     seen: Images = np.ascontiguousarray(images.numpy())
     preprocessing = model.architecture.preprocessing
     return to_images(to_pixels(seen, preprocessing), preprocessing) if options.input == "uint8" else seen
 
 
-def _with_overflow(verification: Verification, overflow: Overflow | None) -> Verification:
-    if overflow is None:
-        return verification
-    largest = overflow.largest
-    return verification.model_copy(update={"largest_magnitude": largest.value, "largest_magnitude_at": largest.node})
-
-
-def _note(directory: Path, verification: Verification) -> None:
-    """Put it into `verification.json`, one entry a file."""
+def note(directory: Path, verification: Verification) -> None:
+    """Put a verification into the run's `verification.json`, one entry a file."""
     path = directory / VERIFICATION_FILE
     try:
         known = json.loads(path.read_text())

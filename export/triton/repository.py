@@ -1,45 +1,39 @@
-"""A Triton model repository from a run: `REPO/NAME/config.pbtxt`, `labels.txt`, `VERSION/model.*`.
+"""A run's exported model into a Triton model repository, as a new version; and which version is served.
 
-A version is written aside and renamed into place; which one is served is a line of `config.pbtxt`, itself replaced in
-one step. So a new version, and the way back, come all at once or not at all.
+What a version is made of: `version.py`.
 """
 
-import json
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import onnxruntime
-from pydantic import ValidationError
-
-from lowpass.export.batch import BatchProfile
-from lowpass.export.onnx.file import current_onnx, read_metadata
-from lowpass.export.options import Precision
-from lowpass.export.runtimes.engine import current_gpu
-from lowpass.export.tensorrt.plan import NO_GPU, Manifest, manifest_path, plan_path
-from lowpass.export.triton.config import (
-    LABELS_FILE,
-    MODEL_FILES,
-    Backend,
-    ModelSettings,
-    as_text,
-    config_of,
-    parse_config,
-    served_versions,
+from lowpass.export.triton.client import CANARY_SHARE
+from lowpass.export.triton.config import Backend, config_of
+from lowpass.export.triton.decode import AROUND, check_pictures, label_text
+from lowpass.export.triton.prepared import LAST_VERSION, DeployOptions, Prepared, prepare
+from lowpass.export.triton.version import (
+    CONFIG_FILE,
+    VersionFacts,
+    checked_name,
+    facts_of,
+    locked,
+    own_config,
+    remove_version,
+    serve_version,
+    served_config,
+    served_version,
+    versions_of,
+    write_version,
 )
-from lowpass.pipeline.base.errors import InputError, RunError
-from lowpass.pipeline.base.files import PART, sha256, write_text
-from lowpass.pipeline.run.classes import load_classes
+from lowpass.pipeline.base.errors import InputError
 
-CONFIG_FILE = "config.pbtxt"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-DEFAULT_DELAY_US, LONGEST_DELAY_US = 1000, 5000
-MEASURED_IN: dict[Backend, str] = {"python": "onnxruntime", "onnxruntime": "onnxruntime", "tensorrt": "tensorrt"}
+CANARY = "-canary"
+
+
+def canary_name(name: str) -> str:
+    """What a version of a model that is tried first is served as, see `canary.py`."""
+    return name + CANARY
 
 
 @dataclass(frozen=True)
@@ -53,18 +47,6 @@ class Deployed:
     path: Path
 
 
-@dataclass(frozen=True)
-class DeployOptions:
-    """How to serve. None: the default; `instances` 1 on a GPU, 2 on a CPU, which share its cores as `threads`."""
-
-    backend: Backend = "python"
-    precision: Precision | None = None
-    version: int | None = None
-    labels: Path | None = None
-    instances: int | None = None
-    threads: int | None = None
-
-
 def deploy(directory: Path, repository: Path, name: str, options: DeployOptions, dense: bool = False) -> Deployed:
     """Add a run's exported model to a repository as a new version, and make it the one that is served.
 
@@ -76,185 +58,212 @@ def deploy(directory: Path, repository: Path, name: str, options: DeployOptions,
         dense: the dense model instead.
 
     Raises:
-        InputError: nothing current is exported or built, the engine is for other hardware, or the version exists.
+        InputError: nothing current is exported or built, the engine is for other hardware, the version exists, or the
+            repository cannot be written.
         RunError: ONNX Runtime cannot load the file.
     """
-    if not NAME.fullmatch(name):
-        raise InputError(f"--name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit")
-    backend = options.backend
-    precision: Precision = options.precision or ("fp16" if backend == "tensorrt" else "fp32")
-    onnx_file = current_onnx(directory, precision, dense)
-    metadata = read_metadata(onnx_file)
-    source = onnx_file
-    if backend == "tensorrt":
-        source = _engine(directory, precision, dense, onnx_file)
-    else:
-        _try_load(onnx_file)
-    settings = _settings(directory, name, options, metadata, precision, dense)
-    model = repository / name
-    if repository.exists() and not repository.is_dir():
-        raise InputError(f"{repository} is a file; --repository takes a folder")
-    if model.exists() and not (model / CONFIG_FILE).exists():
-        raise InputError(f"{model} is there and holds no {CONFIG_FILE}; give another --name")
-    present = versions_of(model)
-    version = options.version or max(present, default=0) + 1
-    if version in present:
-        raise InputError(f"{model} already holds version {version}; give another --version, or --rollback to serve it")
-    labels = "\n".join(_labels(directory, options.labels, settings.classes)) + "\n"
-    config = as_text(config_of(settings, version))
-    repository.mkdir(parents=True, exist_ok=True)
-    if (model / CONFIG_FILE).exists():
-        _check_same_interface(model, settings)
-        _place(model / str(version), source, backend)
-        write_text(model / LABELS_FILE, labels)
-        write_text(model / CONFIG_FILE, config)
-    else:
-        # Beside the repository, not in it: a server that watches takes every folder there for a model.
-        aside = Path(tempfile.mkdtemp(dir=repository.absolute().parent, prefix=f".{name}.", suffix=PART))
-        try:
-            _place(aside / str(version), source, backend)
-            write_text(aside / LABELS_FILE, labels)
-            write_text(aside / CONFIG_FILE, config)
-            aside.chmod(0o755)
-            aside.rename(model)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return Deployed(name, version, versions_of(model), backend, model)
+    return deploy_models(directory, repository, {name: dense}, options)[0]
 
 
-def serve_version(repository: Path, name: str, version: int | None = None) -> Deployed:
-    """Serve another version that is already there; None: the one before the present.
+def deploy_models(
+    directory: Path, repository: Path, models: Mapping[str, bool], options: DeployOptions
+) -> list[Deployed]:
+    """`deploy` for several models of a run, {name: whether it is the dense one}: all are checked before one is written,
+    and all are written before one is served.
 
     Raises:
-        InputError: there is no such model or version.
+        InputError: see `deploy`.
+        RunError: see `deploy`.
     """
-    model = repository / name
-    path = model / CONFIG_FILE
-    if not path.is_file():
-        raise InputError(f"there is no model {name} in {repository}; `lowpass deploy DIR --repository {repository}`")
-    config = parse_config(path.read_text(), str(path))
-    present = versions_of(model)
-    now = max(served_versions(config), default=0)
-    chosen = version or max((v for v in present if v < now), default=0)
-    if chosen not in present:
-        wanted = f"version {version}" if version else f"version before {now}"
-        raise InputError(f"{model} has no {wanted}; there are {', '.join(map(str, present))}")
-    config.version_policy.specific.versions[:] = [chosen]
-    write_text(path, as_text(config))
-    backend = cast(Backend, config.backend)
-    return Deployed(name, chosen, present, backend, model)
+    prepared = [prepare(directory, name, options, dense) for name, dense in models.items()]
+    with locked(repository):
+        versions = add_versions(repository, prepared, options.version)
+        return [
+            served(repository / model.name, version)
+            for one, version in zip(prepared, versions, strict=True)
+            for model in one.models(version)
+        ]
 
 
-def versions_of(model: Path) -> tuple[int, ...]:
-    """The versions in a model's folder, ascending."""
-    if not model.is_dir():
-        return ()
-    return tuple(sorted(int(entry.name) for entry in model.iterdir() if entry.is_dir() and entry.name.isdecimal()))
+def add_versions(repository: Path, prepared: Sequence[Prepared], wanted: int | None) -> list[int]:
+    """Write models as new versions that are not served yet, with what stands around them; all or none. The caller holds
+    the lock.
 
-
-def _place(target: Path, source: Path, backend: Backend) -> None:
-    """Write a version's folder whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=PART))
+    Raises:
+        InputError: a version exists, a folder of that name is no model, or the version does not go with what stands
+            around the model.
+    """
+    versions = [_free_version(repository, [each.name for each in one.models(1)], wanted) for one in prepared]
+    for one, version in zip(prepared, versions, strict=True):
+        settings = one.settings
+        check_pictures(repository / settings.name, config_of(settings, version), label_text(one.labels))
+    written: list[tuple[Path, int]] = []
     try:
-        shutil.copyfile(source, aside / MODEL_FILES[backend])
-        if backend == "python":
-            shutil.copyfile(Path(__file__).parent / "backend" / "model.py", aside / "model.py")
-        for file in aside.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        aside.chmod(0o755)
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for one, version in zip(prepared, versions, strict=True):
+            for model in one.models(version):
+                write_version(repository, version, model)
+                written.append((repository / model.name, version))
+    except BaseException:
+        for folder, version in written:
+            remove_version(folder, version)
+        raise
+    return versions
 
 
-def _engine(directory: Path, precision: Precision, dense: bool, onnx_file: Path) -> Path:
-    plan = plan_path(directory, precision, dense)
-    remedy = f"run `lowpass build {directory} --precision {precision} --runtime tensorrt` where it will be served"
-    try:
-        manifest = Manifest.model_validate_json(manifest_path(plan).read_bytes())
-        content = sha256(plan)
-    except OSError as error:
-        raise InputError(f"there is no engine {plan} with its manifest ({error.strerror}); {remedy}") from None
-    except ValidationError:
-        raise InputError(f"{manifest_path(plan)} is not an engine's manifest; {remedy}") from None
-    if manifest.runtime != "tensorrt":
-        raise InputError(f"{plan} was built by {manifest.runtime}, which Triton has no backend for; {remedy}")
-    if manifest.plan_sha256 != content or manifest.onnx_sha256 != sha256(onnx_file):
-        raise InputError(f"{plan} was built from another {onnx_file.name}, or is damaged; {remedy}")
-    gpu = current_gpu()
-    if gpu is not None and manifest.gpu not in (gpu, NO_GPU):
-        raise InputError(f"{plan} was built for {manifest.gpu}, this machine has {gpu}; {remedy}")
-    return plan
+def _free_version(repository: Path, names: Sequence[str], wanted: int | None) -> int:
+    models = [repository / name for name in names]
+    for model in models:
+        if model.exists() and not (model / CONFIG_FILE).exists() and _foreign(model):
+            raise InputError(f"{model} is there and holds no {CONFIG_FILE}; give another --name")
+        if (model / CONFIG_FILE).exists() and CANARY_SHARE in served_config(model).parameters:
+            raise InputError(f"{model.name} is a model on trial; --promote or --abort it, or give another --name")
+    present = {version: model for model in models for version in versions_of(model)}
+    version = wanted or max(present, default=0) + 1
+    if version > LAST_VERSION:
+        raise InputError(f"{models[0]} holds version {version - 1}, the last there can be; give a lower --version")
+    if version in present:
+        raise InputError(
+            f"{present[version]} already holds version {version}; give another --version, or --rollback to serve it"
+        )
+    return version
 
 
-def _try_load(onnx_file: Path) -> None:
-    try:
-        onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise RunError(f"ONNX Runtime cannot load {onnx_file}, it was not deployed: {error}") from None
-
-
-def _settings(
-    directory: Path, name: str, options: DeployOptions, metadata: dict[str, str], precision: Precision, dense: bool
-) -> ModelSettings:
-    profile = BatchProfile.parse(metadata["batch"])
-    backend = options.backend
-    channels, height, width = json.loads(metadata["input_size"])
-    uint8 = metadata["input"] == "uint8"
-    best, delay = _measured(directory, MEASURED_IN[backend], profile, dense)
-    cores = len(os.sched_getaffinity(0))
-    instances = options.instances or (min(2, cores) if backend == "python" else 1)
-    return ModelSettings(
-        name=name,
-        backend=backend,
-        uint8=uint8,
-        shape=(height, width, channels) if uint8 else (channels, height, width),
-        classes=int(metadata["num_classes"]),
-        max_batch=profile.most,
-        preferred=tuple(sorted({best, profile.most})),
-        delay_us=delay,
-        instances=instances,
-        threads=options.threads or max(1, cores // instances),
-        # What a client must know to prepare an image, and what a person may want to.
-        parameters={key: metadata[key] for key in ("model", "precision", "input", "input_size", "preprocessing")}
-        | {"precision": precision},
+def _foreign(model: Path) -> bool:
+    """Whether a folder without a configuration holds more than a deploy leaves that was killed."""
+    return not model.is_dir() or any(
+        not entry.name.startswith(".") and not (entry / CONFIG_FILE).is_file() for entry in model.iterdir()
     )
 
 
-def _measured(directory: Path, runtime: str, profile: BatchProfile, dense: bool) -> tuple[int, int]:
-    """The batch with most images a second, and a tenth of its time in microseconds, from `lowpass benchmark`; else the
-    profile's own best."""
-    try:
-        measured = json.loads((directory / "benchmark.json").read_bytes())
-        batches = {
-            int(batch): figures["dense" if dense else "slim"]
-            for batch, figures in measured["runtimes"][runtime]["batches"].items()
-            if profile.least <= int(batch) <= profile.most
-        }
-        best = max(batches, key=lambda batch: batches[batch]["images_per_s"])
-        return best, int(min(LONGEST_DELAY_US, max(100, 100 * batches[best]["p50_ms"])))
-    except (OSError, ValueError, KeyError, TypeError):  # not measured
-        return profile.best, DEFAULT_DELAY_US
+def roll_back(repository: Path, name: str, version: int | None = None) -> Deployed:
+    """Serve another version that is already there, with its own batch limit, preprocessing, labels and warm-up.
+
+    Args:
+        repository: of the model.
+        name: of the model.
+        version: None: the one before the present.
+
+    Raises:
+        InputError: there is no such model or version, or it has no configuration of its own.
+    """
+    (done,) = roll_back_models(repository, [name], version)
+    return done
 
 
-def _labels(directory: Path, file: Path | None, classes: int) -> Sequence[str]:
-    if file is not None:
-        try:
-            labels = file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the labels {file}: {error}; one a line, in the classes' order") from None
-        if len(labels) != classes:
-            raise InputError(f"{file} has {len(labels)} lines, the model {classes} classes; give one label a line")
-        return labels
-    return load_classes(directory, classes)
+def roll_back_models(repository: Path, names: Sequence[str], version: int | None = None) -> list[Deployed]:
+    """`roll_back` for several models: all are checked before one is switched.
+
+    Raises:
+        InputError: see `roll_back`.
+    """
+    for name in names:
+        existing(repository, name)
+    with locked(repository):
+        chosen = {repository / name: _earlier(repository / name, version) for name in names}
+        for model, one in chosen.items():
+            check_version(model, one)
+        return [served(model, one) for model, one in chosen.items()]
 
 
-def _check_same_interface(model: Path, settings: ModelSettings) -> None:
-    """Versions share one configuration, so they must share what it says of inputs and outputs."""
-    path = model / CONFIG_FILE
-    old: Any = parse_config(path.read_text(), str(path))
-    new = config_of(settings, 1)
-    if old.backend != new.backend or list(old.input) != list(new.input) or list(old.output) != list(new.output):
-        raise InputError(f"{model} serves another backend, input or class count; give another --name")
+def _earlier(model: Path, version: int | None) -> int:
+    present, now = versions_of(model), served_version(model) or 0
+    chosen = version or max((one for one in present if one < now), default=0)
+    if chosen not in present:
+        wanted = f"version {version}" if version else f"version before {now}"
+        raise InputError(f"{model} has no {wanted}; there are {', '.join(map(str, present))}")
+    return chosen
+
+
+def existing(repository: Path, name: str) -> Path:
+    """The folder of a model that is there.
+
+    Raises:
+        InputError: it is not.
+    """
+    model = repository / checked_name(name)
+    if not (model / CONFIG_FILE).is_file():
+        raise InputError(f"there is no model {name} in {repository}; `lowpass deploy DIR --repository {repository}`")
+    return model
+
+
+def check_version(model: Path, version: int) -> None:
+    """That a version that is there can be served.
+
+    Raises:
+        InputError: it has no configuration of its own, or does not go with what stands around the model.
+    """
+    config = own_config(model, version)
+    if labels := config.output[0].label_filename:  # what stands around a model has none
+        check_pictures(model, config, (model / labels).read_text(encoding="utf-8"))
+
+
+def served(model: Path, version: int) -> Deployed:
+    """Make a version that is there, and was checked, the one that is served."""
+    serve_version(model, version)
+    return as_it_is(model)
+
+
+def as_it_is(model: Path) -> Deployed:
+    """A model as it is served."""
+    config = served_config(model)
+    (version,) = config.version_policy.specific.versions
+    return Deployed(model.name, version, versions_of(model), cast(Backend, config.backend), model)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One version in a repository. `facts` is None where lowpass did not deploy it."""
+
+    name: str
+    version: int
+    serves: bool
+    facts: VersionFacts | None
+
+
+def list_versions(repository: Path, name: str | None = None) -> list[Listed]:
+    """Every version of every model, or of one.
+
+    Raises:
+        InputError: there is no such repository or model.
+    """
+    if name is not None:
+        models = [existing(repository, name)]
+    elif repository.is_dir():
+        models = sorted(path.parent for path in repository.glob(f"*/{CONFIG_FILE}"))
+    else:
+        raise InputError(f"there is no repository {repository}")
+    return [
+        Listed(model.name, version, version == served_version(model), facts_of(model, version))
+        for model in models
+        for version in versions_of(model)
+    ]
+
+
+def _around(model: Path) -> list[Path]:
+    """What of `decode.py` stands around a model."""
+    models = [model.with_name(f"{model.name}-{what}") for what in AROUND]
+    return [one for one in models if (one / CONFIG_FILE).is_file()]
+
+
+def prune_versions(repository: Path, names: Sequence[str], keep: int) -> list[Listed]:
+    """Remove the oldest versions of models, but `keep` of each, the one that is served, the one before it (which serves
+    on where that does not load, and is the way back), and a canary's.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    models = [existing(repository, name) for name in names]
+    models += [around for model in models for around in _around(model)]
+    removed = []
+    with locked(repository):
+        for model in models:
+            used = {served_version(model), served_version(model.with_name(canary_name(model.name)))}
+            used.add(max((one for one in versions_of(model) if one < (served_version(model) or 0)), default=None))
+            for version in versions_of(model)[:-keep]:
+                if version not in used:
+                    removed.append(Listed(model.name, version, False, facts_of(model, version)))
+                    remove_version(model, version)
+    return removed

@@ -1,28 +1,31 @@
 """A Triton server as a child process: found, started, watched, started again when it dies, stopped cleanly."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
+from lowpass.export.triton.address import Address, check_free
+from lowpass.export.triton.leftovers import Belongings
+from lowpass.export.triton.state import News, broken_models, is_ready, serving_versions, versions_in
 from lowpass.pipeline.base.errors import InputError, RunError
 
 VENV = Path(".venv-triton")
 POLL_S = 1  # how often the server looks for new versions
 STOP_S, START_S = 20.0, 60.0  # seconds to finish what it has; to load all models
 PAUSE_S, LONGEST_PAUSE_S, STEADY_S = 0.2, 30.0, 60.0
+QUICK_DEATHS = 5  # so many in a row, each before STEADY_S, and it is not started again
+NEWS_S, NAP_S = 2.0, 0.1  # how often it is asked what changed; how late an order to stop may be noticed
+LARGEST_LOG = 32 * 2**20  # bytes; then it becomes LOG.1 and begins anew
 TAIL = 12  # lines of the log that a failure quotes
 # The server must never outlive who supervises it: PR_SET_PDEATHSIG (1) holds across exec.
 NEVER_OUTLIVE = (
@@ -36,21 +39,6 @@ class Server:
 
     binary: Path
     bundle: Path | None
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where to listen; loopback only unless told otherwise."""
-
-    host: str = "127.0.0.1"
-    http: int = 8000
-    grpc: int = 8001
-    metrics: int = 8002
-
-    @property
-    def url(self) -> str:
-        """Of HTTP, from this machine."""
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.http}"  # noqa: S104
 
 
 def find_server(venv: Path | None = None) -> Server:
@@ -69,27 +57,34 @@ def find_server(venv: Path | None = None) -> Server:
     return Server(Path(found), None)
 
 
-@dataclass
 class Supervisor:
-    """Keeps one server alive on a repository; a context manager that ends with the server stopped."""
+    """Keeps one server alive on a repository; a context manager that ends with the server stopped and nothing left."""
 
-    server: Server
-    repository: Path
-    address: Address
-    log: Path
-    told: Callable[[str], None] = print
-    restarts: int = 0
-    process: subprocess.Popen[bytes] | None = None
-    _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="lowpass-triton-")))
-    _output: IO[bytes] | None = None
-    _stopping: bool = False
+    def __init__(
+        self, server: Server, repository: Path, address: Address, log: Path, told: Callable[[str], None] = print
+    ) -> None:
+        self.server, self.repository, self.address, self.log, self.told = server, repository, address, log, told
+        self.restarts = 0
+        self.stopping = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self._belongings: Belongings | None = None
+        self._began = 0.0
+
+    @property
+    def identity(self) -> str:
+        """What the server calls itself: another one on the same port does not."""
+        assert self._belongings is not None
+        return f"lowpass-{self._belongings.token}"
 
     def __enter__(self) -> Self:
-        """Start, and wait until it is ready.
+        """Start, and wait until it is ready, or told to stop.
 
         Raises:
+            InputError: a port is used, or the host is not this machine's.
             RunError: it died or did not become ready; the end of its log is quoted.
         """
+        check_free(self.address)
+        self._belongings = Belongings()
         try:
             self._start()
             self._wait_ready()
@@ -102,60 +97,89 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let it finish its requests, then stop it and everything it started."""
-        self._stopping = True
+        self.stopping = True
         self._stop()
-        if self._output is not None:
-            self._output.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._belongings is not None:
+            self._belongings.give_up()
+            self._belongings = None
 
     def watch(self) -> None:
-        """Start the server again whenever it dies; returns once `stop` was called."""
-        pause = PAUSE_S
-        while not self._stopping:
+        """Start the server again whenever it dies, and tell what changes; returns once `stop` was called.
+
+        Raises:
+            RunError: it died again and again, each time soon; the end of its log is quoted.
+        """
+        threading.Thread(target=self._tell_news, daemon=True).start()
+        pause, quick = PAUSE_S, 0
+        while not self.stopping:
             assert self.process is not None
-            began = time.monotonic()
             code = self.process.wait()
-            if self._stopping:
+            if self.stopping:
                 return
+            steady = time.monotonic() - self._began > STEADY_S
+            quick = 0 if steady else quick + 1
+            if quick == QUICK_DEATHS:
+                raise RunError(f"the Triton server died {quick} times in a row, at last with {code}: {self._tail()}")
             # Longer and longer pauses, unless it had been well: a server that cannot start must not eat the machine.
-            pause = PAUSE_S if time.monotonic() - began > STEADY_S else min(2 * pause, LONGEST_PAUSE_S)
+            pause = PAUSE_S if steady else min(2 * pause, LONGEST_PAUSE_S)
             self.told(f"the server ended with {code}; starting it again (log: {self.log})")
             self._kill_group()
-            time.sleep(pause)
-            if not self._stopping:
+            self._sleep(pause)
+            if not self.stopping:
                 self.restarts += 1
                 self._start()
 
     def stop(self) -> None:
         """End `watch`, from a signal handler or another thread."""
-        self._stopping = True
+        self.stopping = True
         if self.process is not None:
             with suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGTERM)
 
-    def _start(self) -> None:
-        if self._output is None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            self._output = self.log.open("ab")
-        self.process = subprocess.Popen(  # noqa: S603 - a list, no shell
-            # By a process of its own: `preexec_fn` would fork this one, whose other threads may hold locks.
-            [sys.executable, "-I", "-c", NEVER_OUTLIVE, *self._command()],
-            env=self._environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    def _tell_news(self) -> None:
+        news = News()
+        while not self.stopping:
+            states = versions_in(self.address)
+            for line in [] if states is None else news.of(states):
+                self.told(line)
+            _keep_short(self.log)
+            self._sleep(NEWS_S)
 
-    def _command(self) -> list[str]:
+    def _sleep(self, seconds: float) -> None:
+        """In short naps: `stop` comes from a signal handler, which may not touch what this thread would wait for."""
+        until = time.monotonic() + seconds
+        while not self.stopping and time.monotonic() < until:
+            time.sleep(NAP_S)
+
+    def _start(self) -> None:
+        assert self._belongings is not None
+        self._belongings.remove_regions()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._began = time.monotonic()
+        # Opened anew each time, and not kept: a log that was moved away is let go.
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(  # noqa: S603 - a list, no shell
+                # By a process of its own: `preexec_fn` would fork this one, whose other threads may hold locks.
+                [sys.executable, "-I", "-c", NEVER_OUTLIVE, *self._command(self._belongings)],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(self._belongings.lock,),
+            )
+
+    def _command(self, belongings: Belongings) -> list[str]:
         address = self.address
         command = [
             str(self.server.binary),
+            f"--id={self.identity}",
             f"--model-repository={self.repository.absolute()}",
             "--model-control-mode=poll",
             f"--repository-poll-secs={POLL_S}",
             "--exit-on-error=false",
-            "--strict-readiness=true",
+            # Strict readiness is lost for good when any version fails to load, also when others serve.
+            "--strict-readiness=false",
             "--disable-auto-complete-config",
             f"--http-address={address.host}",
             f"--http-port={address.http}",
@@ -163,25 +187,13 @@ class Supervisor:
             f"--grpc-port={address.grpc}",
             f"--metrics-address={address.host}",
             f"--metrics-port={address.metrics}",
+            "--metrics-config=summary_latencies=true",
+            f"--backend-config=python,shm-region-prefix-name={belongings.region_prefix}",
             f"--exit-timeout-secs={int(STOP_S) // 2}",
         ]
         if self.server.bundle is not None:
-            command.append(f"--backend-directory={self._backends(self.server.bundle)}")
+            command.append(f"--backend-directory={_backends(belongings.folder, self.server.bundle)}")
         return command
-
-    def _backends(self, bundle: Path) -> Path:
-        """The wheel's Python backend with the stub of its virtual environment's Python, as links."""
-        folder = self._folder / "backends"
-        python = folder / "python"
-        if not python.exists():
-            version = bundle.parents[2].name.removeprefix("python")
-            stub = bundle / "python_backend_stubs" / version / "triton_python_backend_stub"
-            if not stub.is_file():
-                raise InputError(f"the Triton wheel has no stub for Python {version}; make triton PYTHON=python3.11")
-            python.mkdir(parents=True)
-            for file in (*(bundle / "backends" / "python").glob("*.*"), stub):
-                (python / file.name).symlink_to(file)
-        return folder
 
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)
@@ -198,17 +210,23 @@ class Supervisor:
         assert self.process is not None
         until = time.monotonic() + START_S
         while time.monotonic() < until:
-            if self.process.poll() is not None:
-                raise RunError(f"the Triton server ended with {self.process.returncode}: {self._tail()}")
-            if is_ready(self.address):
+            code = self.process.poll()
+            if self.stopping:
+                return
+            if code is not None:
+                raise RunError(f"the Triton server ended with {code}: {self._tail()}")
+            if is_ready(self.address, self.identity):
                 return
             if broken := broken_models(self.address):
                 named = "; ".join(f"{model}: {reason}" for model, reason in broken.items())
+                if serving := serving_versions(versions_in(self.address) or []):
+                    self.told(f"the server cannot load {named}. It serves {', '.join(serving)} (log: {self.log})")
+                    return
                 raise RunError(
                     f"the Triton server cannot load {named}. `lowpass deploy DIR --repository {self.repository} "
                     f"--name {next(iter(broken))} --rollback` serves the version before (log: {self.log})"
                 )
-            time.sleep(0.1)
+            time.sleep(NAP_S)
         raise RunError(f"not every model in {self.repository} is ready after {START_S:.0f} s: {self._tail()}")
 
     def _tail(self) -> str:
@@ -231,25 +249,28 @@ class Supervisor:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def is_ready(address: Address) -> bool:
-    """Whether every model can be asked."""
-    try:
-        with urllib.request.urlopen(f"{address.url}/v2/health/ready", timeout=2) as answer:  # noqa: S310
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
+def _keep_short(log: Path) -> None:
+    """A version that does not load is tried again every second, with some lines each time: no disk holds that for good.
+    The server goes on writing to the same file, at its end, so that is emptied and not moved."""
+    with suppress(OSError):  # it was moved away, or the disk is full: the server matters more
+        if log.stat().st_size > LARGEST_LOG:
+            shutil.copyfile(log, log.with_name(log.name + ".1"))
+            os.truncate(log, 0)
 
 
-def broken_models(address: Address) -> dict[str, str]:
-    """The models that the server gave up loading, and why; empty while it still loads some or cannot be asked."""
-    request = urllib.request.Request(f"{address.url}/v2/repository/index", data=b"{}", method="POST")  # noqa: S310
-    try:
-        with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310
-            models = json.loads(answer.read())
-    except (OSError, ValueError):
-        return {}
-    if any(model.get("state") not in ("READY", "UNAVAILABLE") for model in models):
-        return {}
-    ready = {model["name"] for model in models if model["state"] == "READY"}
-    first_line = {model["name"]: (model.get("reason") or "no reason given").splitlines()[0] for model in models}
-    return {name: reason for name, reason in first_line.items() if name not in ready}
+def _backends(folder: Path, bundle: Path) -> Path:
+    """The wheel's Python backend with the stub of its virtual environment's Python, as links.
+
+    Raises:
+        InputError: the wheel has none for that Python.
+    """
+    python = folder / "backends" / "python"
+    if not python.exists():
+        version = bundle.parents[2].name.removeprefix("python")
+        stub = bundle / "python_backend_stubs" / version / "triton_python_backend_stub"
+        if not stub.is_file():
+            raise InputError(f"the Triton wheel has no stub for Python {version}; make triton PYTHON=python3.11")
+        python.mkdir(parents=True)
+        for file in (*(bundle / "backends" / "python").glob("*.*"), stub):
+            (python / file.name).symlink_to(file)
+    return python.parent

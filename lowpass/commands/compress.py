@@ -5,7 +5,26 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lowpass.commands.common import AsJson, PrecisionOption, Resume, Seed, answer, numbers, say
+from lowpass.commands.common import (
+    DATA,
+    MACHINE,
+    RUN,
+    AsJson,
+    ClassesOption,
+    ClassOrderOption,
+    ExifOption,
+    InputKey,
+    PrecisionOption,
+    Resume,
+    Seed,
+    SkipUnreadable,
+    TargetKey,
+    Workers,
+    Yes,
+    answer,
+    numbers,
+    say,
+)
 from lowpass.pipeline.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,8 +36,8 @@ BESIDE_RECIPE = (
 )  # fmt: skip
 # Arguments of the function that are no settings of a recipe by that name.
 RENAMED = {"batch": "latency_batch", "precision": "latency_precision"}
-GOAL, MODEL, DATA, SHAPES = "How far to go (one of them)", "Model", "Data", "Shapes for the hardware"
-RUN, MACHINE, METHOD = "Run", "Machine", "Method, for experts"
+GOAL, MODEL, SHAPES = "How far to go (one of them)", "Model", "Shapes for the hardware"
+METHOD = "Method, for experts"
 
 
 def demo(
@@ -118,20 +137,13 @@ def compress(
     data: Annotated[
         str | None,
         typer.Option(
-            help="'digits'; a folder with train/CLASS/... and val/CLASS/... (or CLASS/... alone); or hfds/NAME.",
+            help="'digits'; a folder with train/CLASS/... and val/CLASS/... (or CLASS/... alone); hfds/NAME, "
+            "hfids/NAME or wds/FOLDER.",
             rich_help_panel=DATA,
         ),
     ] = None,
-    classes: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Names of the model's classes, a line each, by its logits.", rich_help_panel=DATA
-        ),
-    ] = None,
-    class_order: Annotated[
-        Literal["natural", "plain"],
-        typer.Option(help="How folders are numbered: as timm does, or torchvision.", rich_help_panel=DATA),
-    ] = "natural",
+    classes: ClassesOption = None,
+    class_order: ClassOrderOption = "natural",
     mean: Annotated[
         str | None,
         typer.Option(metavar="R,G,B", help="Of the pixels. Default: the model's own.", rich_help_panel=DATA),
@@ -146,19 +158,10 @@ def compress(
         Literal["nearest", "bilinear", "bicubic", "lanczos"] | None,
         typer.Option(help="Of resizing.", rich_help_panel=DATA),
     ] = None,
-    exif: Annotated[
-        bool, typer.Option("--exif", help="Turn pictures as their cameras were held.", rich_help_panel=DATA)
-    ] = False,
-    skip_unreadable: Annotated[
-        bool,
-        typer.Option("--skip-unreadable", help="Leave out images that cannot be read.", rich_help_panel=DATA),
-    ] = False,
-    input_key: Annotated[
-        str | None, typer.Option(help="Column of the pictures of hfds/NAME.", rich_help_panel=DATA)
-    ] = None,
-    target_key: Annotated[
-        str | None, typer.Option(help="Column of the classes of hfds/NAME.", rich_help_panel=DATA)
-    ] = None,
+    exif: ExifOption = False,
+    skip_unreadable: SkipUnreadable = False,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
     score_images: Annotated[
         int, typer.Option(help="Training images for scoring and recovery.", rich_help_panel=DATA)
     ] = 2000,
@@ -185,10 +188,7 @@ def compress(
             "--dry-run", help="Check every input and say what it would cost; nothing is written.", rich_help_panel=RUN
         ),
     ] = False,
-    yes: Annotated[
-        bool,
-        typer.Option("--yes", help="Go on with a dense model that is suspiciously bad.", rich_help_panel=RUN),
-    ] = False,
+    yes: Yes = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn at random.", rich_help_panel=RUN)] = 0,
     as_json: Annotated[
         bool,
@@ -238,10 +238,7 @@ def compress(
             rich_help_panel=MACHINE,
         ),
     ] = 8.0,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes that read images. Default: a core each.", rich_help_panel=MACHINE),
-    ] = None,
+    workers: Workers = None,
     mixed_precision: Annotated[
         bool,
         typer.Option(
@@ -342,14 +339,14 @@ def _start(
     out = out or Path("runs") / Path(recipe.model.rpartition(":")[2]).name
     if dry_run:
         cost_target_of(recipe)  # refuses a runtime that is not here
-        estimate = estimated(recipe, out, resume, epochs)
+        estimate = estimated(recipe, out, resume, epochs, memory_budget, check=not yes)
         say(estimate.model_dump(mode="json"), as_table(estimate), as_json)
         return
     metrics, measured = run_recipe(recipe, out, resume, memory_budget, yes=yes), None
     if ship:
         run = Run(out)
         if recipe.data is not None and not metrics.finetuned_epochs:
-            metrics = run.finetune() if epochs is None else run.finetune(epochs=epochs)
+            metrics = run.finetune(resume=resume) if epochs is None else run.finetune(resume=resume, epochs=epochs)
         run.export_all()
         measured = run.benchmark()
     answer(out, metrics, measured, as_json)

@@ -5,7 +5,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from lowpass.commands.common import AsJson, DataOption, answer, numbers
+from lowpass.commands.common import (
+    AsJson,
+    ClassesOption,
+    ClassOrderOption,
+    DataOption,
+    ExifOption,
+    InputKey,
+    SkipUnreadable,
+    TargetKey,
+    Workers,
+    Yes,
+    answer,
+    numbers,
+)
 
 
 def import_vtc(
@@ -30,6 +43,14 @@ def import_vtc(
     interpolation: Annotated[
         Literal["nearest", "bilinear", "bicubic", "lanczos"] | None, typer.Option(help="Of resizing. Default: bicubic.")
     ] = None,
+    classes: ClassesOption = None,
+    class_order: ClassOrderOption = "natural",
+    exif: ExifOption = False,
+    skip_unreadable: SkipUnreadable = False,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
+    workers: Workers = None,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a run of a model that VTC-LFC's released code compressed.
@@ -45,4 +66,14 @@ def import_vtc(
         "interpolation": interpolation,
     }
     given = {name: value for name, value in pixels.items() if value is not None}
-    answer(out, import_released(checkpoint, out, qk_scale, cutoff, dense, data, given), None, as_json)
+    reading = {
+        "classes": classes,
+        "class_order": class_order,
+        "exif": exif,
+        "skip_unreadable": skip_unreadable,
+        "input_key": input_key,
+        "target_key": target_key,
+        "workers": workers,
+    }
+    made = import_released(checkpoint, out, qk_scale, cutoff, dense, data, given, reading, check=not yes)
+    answer(out, made, None, as_json)

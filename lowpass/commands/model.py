@@ -4,7 +4,16 @@ from typing import Annotated, Any
 
 import typer
 
-from lowpass.commands.common import AsJson, DataOption, Epochs, PrecisionOption, RunDirectory, answer, say
+from lowpass.commands.common import (
+    AsJson,
+    DataOption,
+    Epochs,
+    MixedPrecisionOption,
+    PrecisionOption,
+    RunDirectory,
+    answer,
+    say,
+)
 from lowpass.pipeline.base.errors import InputError
 
 
@@ -13,19 +22,62 @@ def finetune(
     data: DataOption = None,
     epochs: Epochs = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate at 512 images a step; scaled linearly.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step (on each device).")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time (in each process).")] = None,
+    effective_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images a step learns from; gradients of several batches are summed.")
+    ] = None,
     distill_weight: Annotated[float | None, typer.Option(help="Share of the dense model's label in the loss.")] = None,
+    mixup: Annotated[float | None, typer.Option(help="timm's mixup alpha; DeiT has 0.8.")] = None,
+    cutmix: Annotated[float | None, typer.Option(help="timm's cutmix alpha; DeiT has 1.0.")] = None,
+    smoothing: Annotated[float | None, typer.Option(help="Label smoothing; DeiT has 0.1.")] = None,
+    keep_best: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure held-in top-1 every so many epochs, and keep the best. Default: the last."),
+    ] = None,
+    mixed_precision: Annotated[
+        MixedPrecisionOption | None, typer.Option(help="Default: bf16 on a GPU that has it, otherwise no.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The run's own unless given.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted training, if it has not ended.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin from the searched weights, whatever was trained since.")
+    ] = False,
+    save_minutes: Annotated[
+        float, typer.Option(min=0, help="Save the state so often within an epoch; after each it is saved anyway.")
+    ] = 10.0,
     as_json: AsJson = False,
 ) -> None:
     """Train the slim model with the dense one as its teacher.
 
-    The result takes its place in the run."""
+    The result takes its place in the run; the searched weights stay in pruned.safetensors, and training.csv has a row
+    an epoch. Several processes: `accelerate launch -m lowpass finetune DIR` or `torchrun -m lowpass finetune DIR`."""
     from lowpass.api import Run
+    from lowpass.pipeline.train.processes import processes
 
-    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "distill_weight": distill_weight}
-    metrics = Run(directory).finetune(data, seed=seed, **{k: v for k, v in given.items() if v is not None})
-    answer(directory, metrics, None, as_json)
+    given = {
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "effective_batch": effective_batch,
+        "distill_weight": distill_weight,
+        "mixup": mixup,
+        "cutmix": cutmix,
+        "smoothing": smoothing,
+        "keep_best": keep_best,
+        "mixed_precision": mixed_precision,
+    }
+    metrics = Run(directory).finetune(
+        data,
+        seed=seed,
+        resume=resume,
+        restart=restart,
+        save_minutes=save_minutes,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if processes().is_main_process:
+        answer(directory, metrics, None, as_json)
 
 
 def evaluate(

@@ -1,65 +1,21 @@
-"""From an exported model to answers over the network: `deploy`, `serve`, `predict`."""
+"""A server on the network: `serve`."""
 
 import json
 import signal
-from dataclasses import asdict
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowpass.commands.common import AsJson, PrecisionOption, RunDirectory, say
+from lowpass.commands.common import AsJson
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import console
 
+if TYPE_CHECKING:
+    from lowpass.export.triton.server import Supervisor
+
 Port = Annotated[int, typer.Option(min=1, max=65535)]
-
-
-def deploy(
-    directory: RunDirectory,
-    repository: Annotated[Path, typer.Option(help="Triton model repository; made if missing.")],
-    name: Annotated[str | None, typer.Option(help="What clients call the model. Default: the run's name.")] = None,
-    version: Annotated[int | None, typer.Option(min=1, help="[default: one more than the last]")] = None,
-    backend: Annotated[
-        Literal["tensorrt", "onnxruntime", "python"],
-        typer.Option(help="python: ONNX Runtime on a CPU; the other two as in Triton's own container."),
-    ] = "python",
-    precision: Annotated[
-        PrecisionOption | None, typer.Option(help="Of the exported file. Default: fp16 in tensorrt, else fp32.")
-    ] = None,
-    with_dense: Annotated[
-        bool, typer.Option("--with-dense", help="The dense model too, as NAME-dense, for comparison.")
-    ] = False,
-    labels: Annotated[
-        Path | None, typer.Option(help="Class names, one a line. Default: the data's classes, or numbers.")
-    ] = None,
-    instances: Annotated[
-        int | None, typer.Option(min=1, help="Sessions side by side. Default: 2 in python, else 1.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of a session. Default: its share of the cores.")] = None,
-    rollback: Annotated[
-        bool, typer.Option("--rollback", help="Add nothing: serve --version, or the one before the present.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Add the exported model to a Triton repository.
-
-    As a new version; a running server takes it up by itself."""
-    from lowpass.export.triton.repository import DeployOptions, serve_version
-    from lowpass.export.triton.repository import deploy as deploy_one
-
-    served = name or directory.absolute().name
-    names = {served: False} | ({f"{served}-dense": True} if with_dense else {})
-    if rollback:
-        done = [serve_version(repository, each, version) for each in names]
-    else:
-        options = DeployOptions(backend, precision, version, labels, instances, threads)
-        done = [deploy_one(directory, repository, each, options, dense) for each, dense in names.items()]
-    say(
-        {"repository": str(repository), "models": [asdict(one) | {"path": str(one.path)} for one in done]},
-        "\n".join(f"{one.path}: version {one.version} ({one.backend}), of {list(one.versions)}" for one in done),
-        as_json,
-    )
 
 
 def serve(
@@ -75,14 +31,19 @@ def serve(
         ),
     ] = None,
     log: Annotated[Path | None, typer.Option(help="The server's log. Default: REPO.log.")] = None,
+    dashboard: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of a page of live figures, for this machine alone; 0: none.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Serve a repository until interrupted; a server that dies is started again."""
-    from lowpass.export.triton.server import Address, Supervisor, find_server
+    from lowpass.export.triton.address import Address
+    from lowpass.export.triton.dashboard import Dashboard
+    from lowpass.export.triton.server import Supervisor, find_server
 
     if not repository.is_dir() or not any(repository.glob("*/config.pbtxt")):
         raise InputError(f"{repository} holds no model; `lowpass deploy DIR --repository {repository}` first")
-    address = Address(host, http_port, grpc_port, metrics_port)
+    address = Address(host, http_port, grpc_port, metrics_port, dashboard or None)
     where = log or repository.absolute().with_name(repository.absolute().name + ".log")
 
     def tell(message: str) -> None:
@@ -90,36 +51,28 @@ def serve(
 
     supervisor = Supervisor(find_server(triton), repository, address, where, tell)
     signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
-    with supervisor:
-        assert supervisor.process is not None
-        ready = {"ready": True, "http": http_port, "grpc": grpc_port, "pid": supervisor.process.pid, "log": str(where)}
-        if as_json:
-            print(json.dumps(ready | {"host": host}), flush=True)
-        else:
-            tell(f"ready: HTTP {host}:{http_port}, gRPC {host}:{grpc_port}, log {where}; Ctrl-C stops it")
-        try:
-            supervisor.watch()
-        except KeyboardInterrupt:
-            tell("stopping")
-
-
-def predict(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
-    model: Annotated[str, typer.Option(help="The name it was deployed under.")],
-    url: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8000",
-    protocol: Annotated[Literal["http", "grpc"], typer.Option(help="gRPC listens on 8001 by default.")] = "http",
-    top: Annotated[int, typer.Option(min=1, help="Classes to print of each image.")] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """Ask a served model what is on some images."""
-    from lowpass.export.triton.client import Client
-    from lowpass.export.triton.client import predict as ask
-
-    client = Client(url, model, protocol)
     try:
-        guesses = ask(client, images, top)
-    finally:
-        client.close()
-    lines = [f"{file}: " + ", ".join(f"{g.label} {g.score:.2f}" for g in best) for file, best in guesses.items()]
-    found = {str(file): [asdict(guess) for guess in best] for file, best in guesses.items()}
-    say({"url": url, "model": model, "predictions": found}, "\n".join(lines), as_json)
+        with supervisor, ExitStack() as beside:
+            if supervisor.stopping:
+                return
+            if address.dashboard is not None:
+                beside.enter_context(Dashboard(address, address.dashboard))
+            _say_ready(supervisor, as_json)
+            try:
+                supervisor.watch()
+            except KeyboardInterrupt:
+                tell("stopping")
+    except KeyboardInterrupt:  # before it was ready, or a second time
+        tell("stopped")
+
+
+def _say_ready(supervisor: "Supervisor", as_json: bool) -> None:
+    assert supervisor.process is not None
+    at, log = supervisor.address, str(supervisor.log)
+    if as_json:
+        ready = {"ready": True, "http": at.http, "grpc": at.grpc, "metrics": at.metrics, "dashboard": at.dashboard}
+        print(json.dumps(ready | {"pid": supervisor.process.pid, "log": log, "host": at.host}), flush=True)
+        return
+    page = "" if at.dashboard is None else f", dashboard http://127.0.0.1:{at.dashboard}"
+    text = f"ready: HTTP {at.host}:{at.http}, gRPC {at.host}:{at.grpc}{page}, log {log}; Ctrl-C stops it"
+    console.print(text, soft_wrap=True)

@@ -9,6 +9,10 @@ from lowpass.commands.common import AsJson, DataOption, PrecisionOption, RunDire
 
 def export(
     directory: RunDirectory,
+    format: Annotated[
+        Literal["onnx", "torch-export"],
+        typer.Option(help="torch-export: a .pt2 in FP32 that plain PyTorch loads; the other options are for ONNX."),
+    ] = "onnx",
     precision: Annotated[
         PrecisionOption,
         typer.Option(help="fp32 or int8 for CPUs, bf16 for CPUs with AMX; fp16, bf16, int8-fp16 or fp8 for TensorRT."),
@@ -44,19 +48,20 @@ def export(
     data: DataOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write DIR/model.<precision>.onnx, verified on real images."""
-    from lowpass.export.artefacts import export_run
-    from lowpass.export.onnx.file import onnx_path
+    """Write DIR/model.<precision>.onnx, or DIR/model.fp32.pt2, verified on real images."""
+    from lowpass.export.artefacts import export_run, exported_path
     from lowpass.export.options import export_options
 
-    options = export_options(precision, batch, selection, input, opset, keep_fp32 or ())
+    options = export_options(precision, batch, selection, input, opset, keep_fp32 or (), format)
     done = export_run(directory, options, data, dense)
-    path = onnx_path(directory, precision, dense)
+    path = exported_path(directory, options, dense)
+    told = {"onnx": str(path), "opset": opset} if format == "onnx" else {"program": str(path)}
+    what = f"opset {opset}" if format == "onnx" else "torch.export"
     kept = f"; in FP32: {', '.join(done.kept_fp32)}" if done.kept_fp32 else ""
     kind = "made" if done.made_images else "real"
     say(
-        {"run": str(directory), "onnx": str(path), "opset": opset} | done.model_dump(mode="json"),
-        f"{path}: opset {opset}, on {done.images} {kind} images the largest "
+        {"run": str(directory)} | told | done.model_dump(mode="json"),
+        f"{path}: {what}, on {done.images} {kind} images the largest "
         f"logit difference from PyTorch is {done.largest_difference:.1e} (largest logit {done.largest_logit:.1f}), "
         f"top-1 agrees on {done.same_top1:.2f} %{kept}",
         as_json,
@@ -155,9 +160,8 @@ def profile(
 
     What the parts of a model's blocks take on this machine.
     The table is kept, and measured anew when the model, the runtime's version or the machine changes."""
-    from lowpass.api import checked_runtime
     from lowpass.benchmarks.latency.parts import as_markdown
-    from lowpass.benchmarks.latency.target import latency_table
+    from lowpass.benchmarks.latency.target import checked_runtime, latency_table
     from lowpass.pipeline.checkpoints.load import load_model
     from lowpass.pipeline.model.slim_vit import SlimViT
 

@@ -34,7 +34,7 @@ def exit_codes() -> Iterator[None]:
     except OSError as error:
         _fail(_why(error), 1)
     except KeyboardInterrupt:
-        _fail("interrupted; --resume goes on with a search", 130)
+        _fail("interrupted; --resume goes on with a search or a training", 130)
     except Exception as error:
         if os.environ.get(DEBUG):
             raise

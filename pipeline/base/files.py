@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PART = ".part"
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush to disk, then rename: a kill leaves the old file or the new one, never a part.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, of which `path` becomes the content at the end: written beside it, flushed to disk, then
+    renamed. A kill or an error leaves the old file or the new one, never a part.
 
     Raises:
         OSError: the folder is read-only or full; the old file, if any, is untouched.
@@ -21,7 +24,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
@@ -32,6 +35,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk does not say what it was full for
         raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, as `replacing` does.
+
+    Raises:
+        OSError: the folder is read-only or full; the old file, if any, is untouched.
+    """
+    with replacing(path) as file:
+        file.write(content)
 
 
 def remove_parts(directory: Path) -> None:

@@ -2,6 +2,8 @@
 `show_on_console`, which the commands do. The log is `logging.getLogger("lowpass")`."""
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -75,7 +77,11 @@ def report_to(listener: Listener | None) -> Iterator[None]:
 
 @contextmanager
 def show_on_console() -> Iterator[None]:
-    """Within, the log and progress go to standard error: bars on a terminal, elsewhere a line now and then."""
+    """Within, the log and progress go to standard error: bars on a terminal, elsewhere a line now and then. Of several
+    processes that train together the first alone is heard."""
+    if int(os.environ.get("RANK", 0)):  # as torchrun and accelerate number them
+        yield
+        return
     handler = _ConsoleHandler()
     level = logger.level
     logger.addHandler(handler)
@@ -114,7 +120,9 @@ def _bars() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True)
+    # Bars move out of the way of what is printed to the same terminal. An answer that goes elsewhere stays there: Rich
+    # would send it to the terminal as well.
+    return Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
 
 
 def _drawing(progress: Progress) -> Listener:

@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
@@ -13,8 +14,10 @@ from lowpass.pipeline.checkpoints.huggingface import from_huggingface, read_proc
 from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, origin_of, set_preprocessing
 from lowpass.pipeline.checkpoints.shape import parse_size
 from lowpass.pipeline.checkpoints.state_dict import Tensors, find_tensors, read_weights
-from lowpass.pipeline.checkpoints.timm_models import by_name, from_hub_folder, read_config
+from lowpass.pipeline.checkpoints.timm_models import CONFIG, by_name, from_hub_folder, read_config
 from lowpass.pipeline.checkpoints.torchvision_models import NAMES, from_torchvision
+from lowpass.pipeline.model.hub import download
+from lowpass.pipeline.model.slim_vit import ARCHITECTURE_FILE
 
 # A folder's weights, the first that is there.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")
@@ -40,7 +43,7 @@ def load_model(
     Args:
         model: a timm name, with or without a tag (`digits_deit` brings its own weights); a name of torchvision such as
             `vit_b_16`; a folder that Transformers saved, or one in timm's hub layout; `local-dir:FOLDER`; or
-            `hf-hub:NAME`, which is downloaded.
+            `hf-hub:NAME`, which is downloaded. Slim models are none of these: `SlimViT.from_pretrained` loads them.
         weights: local checkpoint, `.safetensors` or `.pth`, whatever wraps its tensors. Class count, channels and image
             size are read off it.
         random_weights: create the model untrained, from `seed`, for speed studies.
@@ -52,7 +55,7 @@ def load_model(
             `interpolation`.
 
     Raises:
-        InputError: unknown name, no weights, or weights that are damaged, not finite or of another shape.
+        InputError: unknown name, a slim model, no weights, or weights that are damaged, not finite or of another shape.
 
     Example:
         >>> load_model("digits_deit").num_classes
@@ -99,6 +102,8 @@ def as_timm(model: nn.Module) -> nn.Module:
 def _from_folder(folder: Path, weights: Path | None, choices: Choices) -> nn.Module:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; --model takes a timm name or a folder with config.json")
+    if (folder / ARCHITECTURE_FILE).exists() and not (folder / CONFIG).exists():
+        raise _slim(str(folder))
     config = read_config(folder)
     if "architecture" in config:
         return from_hub_folder(folder, choices, config, weights or _weights_in(folder))
@@ -132,6 +137,8 @@ def _from_hub(name: str, choices: Choices) -> nn.Module:
             name, pretrained=True, **{key: value for key, value in settings.items() if value is not None}
         )
     except Exception as error:  # whatever the hub's client raises: no network, no such name, a damaged file
+        if isinstance(error, EntryNotFoundError) and _is_slim(name):  # the repository is there, `config.json` is not
+            raise _slim(name) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot get {name}: {reason}; a folder or a file works without a network") from None
     set_preprocessing(model, f"the config of {name}", {}, choices)
@@ -139,6 +146,20 @@ def _from_hub(name: str, choices: Choices) -> nn.Module:
     classes = tuple(map(str, names)) if isinstance(names, list | tuple) and len(names) == model.num_classes else None
     mark(model, Origin(classes, f"the config of {name}" if classes else ""))
     return model.eval()
+
+
+def _is_slim(name: str) -> bool:
+    """Whether a repository of the hub holds a slim model."""
+    try:
+        return (download(name, [ARCHITECTURE_FILE]) / ARCHITECTURE_FILE).exists()
+    except InputError:
+        return False
+
+
+def _slim(name: str) -> InputError:
+    return InputError(
+        f"{name} is a slim model, not a dense one; load it with lowpass.SlimViT.from_pretrained({name!r})"
+    )
 
 
 def _with_keys(model: nn.Module, found: Tensors) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 
+LEAST_CROP = 0.1  # pictures are enlarged by what it divides
 _ATTRIBUTE = "lowpass_origin"
 
 
@@ -49,6 +50,27 @@ class Choices:
     interpolation: str | None = None
 
 
+def check_pixels(pixels: dict[str, Any]) -> None:
+    """Refuse a preprocessing that makes no sense: what it has of `mean`, `std` and `crop_pct`.
+
+    Raises:
+        InputError: a value is not finite, a deviation is not above 0, they are of pixels up to 255, or next to nothing
+            is seen.
+    """
+    mean, std, crop = pixels.get("mean") or (), pixels.get("std") or (), pixels.get("crop_pct") or 1.0
+    if not all(math.isfinite(value) for value in (*mean, *std, crop)):
+        raise InputError(f"--mean, --std and --crop-pct take finite numbers, not {pixels}")
+    if not all(value > 0 for value in std):
+        raise InputError(f"--std must be above 0, not {std}")
+    if crop < LEAST_CROP:
+        raise InputError(
+            f"--crop-pct is the share of the shorter side that is seen, at least {LEAST_CROP}, not {crop:g}"
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        if beyond := [value for value in values if abs(value) > 1]:
+            raise InputError(f"--{name} is of pixels from 0 to 1, which {beyond[0]:g} is beyond; divide it by 255")
+
+
 def set_preprocessing(model: nn.Module, source: str, found: dict[str, Any], choices: Choices) -> None:
     """Give a timm model its preprocessing in `pretrained_cfg`, with what was chosen in place of what was found.
 
@@ -73,10 +95,7 @@ def set_preprocessing(model: nn.Module, source: str, found: dict[str, Any], choi
             # Of RGB, for a model of other channels: their average, of each.
             values, source = (sum(values) / len(values),) * channels, f"{source}, averaged over its channels"
         config[name] = tuple(float(value) for value in values)
-    if not all(math.isfinite(value) for value in (*config["mean"], *config["std"], config.get("crop_pct") or 1.0)):
-        raise InputError(f"--mean, --std and --crop-pct take finite numbers, not {given}")
-    if not all(value > 0 for value in config["std"]):
-        raise InputError(f"--std must be above 0, not {config['std']}")
+    check_pixels({name: config.get(name) for name in ("mean", "std")} | given)
     config |= {name: given[name] for name in ("crop_pct", "interpolation") if name in given}
     if given:
         source += "; " + ", ".join("--" + name.replace("_", "-") for name in given)

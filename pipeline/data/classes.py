@@ -1,4 +1,7 @@
-"""Which class is which logit: names in one order, the same in every process."""
+"""Which class is which logit: names in one order, the same in every process.
+
+A run keeps them in `classes.json` (`pipeline/model/classes.py`).
+"""
 
 import re
 from collections import Counter

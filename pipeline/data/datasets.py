@@ -1,5 +1,5 @@
-"""Images to score, measure, train and test on: the embedded digits, an image folder, a table of Hugging Face's, or what
-is in memory already."""
+"""Images to score, measure, train and test on: the embedded digits, an image folder, tables and streams of Hugging
+Face's, shards, or what is in memory already."""
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -16,18 +16,24 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger, track
 from lowpass.pipeline.data.classes import arrange, ordered
 from lowpass.pipeline.data.digits import NUM_CLASSES, DigitScenes
+from lowpass.pipeline.data.draws import DrawnByPlace
 from lowpass.pipeline.data.folders import FolderImages, read_splits
-from lowpass.pipeline.data.hugging_face import TableImages, read_tables
+from lowpass.pipeline.data.hugging_face import read_tables
+from lowpass.pipeline.data.hugging_face_streams import read_streams
 from lowpass.pipeline.data.options import DataOptions
+from lowpass.pipeline.data.samples import IndexedImages, Reading
+from lowpass.pipeline.data.shards import read_shards
+from lowpass.pipeline.data.streams import ShuffledImages, StreamImages
 from lowpass.pipeline.model.architecture import Architecture
 
 Images = Dataset[tuple[Tensor, int]]
 Batches = list[tuple[Tensor, Tensor]]
 Keep = Callable[[Tensor], Tensor]
 
-READERS = ("hfds",)
+READERS = ("hfds/", "wds/", "hfids/")
 MODES = {1: "L", 3: "RGB"}  # input channels -> how Pillow opens an image
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where processes that read hand over their batches
+BATCHES_EACH = 10  # of a process that streams, in training
 PREFETCHED = 2  # batches that each of them has ready
 
 
@@ -53,17 +59,28 @@ class Data:
         Raises:
             InputError: as they are read, a label is none of the model's classes.
         """
-        return Checked(DataLoader(cast(Any, images), batch_size, num_workers=self.safe_workers(batch_size)), self)
+        if isinstance(images, StreamImages):
+            images = images.in_batches(batch_size)
+        workers = self.safe_workers(batch_size)
+        return Checked(DataLoader(cast(Any, images), batch_size, num_workers=workers, collate_fn=skipping), self)
 
-    def train_loader(self, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_loader(self, batch_size: int, seed: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled batches of augmented images, of which those that cannot be read are left out; a batch without any is
-        None."""
+        None. What augmentation draws is drawn by `seed`, and by the epoch that the data set's `set_epoch` is told."""
+        workers = self.safe_workers(batch_size)
+        if isinstance(self.train, ShuffledImages):
+            # Each process shuffles its shards, and drops what does not fill a batch: little, if it has many.
+            enough = len(self.train) // (BATCHES_EACH * batch_size)
+            workers = min(workers, len(self.train.source.lengths), enough)
+            drawn: Any = self.train.seeded(seed)
+        else:
+            drawn = DrawnByPlace(self.train, seed)
         return DataLoader(
-            cast(Any, self.train),
+            drawn,
             batch_size,
-            shuffle=True,
+            shuffle=isinstance(drawn, DrawnByPlace),
             drop_last=True,
-            num_workers=self.safe_workers(batch_size),
+            num_workers=workers,
             collate_fn=skipping,
         )
 
@@ -89,7 +106,7 @@ class Data:
     ) -> Batches:
         """At most `count` plain training images, drawn by `seed`, kept by `keep` (None: in memory)."""
         chosen = torch.randperm(len_of(self.calibration), generator=torch.Generator().manual_seed(seed))[:count]
-        loader = self.loader(Subset(self.calibration, chosen.tolist()), batch_size)
+        loader = self.loader(subset(self.calibration, chosen.tolist()), batch_size)
         # Copied: what reading processes hand over lies in shared memory, of which there is little.
         kept = keep or (lambda tensor: tensor.clone())
         return [(kept(images), labels.clone()) for images, labels in track(loader, description)]
@@ -118,14 +135,28 @@ class Checked:
         return len(self.inner)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.inner:
+        seen, every = 0, len_of(cast(Images, self.inner.dataset))
+        for batch in self.inner:
+            if batch is None:  # none of it can be read
+                continue
+            images, labels = batch
             self.data.check_labels(labels)
+            seen += len(labels)
             yield images, labels
+        if every and not seen:
+            raise InputError(f"{self.data.name} holds no image that can be read")
+        if seen < every:
+            logger.info("%s: left out %d of %d images that cannot be read", self.data.name, every - seen, every)
 
 
 def len_of(images: Images) -> int:
     """How many images there are."""
     return len(cast(Sized, images))
+
+
+def subset(images: Images, places: Sequence[int]) -> Images:
+    """Those at some places, in that order."""
+    return images.drawn(places) if isinstance(images, StreamImages) else Subset(images, places)
 
 
 def image_bytes(architecture: Architecture) -> int:
@@ -145,7 +176,8 @@ def load_data(spec: str, architecture: Architecture, seed: int = 0, options: Dat
 
     Args:
         spec: `digits`; a folder in the ImageNet layout (`train/CLASS/...` and `val/CLASS/...`, or `CLASS/...` alone, of
-            which a fifth is then held out for testing); or `hfds/NAME`, see `hugging_face.py`.
+            which a fifth is then held out for testing); `hfds/NAME` or `hfids/NAME`, see `hugging_face.py` and
+            `hugging_face_streams.py`; or `wds/FOLDER`, see `shards.py`.
         architecture: of the model that will see the images.
         seed: of the held-out split and of the digit scenes.
         options: how images are read, and who names the classes.
@@ -164,8 +196,8 @@ def load_data(spec: str, architecture: Architecture, seed: int = 0, options: Dat
     if dense.in_chans not in MODES:
         raise InputError(f"{dense.name} takes {dense.in_chans} channels; images can be read as 1 (grey) or 3 (RGB)")
     workers = min(8, torch.multiprocessing.cpu_count()) if options.workers is None else options.workers
-    if spec.split("/")[0] in READERS:
-        return _from_tables(spec, architecture, seed, options, workers)
+    if spec.startswith(READERS):
+        return _from_reader(spec, architecture, seed, options, workers)
     return _from_folders(spec, architecture, seed, options, workers)
 
 
@@ -190,22 +222,37 @@ def _from_folders(spec: str, architecture: Architecture, seed: int, options: Dat
     )
 
 
-def _from_tables(spec: str, architecture: Architecture, seed: int, options: DataOptions, workers: int) -> Data:
+def _from_reader(spec: str, architecture: Architecture, seed: int, options: DataOptions, workers: int) -> Data:
     dense, (augment, plain) = architecture.dense, transforms(architecture)
-    mode = MODES[dense.in_chans]
-    train, test, keys, own = read_tables(spec, options, seed)
-    names, labels, rows = None, None, None
+    train: Any
+    test: Any
+    if is_table := spec.startswith("hfds/"):
+        train, test, own = read_tables(spec, options, seed)
+    else:
+        train, test, own = (read_shards if spec.startswith("wds/") else read_streams)(spec, options)
+    in_any_order, in_order = (IndexedImages, IndexedImages) if is_table else (ShuffledImages, StreamImages)
+    rows, labels = None, list(range(dense.num_classes))
+    names = options.classes if options.exact else None
     if own is not None:
         classes = arrange(own, dense.num_classes, options, spec)
         names, rows = classes.names, classes.rows
         labels = [names.index(name) for name in own]
 
-    def images(table: Any, transform: Any, skips: bool = False) -> TableImages:
-        return TableImages(table, keys, labels, transform, mode, spec, skips)
+    def reading(transform: Any, skips: bool) -> Reading:
+        return Reading(transform, MODES[dense.in_chans], options.exif, labels, skips)
 
-    count = dense.num_classes if names is None else len(names)
-    parts = images(train, augment, True), images(train, plain), images(test, plain)
-    return Data(spec, *parts, names, count, workers, image_bytes(architecture), rows)
+    measured = reading(plain, options.skip_unreadable)
+    return Data(
+        spec,
+        in_any_order(train, reading(augment, True)),
+        in_order(train, measured),
+        in_order(test, measured),
+        names,
+        dense.num_classes if names is None else len(names),
+        workers,
+        image_bytes(architecture),
+        rows,
+    )
 
 
 def transforms(architecture: Architecture) -> tuple[Any, Any]:
@@ -217,9 +264,11 @@ def transforms(architecture: Architecture) -> tuple[Any, Any]:
         "std": prep.std,
         "interpolation": prep.interpolation,
     }
+    # Augmentation turns and shears pictures by the same interpolation, which Pillow does by bicubic at best.
+    trained = settings | {"interpolation": "bicubic"} if prep.interpolation == "lanczos" else settings
     # DeiT's augmentation (Touvron et al., 2021), without mixing. Beyond magnitude 9 timm may posterize to 0 bits, which
     # Pillow 13 refuses.
-    augment = create_transform(**settings, is_training=True, auto_augment="rand-m9-mstd0.5-mmax9-inc1", re_prob=0.25)
+    augment = create_transform(**trained, is_training=True, auto_augment="rand-m9-mstd0.5-mmax9-inc1", re_prob=0.25)
     return augment, create_transform(**settings, crop_pct=prep.crop_pct, crop_mode=prep.crop_mode)
 
 

@@ -69,7 +69,9 @@ def read_splits(spec: str, mode: str, seed: int, options: DataOptions) -> tuple[
     """
     root = Path(spec)
     if not root.is_dir():
-        raise InputError(f"there is no folder {root}; --data takes 'digits', a folder or hfds/NAME")
+        raise InputError(
+            f"there is no folder {root}; --data takes 'digits', a folder, hfds/NAME, hfids/NAME or wds/FOLDER"
+        )
     folders = _splits(root)
     if folders is None:
         whole = _readable(list_images(root), mode, options)
@@ -136,6 +138,12 @@ def list_images(root: Path) -> Listed:
     if not files:
         raise InputError(f"{root} holds no images in class folders")
     return Listed(root, tuple(sorted(files, key=lambda file: file[0].as_posix())))
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """Every picture below a folder, known by its extension, in the order of their paths."""
+    files = (path for path in _walk(folder, frozenset(), Counter()) if path.suffix.lower() in EXTENSIONS)
+    return sorted(files, key=lambda path: path.as_posix())
 
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]], passed: Counter[str]) -> Iterator[Path]:

@@ -1,88 +1,134 @@
 """Data sets of Hugging Face's `datasets` library: `hfds/NAME`, or `hfds/FOLDER` for one saved to disk."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.data.folders import HELD_OUT, TEST_NAMES, TRAIN_NAMES
 from lowpass.pipeline.data.options import DataOptions
-from lowpass.pipeline.data.pictures import UNREADABLE, as_mode
+from lowpass.pipeline.data.samples import Held, Sample
 
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 LABELS = ("label", "labels", "target", "fine_label", "class")
 
 
-class TableImages(Dataset[tuple[Tensor, int]]):
-    """Rows of a table of pictures and class numbers, through a transform."""
+class Rows(Sequence[Sample]):
+    """Rows of a table whose pictures are left as files."""
 
-    def __init__(
-        self,
-        table: Any,
-        keys: tuple[str, str],
-        labels: Sequence[int] | None,
-        transform: Any,
-        mode: str,
-        name: str,
-        skips: bool = False,
-    ) -> None:
-        """`labels`: the label of each of the data's class numbers; None: they are the labels."""
-        self.table, self.keys, self.labels, self.transform = table, keys, labels, transform
-        self.mode, self.name, self.skips = mode, name, skips
+    def __init__(self, name: str, table: Any, keys: tuple[str, str]) -> None:
+        self.name, self.table, self.keys = name, table, keys
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: Any) -> Any:
         image_key, label_key = self.keys
-        try:
-            row = self.table[index]
-            image = as_mode(row[image_key], self.mode)
-        except UNREADABLE as error:
-            if self.skips:
-                return None  # type: ignore[return-value]
-            raise InputError(f"cannot read image {index} of {self.name}: {error}") from None
-        label = int(row[label_key])
-        return self.transform(image), label if self.labels is None else self.labels[label]
+        row = self.table[int(index)]
+        return held(f"image {index} of {self.name}", row[image_key], row[label_key])
 
 
-def read_tables(spec: str, options: DataOptions, seed: int) -> tuple[Any, Any, tuple[str, str], tuple[str, ...] | None]:
-    """The tables to train and to test on, the columns of pictures and classes, and the names of the classes, if any.
+def held(name: str, picture: Any, number: Any) -> Held:
+    """A row as a sample.
+
+    Args:
+        name: for messages.
+        picture: a table of `bytes`, or the `path` they lie at.
+        number: of its class.
+
+    Raises:
+        InputError: there is no picture, its file cannot be read, or the class is no number.
+    """
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise InputError(f"{name} has no class number but {number!r}; name its column with --target-key")
+    content, path = (picture.get(key) if isinstance(picture, dict) else None for key in ("bytes", "path"))
+    if content is None and path is None:
+        raise InputError(f"{name} has no picture; name its column with --input-key")
+    try:
+        if content is None:
+            with importlib.import_module("fsspec").open(path, "rb") as file:
+                content = file.read()
+    except OSError as error:
+        raise InputError(f"cannot read {name}, {path}: {first_line(error)}") from None
+    return Held(name, content, number)
+
+
+def read_tables(spec: str, options: DataOptions, seed: int) -> tuple[Rows, Rows, tuple[str, ...] | None]:
+    """The rows to train and to test on, and the names of the classes by number, if anybody says.
 
     Raises:
         InputError: the library is missing, or there is no such data set, split or column.
     """
+    datasets, name = library(spec), spec.partition("/")[2]
     try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise InputError(f"{spec} needs the package datasets; pip install 'lowpass-vit[data]'") from None
-    name = spec.partition("/")[2]
-    try:
-        if any((Path(name) / file).exists() for file in SAVED):
-            whole = datasets.load_from_disk(name)
-        else:
-            whole = datasets.load_dataset(name)
+        whole = datasets.load_from_disk(name) if is_saved(name) else datasets.load_dataset(name)
     except Exception as error:  # whatever a third party's reader raises: the spec is the user's
-        raise InputError(f"datasets cannot read {name}: {_first_line(error)}") from None
+        raise InputError(f"datasets cannot read {name}: {first_line(error)}") from None
     if not isinstance(whole, dict):
         whole = {"train": whole}
-    train = next((whole[split] for split in TRAIN_NAMES if split in whole), None)
-    test = next((whole[split] for split in TEST_NAMES if split in whole), None)
-    if train is None:
-        raise InputError(f"{spec} has no split {TRAIN_NAMES[0]!r}; it has {', '.join(whole)}")
-    keys = (
-        _column(spec, train, options.input_key, "--input-key", "Image", ()),
-        _column(spec, train, options.target_key, "--target-key", "ClassLabel", LABELS),
-    )
-    if test is None:
+    train_name, test_name = split_names(spec, whole)
+    train = whole[train_name]
+    keys = columns(spec, train, options)
+    if test_name is None:
         parts = train.train_test_split(HELD_OUT, seed=seed)
         train, test = parts["train"], parts["test"]
-    names = getattr(train.features[keys[1]], "names", None)
-    return train, test, keys, None if names is None else tuple(names)
+    else:
+        test = whole[test_name]
+    as_files = datasets.Image(decode=False)  # `datasets` would turn pictures as their cameras were held
+    rows = [
+        Rows(f"{spec} ({name})", table.cast_column(keys[0], as_files), keys)
+        for name, table in ((train_name, train), (test_name or "held out", test))
+    ]
+    return rows[0], rows[1], class_names(train, keys[1])
+
+
+def library(spec: str) -> Any:
+    """Hugging Face's `datasets`.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module("datasets")
+    except ImportError:
+        raise InputError(f"{spec} needs the package datasets; pip install 'lowpass-vit[data]'") from None
+
+
+def is_saved(name: str) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return any((Path(name) / file).exists() for file in SAVED)
+
+
+def split_names(spec: str, splits: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What the splits to train and to test on are called.
+
+    Raises:
+        InputError: there is none to train on.
+    """
+    train = next((split for split in TRAIN_NAMES if split in splits), None)
+    if train is None:
+        raise InputError(f"{spec} has no split {TRAIN_NAMES[0]!r}; it has {', '.join(splits)}")
+    return train, next((split for split in TEST_NAMES if split in splits), None)
+
+
+def columns(spec: str, table: Any, options: DataOptions) -> tuple[str, str]:
+    """The columns of pictures and of class numbers.
+
+    Raises:
+        InputError: nobody can tell which they are.
+    """
+    image_key = _column(spec, table, options.input_key, "--input-key", "Image", ())
+    label_key = _column(spec, table, options.target_key, "--target-key", "ClassLabel", LABELS)
+    if image_key == label_key:
+        raise InputError(f"{spec}: {image_key} holds either pictures or classes; mend --input-key or --target-key")
+    return image_key, label_key
+
+
+def class_names(table: Any, label_key: str) -> tuple[str, ...] | None:
+    """By number; None: the column is of plain numbers."""
+    names = getattr(table.features[label_key], "names", None)
+    return None if names is None else tuple(names)
 
 
 def _column(spec: str, table: Any, asked: str | None, option: str, kind: str, usual: tuple[str, ...]) -> str:
@@ -99,5 +145,6 @@ def _column(spec: str, table: Any, asked: str | None, option: str, kind: str, us
     return found[0]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What it says, or else what it is."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,7 @@
 """Image files as Pillow images of the mode a model takes."""
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +47,27 @@ def open_picture(path: Path, mode: str, exif: bool = False) -> Image.Image:
     Raises:
         InputError: it cannot be read; the message names the file.
     """
+    return read_picture(path, str(path), mode, exif)
+
+
+def read_picture(source: Path | BytesIO, name: str, mode: str, exif: bool = False) -> Image.Image:
+    """`open_picture` of a file that may be in memory; `name` is for the message."""
     try:
-        # Of large pictures, which are said as they are opened, and of transparency that goes.
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            image.load()
-            return as_mode(ImageOps.exif_transpose(image) if exif else image, mode)
+        return decode_picture(source, mode, exif)
     except UNREADABLE as error:
         raise InputError(
-            f"cannot read the image {path}: {error}; mend it, take it away, or leave such images out with "
+            f"cannot read the image {name}: {error}; mend it, take it away, or leave such images out with "
             "--skip-unreadable"
         ) from None
+
+
+def decode_picture(source: Path | BytesIO, mode: str, exif: bool = False) -> Image.Image:
+    """`open_picture` for who knows better what to say of a picture that cannot be read: what Pillow raises (one of
+    `UNREADABLE`) is left as it is."""
+    # Of large pictures, which are said as they are opened, and of transparency that goes.
+    with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
+        image.load()
+        return as_mode(ImageOps.exif_transpose(image) if exif else image, mode)
 
 
 def as_mode(image: Image.Image, mode: str) -> Image.Image:

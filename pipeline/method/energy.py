@@ -1,13 +1,10 @@
 """LFE, low-frequency energy: how much of each token a low-pass along the tokens leaves (paper, eq. 6)."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from lowpass.pipeline.method.frequency import token_lowpass_matrix
-
-EnergyNorm = Literal["l2", "l1"]
+from lowpass.pipeline.method.token_choices import EnergyNorm
 
 
 def low_frequency_energy(tokens: Tensor, cutoff: float, norm: EnergyNorm = "l2") -> Tensor:

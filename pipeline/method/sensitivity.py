@@ -1,6 +1,6 @@
 """LFS, low-frequency sensitivity: how much each channel matters to low-frequency images (paper, eq. 3-5).
 
-What runs it on a model is `search/channel_criteria.py`.
+Here are its loss and the sum over a row; `search/channel_criteria.py` takes the gradients between the two.
 """
 
 from collections.abc import Iterable
@@ -42,6 +42,8 @@ def sensitivity_loss(
         clean_token: T [B, C], the CLS token that leaves the scored block for the images X; no gradient flows into it.
         low_token: T~ [B, C], the same for X~.
         weight: w, the share of the cross-entropy, in [0, 1].
+
+    A model that averages its image tokens has their mean in place of the CLS token.
     """
     divergence = F.kl_div(low_token.log_softmax(-1), clean_token.softmax(-1), reduction="sum") / clean_token.numel()
     return weight * F.cross_entropy(low_logits, labels) + (1 - weight) * divergence

@@ -5,11 +5,22 @@ of work (Kurtic et al., 2023): greedily, always the channel whose removal costs 
 what they can. It reads second moments of what the layer reads, and neither labels nor gradients.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 DAMPING = 1e-3  # of the mean second moment, added to the diagonal
 COMPACT_AT = 0.75  # share of columns left at which removed ones are cut out of the matrices
+
+
+@dataclass(frozen=True)
+class BlockMetric:
+    """What errors in the residual stream are measured in: symmetric roots [C, C], FP64, of the metric where attention
+    joins the stream, and where the MLP does."""
+
+    middle: Tensor
+    leaving: Tensor
 
 
 def removal_costs(gram: Tensor, weight: Tensor, group: int = 1, always: int = 0) -> Tensor:

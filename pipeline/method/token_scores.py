@@ -1,19 +1,16 @@
 """The token score (paper, eq. 8 and 9), its rivals, and the tokens it keeps.
 
-A new criterion is one function here and one line of `TOKEN_CRITERIA`.
+A new criterion is one function here, one line of `TOKEN_CRITERIA` and its name in `token_choices.py`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lowpass.pipeline.method.energy import EnergyNorm, filtered_energy, low_frequency_energy
-
-TokenScore = Literal["full", "cls"]
-TokenCriterion = Literal["lfe-attention", "attention", "lfe", "random"]
+from lowpass.pipeline.method.energy import filtered_energy, low_frequency_energy
+from lowpass.pipeline.method.token_choices import EnergyNorm, TokenCriterion, TokenScore
 
 
 def attention_importance(attention: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -146,19 +143,18 @@ def random_positions(seen: SeenTokens) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenScorer:
-    """A token score [B, N], higher stays, and what it reads: the attention decides whether attention can run fused,
-    the energy costs MACs."""
+    """A token score [B, N], higher stays, and what it reads: the attention decides whether attention can run fused.
+    Which read the energy is `READING_ENERGY`."""
 
     score: Callable[[SeenTokens], Tensor]
     reads_attention: bool = False
-    reads_energy: bool = False
     draws: bool = False
 
 
 TOKEN_CRITERIA: dict[TokenCriterion, TokenScorer] = {
-    "lfe-attention": TokenScorer(energy_and_attention, reads_attention=True, reads_energy=True),
+    "lfe-attention": TokenScorer(energy_and_attention, reads_attention=True),
     "attention": TokenScorer(attention_alone, reads_attention=True),
-    "lfe": TokenScorer(energy_alone, reads_energy=True),
+    "lfe": TokenScorer(energy_alone),
     "random": TokenScorer(random_positions, draws=True),
 }
 

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from timm.layers import GELUTanh, QuickGELU
+from torch import nn
 
 from lowpass.pipeline.base.errors import InputError, first_problem
 from lowpass.pipeline.method.block_shape import BlockShape, Positive
-from lowpass.pipeline.method.energy import EnergyNorm
 from lowpass.pipeline.method.recovery import Readout
-from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, TokenCriterion, TokenScore
+from lowpass.pipeline.method.token_choices import READING_ENERGY, EnergyNorm, TokenCriterion, TokenScore
 
 
 class _Frozen(BaseModel):
@@ -17,6 +18,7 @@ class _Frozen(BaseModel):
 
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU}
 # What the classifier reads, in timm's terms: CLS, the mean of the image tokens, or what a learned query gathers from
 # tokens; and, not in timm, CLS beside that mean, as the linear heads of DINOv2 do.
 GlobalPool = Literal["token", "avg", "map", "token+avg"]
@@ -159,8 +161,7 @@ class Architecture(_Frozen):
 
     def selection_macs(self, image_tokens: int) -> int:
         """MACs of scoring that many image tokens: LFE's low-pass as a matrix, where LFE is read at all."""
-        reads_energy = TOKEN_CRITERIA[self.token_criterion].reads_energy
-        return image_tokens * image_tokens * self.dense.embed_dim if reads_energy else 0
+        return image_tokens * image_tokens * self.dense.embed_dim if self.token_criterion in READING_ENERGY else 0
 
     def with_keep(self, block: int, keep: int) -> "Architecture":
         """With `block` passing on `keep` image tokens, and later blocks at most as many."""

@@ -5,18 +5,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import GELUTanh, QuickGELU
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from lowpass.pipeline.model.architecture import Activation, DenseViT
-
-ACTIVATIONS: dict[Activation, type[nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_tanh": GELUTanh,
-    "quick_gelu": QuickGELU,
-}
+from lowpass.pipeline.model.architecture import ACTIVATIONS, DenseViT
 
 
 class TokenAndMeanViT(VisionTransformer):

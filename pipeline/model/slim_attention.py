@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowpass.pipeline.method.block_shape import BlockShape
-from lowpass.pipeline.method.token_scores import TokenScore
+from lowpass.pipeline.method.token_choices import TokenScore
 
 
 class AttentionWeights(nn.Module):

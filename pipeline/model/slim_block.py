@@ -9,11 +9,10 @@ from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.block_shape import BlockShape
-from lowpass.pipeline.method.energy import EnergyNorm
 from lowpass.pipeline.method.frequency import token_lowpass_matrix
-from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, SeenTokens, TokenScore, keep_tokens
-from lowpass.pipeline.model.architecture import Architecture, DenseViT
-from lowpass.pipeline.model.readout import ACTIVATIONS
+from lowpass.pipeline.method.token_choices import READING_ENERGY, EnergyNorm, TokenScore
+from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, SeenTokens, keep_tokens
+from lowpass.pipeline.model.architecture import ACTIVATIONS, Architecture, DenseViT
 from lowpass.pipeline.model.slim_attention import DifferentialAttention, SlimAttention
 
 
@@ -25,9 +24,9 @@ class SlimBlock(nn.Module):
 
     def __init__(self, architecture: Architecture, index: int) -> None:
         super().__init__()
-        self.keep_tokens: Callable[[Tensor, Tensor, int], Tensor] = (
-            keep_tokens  # deployment has other lowerings of the same selection
-        )
+        # Deployment has other lowerings of the same scores and the same selection.
+        self.seen_tokens: type[SeenTokens] = SeenTokens
+        self.keep_tokens: Callable[[Tensor, Tensor, int], Tensor] = keep_tokens
         dense, shape = architecture.dense, architecture.blocks[index]
         dim = dense.embed_dim
         self.num_prefix_tokens = dense.num_prefix_tokens
@@ -35,6 +34,7 @@ class SlimBlock(nn.Module):
         self.energy_norm: EnergyNorm = architecture.energy_norm
         self.token_score: TokenScore = architecture.token_score
         self.criterion = TOKEN_CRITERIA[architecture.token_criterion]
+        self.reads_energy = architecture.token_criterion in READING_ENERGY
         self.token_seed = architecture.token_seed + index
         self.mean_readout = dense.mean_readout
         layer_norm = partial(nn.LayerNorm, eps=dense.norm_eps)
@@ -51,7 +51,7 @@ class SlimBlock(nn.Module):
         """Fix how many image tokens enter and leave; what scores them follows (empty where all are kept)."""
         self.tokens_in, self.keep = tokens_in, keep
         lowpass = chance = torch.empty(0)
-        if self.scores_tokens and self.criterion.reads_energy:
+        if self.scores_tokens and self.reads_energy:
             lowpass = token_lowpass_matrix(tokens_in, self.token_cutoff).clone()  # that one is every model's
         if self.scores_tokens and self.criterion.draws:
             chance = torch.rand(tokens_in, generator=torch.Generator().manual_seed(self.token_seed))
@@ -96,7 +96,7 @@ class SlimBlock(nn.Module):
         """Token scores [B, tokens_in] from the tokens as they leave the attention residual and the attention."""
         attention = x.new_empty(0) if weights is None else weights
         return self.criterion.score(
-            SeenTokens(
+            self.seen_tokens(
                 x,
                 attention,
                 self.num_prefix_tokens,
@@ -114,3 +114,8 @@ def _attention(dense: DenseViT, shape: BlockShape, scale: float, index: int) -> 
         return DifferentialAttention(dense.embed_dim, shape, scale, dense.qkv_bias, index)
     norm = nn.LayerNorm(shape.heads * shape.v_dim, eps=dense.norm_eps) if dense.attn_norm else None
     return SlimAttention(dense.embed_dim, shape, scale, dense.qkv_bias, norm)
+
+
+def layer_scale(scale: nn.Module) -> Tensor | None:
+    """What a block multiplies a layer's channels by [C]; None: nothing."""
+    return cast(Tensor, scale.gamma).detach() if isinstance(scale, LayerScale) else None

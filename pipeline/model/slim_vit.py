@@ -4,26 +4,33 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub import ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.files import write_bytes, write_json
-from lowpass.pipeline.method.energy import EnergyNorm
-from lowpass.pipeline.method.token_scores import TokenCriterion, TokenScore
+from lowpass.pipeline.base.files import write_bytes, write_json, write_text
+from lowpass.pipeline.method.token_choices import EnergyNorm, TokenCriterion, TokenScore
 from lowpass.pipeline.model.architecture import Architecture, Preprocessing, read_architecture
+from lowpass.pipeline.model.card import CARD_FILE, CardFacts, model_card
+from lowpass.pipeline.model.classes import CLASSES_FILE, has_classes, load_classes, save_classes
 from lowpass.pipeline.model.from_timm import describe_dense, split_qkv
+from lowpass.pipeline.model.hub import download
 from lowpass.pipeline.model.readout import embedding_and_head
 from lowpass.pipeline.model.slim_block import SlimBlock
 
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "slim.safetensors"
 DENSE_WEIGHTS_FILE = "dense.safetensors"
+CONFIG_FILE = "config.json"  # of Transformers' and timm's folders
 
 
-class SlimViT(nn.Module):
+class SlimViT(nn.Module, ModelHubMixin):
     """A DeiT with slim blocks: images [B, C, H, W] -> logits [B, classes]. Everything but the blocks is timm's own.
+
+    `push_to_hub(repo_id)` is huggingface_hub's. `classes` (in the order of the logits) and `card_facts` are for it and
+    for `save_pretrained`; they play no part in the arithmetic.
 
     Example:
         >>> import torch
@@ -33,6 +40,9 @@ class SlimViT(nn.Module):
         >>> slim(torch.zeros(1, 3, 32, 32)).shape, slim.architecture.blocks[5].keep
         (torch.Size([1, 10]), 40)
     """
+
+    classes: tuple[str, ...] | None = None
+    card_facts: CardFacts = CardFacts()
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -157,3 +167,50 @@ class SlimViT(nn.Module):
             first = str(error).strip().splitlines()
             raise InputError(f"{path} does not hold the weights of its architecture: {' '.join(first[:2])}") from None
         return slim.eval()
+
+    def save_pretrained(self, save_directory: Path | str, **options: Any) -> str | None:
+        """Write the files of `save`, `classes.json` where classes have names, and the model card, each whole or not at
+        all. A `README.md` that is there is left as it is.
+
+        Args:
+            save_directory: made if missing.
+            options: of huggingface_hub's mixin, such as `push_to_hub=True` with `repo_id`.
+
+        Raises:
+            InputError: the folder holds another library's model.
+        """
+        if (Path(save_directory) / CONFIG_FILE).exists():  # which the mixin would remove
+            raise InputError(f"{save_directory} holds another model ({CONFIG_FILE}); give another folder")
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory)
+        if self.classes is not None:
+            save_classes(save_directory, self.classes)
+        if not (save_directory / CARD_FILE).exists():
+            write_text(save_directory / CARD_FILE, model_card(self.architecture, self.classes, self.card_facts))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Path | str, **options: Any) -> "SlimViT":
+        """The slim model of a folder, a run's as well, or of the hub; on the CPU, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a name on the hub such as `someone/some-model`, with or without
+                `hf-hub:` before it, which is downloaded once.
+            options: of `huggingface_hub.snapshot_download`, such as `revision`, `token`, `cache_dir`, `force_download`
+                and `local_files_only`.
+
+        Raises:
+            InputError: there is no such folder or name, or its files are missing, damaged or do not fit.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            if isinstance(pretrained_model_name_or_path, Path):
+                raise InputError(f"there is no folder {folder}")
+            folder = download(pretrained_model_name_or_path, [ARCHITECTURE_FILE, WEIGHTS_FILE, CLASSES_FILE], **options)
+            if not (folder / ARCHITECTURE_FILE).exists():
+                raise InputError(f"{pretrained_model_name_or_path} holds no slim model: it has no {ARCHITECTURE_FILE}")
+        slim = cls.load(folder)
+        if has_classes(folder):
+            slim.classes = load_classes(folder, slim.architecture.dense.num_classes)
+        return slim

@@ -7,9 +7,9 @@ from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import remove_parts, write_bytes
-from lowpass.pipeline.data.datasets import Batches, made_batches
+from lowpass.pipeline.data.datasets import Batches, len_of, made_batches
+from lowpass.pipeline.model.classes import save_classes
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
-from lowpass.pipeline.run.classes import save_classes
 from lowpass.pipeline.run.dense_check import check_dense
 from lowpass.pipeline.run.evaluate import best_device, measured_top1
 from lowpass.pipeline.run.images import MADE_IMAGES
@@ -78,6 +78,7 @@ def compress(
         slim=slim_figures(slim, slim_top1, directory),
         pruned_top1=slim_top1,
         data=None if inputs.data is None else inputs.data.name,
+        test_images=None if inputs.data is None else len_of(inputs.data.test),
     )
     metrics.save(directory)
     return metrics

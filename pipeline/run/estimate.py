@@ -32,6 +32,9 @@ class Estimate(BaseModel):
     search finds out, and what hangs on it is counted as if slim were dense), other MACs of a whole step.
     `search_image_forwards`, in forwards of one image through the dense model, is an estimate within a factor of two.
     `search_bytes` are of the images and activations that a search holds; past the memory budget they are files.
+    `least_bytes` is what the process takes at its peak, at the least: what a search computes with comes on top.
+    `checked_top1` is the dense model's, in percent, on `checked_images` of the test split; None: without weights or
+    images there is nothing to check.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +52,9 @@ class Estimate(BaseModel):
     search_image_forwards: int
     search_macs: int
     search_bytes: int
+    least_bytes: int | None = None
+    checked_images: int = 0
+    checked_top1: float | None = None
     test_macs: int
     finetune_epochs: int
     finetune_images: int
@@ -117,7 +123,12 @@ def estimate(
 def as_table(done: Estimate) -> Table:
     """The estimate for people: what, on which images, and its MACs."""
     table = Table(
-        "", "images", "MACs", min_width=90, title=f"{done.model} to {done.goal}", caption="nothing was run or written"
+        "",
+        "images",
+        "MACs",
+        min_width=90,
+        title=f"{done.model} to {done.goal}",
+        caption="nothing was searched or written",
     )
     for column in table.columns[1:]:
         column.justify = "right"
@@ -129,11 +140,15 @@ def as_table(done: Estimate) -> Table:
         _macs(done.search_macs),
     )
     table.add_row("", "holds", f"{done.search_bytes / 2**30:.2f} GiB")
+    if done.least_bytes is not None:
+        table.add_row("memory at the peak", "at least", f"{done.least_bytes / 2**30:.2f} GiB")
     table.add_row("test, of dense and slim", f"{done.test_images:,}", _macs(done.test_macs))
     epochs = f"fine-tuning ({done.finetune_epochs} epochs of {done.train_images:,} images)"
     table.add_row(epochs, f"{done.finetune_images:,}", _macs(done.finetune_macs))
     table.add_row("in all", "", _macs(done.total_macs))
     table.add_row(f"weights: {done.weights or 'none yet, give --weights'}", "", "")
+    if done.checked_top1 is not None:
+        table.add_row(f"dense top-1: {done.checked_top1:.1f} %", f"{done.checked_images:,}", "")
     return table
 
 

@@ -1,21 +1,55 @@
-"""A run's slim model, fine-tuned in its place."""
+"""A run's slim model, fine-tuned in its place; the searched weights stay beside it."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.files import remove_parts, write_bytes
 from lowpass.pipeline.base.progress import logger
-from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
+from lowpass.pipeline.data.datasets import Data, len_of, subset
+from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
 from lowpass.pipeline.run.dense import has_dense
 from lowpass.pipeline.run.evaluate import measured_top1
 from lowpass.pipeline.run.images import DataSource, run_data
 from lowpass.pipeline.run.metrics import Metrics, slim_figures
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.train.finetune import finetune
-from lowpass.pipeline.train.settings import finetune_settings
+from lowpass.pipeline.train.evaluate import top1
+from lowpass.pipeline.train.finetune import SAVE_MINUTES, DivergedError, finetune
+from lowpass.pipeline.train.log import TrainingLog
+from lowpass.pipeline.train.processes import processes
+from lowpass.pipeline.train.settings import FinetuneSettings, finetune_settings
+from lowpass.pipeline.train.state import TrainingState
+
+PRUNED_WEIGHTS_FILE = "pruned.safetensors"  # what the search left
 
 
-def finetune_run(directory: Path, data: DataSource, changes: dict[str, Any], seed: int | None) -> Metrics:
+class Asked(BaseModel):
+    """What a training was asked for. `weights`: the file that it began from; `before`: the run's figures then, on its
+    images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: FinetuneSettings
+    seed: int
+    data: str
+    images: int
+    processes: int
+    weights: str
+    before: Metrics
+
+
+def finetune_run(
+    directory: Path,
+    data: DataSource,
+    changes: dict[str, Any],
+    seed: int | None,
+    resume: bool = False,
+    restart: bool = False,
+    save_minutes: float = SAVE_MINUTES,
+) -> Metrics:
     """Distil the dense model into the slim one and save it in its place. A run imported without its dense model is
     trained on the labels alone.
 
@@ -24,42 +58,142 @@ def finetune_run(directory: Path, data: DataSource, changes: dict[str, Any], see
         data: None for the run's own.
         changes: settings that differ from the recipe's, or else from those that suit the data.
         seed: None for the run's own.
+        resume: go on with a training that was interrupted; begin one where none was; leave alone one that has ended.
+        restart: begin from the searched weights, whatever was trained since.
+        save_minutes: between two states within an epoch.
 
     Raises:
-        InputError: a setting is out of range, or the data does not fit.
-        RunError: training diverged; the run is as it was.
+        InputError: a setting is out of range, the data does not fit, or there is an interrupted training of which
+            nothing was said, or that was asked for something else.
+        RunError: training diverged, or its state cannot be saved; the run is as it was.
     """
-    recipe, metrics = Recipe.load(directory), Metrics.load(directory)
-    slim, dense = SlimViT.load(directory), None
-    if has_dense(directory):
-        dense = SlimViT.load(directory, DENSE_WEIGHTS_FILE)
-    elif changes.get("distill_weight"):
-        raise InputError(f"{directory} has no dense model to distil; import it again with --dense CHECKPOINT")
-    else:
+    if resume and restart:
+        raise InputError("--resume goes on with a training, --restart begins anew: give one of them")
+    state, together = TrainingState(directory), processes()
+    begun = state.begun and not restart
+    if begun and not resume:
+        raise InputError(
+            f"a training of {directory} was interrupted: --resume goes on with it, --restart begins anew from the "
+            "weights that the search left"
+        )
+    together.wait_for_everyone()  # before the first of them writes
+    if resume and not begun and (trained := Metrics.load(directory)).finetuned_epochs:
+        logger.info("the training of %s has ended: nothing to go on with; without --resume it is trained on", directory)
+        if together.is_main_process:
+            state.remove()  # a kill may have left its folder
+        return trained
+    recipe = Recipe.load(directory)
+    dense = SlimViT.load(directory, DENSE_WEIGHTS_FILE) if has_dense(directory) else None
+    if dense is None:
+        if changes.get("distill_weight"):
+            raise InputError(f"{directory} has no dense model to distil; import it again with --dense CHECKPOINT")
         logger.info("no dense model to distil: training on the labels alone")
         changes = changes | {"distill_weight": 0.0}
-    seed = recipe.seed if seed is None else seed
     images = run_data(directory, data)
-    settings = finetune_settings(images.name, changes, recipe.finetune)
-    before: dict[str, Any] = {}
-    if metrics.data not in (None, images.name):
-        # Figures that stand side by side are measured on the same images.
-        logger.info("testing on %s from here on: the run's figures were of %s", images.name, metrics.data)
-        dense_top1 = measured_top1(dense, images, recipe.batch_size, "testing dense")
-        before = {
-            "dense": metrics.dense.model_copy(update={"top1": dense_top1}),
-            "pruned_top1": measured_top1(slim, images, recipe.batch_size, "testing slim before"),
-        }
-    slim = finetune(slim, dense, images, settings, seed)
+    if begun:
+        asked = _taken_up(state, changes, seed, images)
+        slim = SlimViT.load(directory, asked.weights)
+    else:
+        metrics, weights = _start(directory, restart)
+        slim = SlimViT.load(directory, weights)
+        asked = Asked(
+            settings=finetune_settings(images.name, changes, recipe.finetune),
+            seed=recipe.seed if seed is None else seed,
+            data=images.name,
+            images=len_of(images.train),
+            processes=together.num_processes,
+            weights=weights,
+            before=_on_these_images(metrics, dense, slim, images, recipe.batch_size),
+        )
+        if together.is_main_process:
+            remove_parts(directory)
+            if not metrics.finetuned_epochs:
+                write_bytes(directory / PRUNED_WEIGHTS_FILE, (directory / weights).read_bytes())
+            state.begin(asked)
+        together.wait_for_everyone()
+    log = TrainingLog(directory, asked.settings.epochs)
+    held_in = subset(images.calibration, _held_in(images, recipe)) if asked.settings.keep_best else None
+
+    def measure(model: SlimViT) -> float:
+        assert held_in is not None
+        return top1(model, images.loader(held_in, recipe.batch_size), "measuring")
+
+    try:
+        slim = finetune(slim, dense, images, asked.settings, asked.seed, state, save_minutes, log, measure)
+    except DivergedError:
+        if together.is_main_process:
+            state.remove()  # it would diverge again
+        raise
     accuracy = measured_top1(slim, images, recipe.batch_size, "testing slim")
-    slim.save(directory)
-    metrics = metrics.model_copy(
-        update=before
-        | {
-            "data": images.name,
-            "slim": slim_figures(slim, accuracy, directory),
-            "finetuned_epochs": metrics.finetuned_epochs + settings.epochs,
-        }
-    )
-    metrics.save(directory)
-    return metrics
+    if together.is_main_process:
+        slim.save(directory)
+        metrics = asked.before.model_copy(
+            update={
+                "slim": slim_figures(slim, accuracy, directory),
+                "finetuned_epochs": asked.before.finetuned_epochs + asked.settings.epochs,
+            }
+        )
+        metrics.save(directory)
+        state.remove()
+    together.wait_for_everyone()
+    return Metrics.load(directory)
+
+
+def _held_in(images: Data, recipe: Recipe) -> list[int]:
+    """Places of training images, plain, that epochs are compared on: as many as a search measures."""
+    drawn = torch.randperm(len_of(images.calibration), generator=torch.Generator().manual_seed(recipe.seed))
+    return drawn[: recipe.measure_images].tolist()
+
+
+def _start(directory: Path, restart: bool) -> tuple[Metrics, str]:
+    """The run's figures and the file of the weights that a training begins from.
+
+    Raises:
+        InputError: the searched weights are asked for, and not kept.
+    """
+    metrics = Metrics.load(directory)
+    if not restart or not metrics.finetuned_epochs:
+        return metrics, WEIGHTS_FILE
+    if not (directory / PRUNED_WEIGHTS_FILE).exists():
+        raise InputError(f"{directory} was fine-tuned before searched weights were kept; leave --restart out")
+    slim = metrics.slim.model_copy(update={"top1": metrics.pruned_top1})
+    return metrics.model_copy(update={"slim": slim, "finetuned_epochs": 0}), PRUNED_WEIGHTS_FILE
+
+
+def _taken_up(state: TrainingState, changes: dict[str, Any], seed: int | None, images: Data) -> Asked:
+    """What the interrupted training was asked for; what is asked for now must be the same.
+
+    Raises:
+        InputError: it is not; the message names what differs.
+    """
+    try:
+        asked = Asked.model_validate_json(state.asked())
+    except ValidationError:
+        raise InputError(f"{state.folder} is damaged; --restart begins anew") from None
+    now = asked.settings.model_dump() | changes
+    differing = [(name, asked.settings.model_dump()[name], value) for name, value in now.items()]
+    differing += [
+        ("seed", asked.seed, asked.seed if seed is None else seed),
+        ("data", asked.data, images.name),
+        ("training images", asked.images, len_of(images.train)),
+        ("processes", asked.processes, processes().num_processes),
+    ]
+    for name, before, value in differing:
+        if before != value:
+            raise InputError(
+                f"the interrupted training in {state.folder} has {name} = {before}, now it is {value}; leave it as it "
+                "was, or --restart"
+            )
+    return asked
+
+
+def _on_these_images(metrics: Metrics, dense: SlimViT | None, slim: SlimViT, images: Data, batch_size: int) -> Metrics:
+    """The run's figures, measured anew where they are of other images: figures that stand side by side are measured on
+    the same."""
+    update: dict[str, Any] = {"data": images.name, "test_images": len_of(images.test)}
+    if metrics.data not in (None, images.name):
+        logger.info("testing on %s from here on: the run's figures were of %s", images.name, metrics.data)
+        dense_top1 = measured_top1(dense, images, batch_size, "testing dense")
+        update["dense"] = metrics.dense.model_copy(update={"top1": dense_top1})
+        update["pruned_top1"] = measured_top1(slim, images, batch_size, "testing slim before")
+    return metrics.model_copy(update=update)

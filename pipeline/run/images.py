@@ -6,14 +6,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Subset
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import track
-from lowpass.pipeline.data.datasets import Batches, Data, Images, data_in_memory, len_of, load_data, made_batches
+from lowpass.pipeline.data.datasets import (
+    Batches,
+    Data,
+    Images,
+    data_in_memory,
+    len_of,
+    load_data,
+    made_batches,
+    subset,
+)
 from lowpass.pipeline.data.folders import FolderImages
+from lowpass.pipeline.model.classes import CLASSES_FILE, has_classes, load_classes
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.run.classes import CLASSES_FILE, has_classes, load_classes
 from lowpass.pipeline.run.recipe import IN_MEMORY, Recipe
 
 # What --data takes, or two data sets in memory (`data_in_memory`); None: the run's own.
@@ -54,7 +62,7 @@ def verification_batches(directory: Path, data: DataSource) -> tuple[Batches, bo
     if data is None and (recipe.random_weights or recipe.data is None):
         return made_batches(SlimViT.load(directory).architecture, MADE_IMAGES, recipe.batch_size, recipe.seed), True
     images = run_data(directory, data)
-    chosen = Subset(images.test, _verified(images.test, recipe.seed))
+    chosen = subset(images.test, _verified(images.test, recipe.seed))
     return list(track(images.loader(chosen, recipe.batch_size), "reading images to verify on")), False
 
 
@@ -64,6 +72,8 @@ def image_name(directory: Path, data: DataSource, index: int) -> str:
     if data is None and (recipe.random_weights or recipe.data is None):
         return f"made image {index}"
     test = run_data(directory, data).test
+    if recipe.skip_unreadable and not isinstance(test, FolderImages):
+        return f"verified image {index}"  # those before it that were left out are not known any more
     own = _verified(test, recipe.seed)[index]
     return f"test image {own}" + (f" ({test.files[own][0]})" if isinstance(test, FolderImages) else "")
 

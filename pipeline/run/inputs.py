@@ -22,7 +22,7 @@ from lowpass.pipeline.model.readout import keep_classes
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.metrics import METRICS_FILE
 from lowpass.pipeline.run.recipe import RECIPE_FILE, Recipe
-from lowpass.pipeline.search.cascade import check_target
+from lowpass.pipeline.search.target import check_target
 
 MACHINE = ("workers",)  # of a recipe, what may differ when an interrupted run is taken up
 

@@ -25,7 +25,7 @@ class Figures(BaseModel):
 
 class Metrics(BaseModel):
     """What a run has come to. `pruned_top1` is the slim model's before any fine-tuning, `data` the images that every
-    top-1 here was measured on."""
+    top-1 here was measured on, `test_images` how many these are (None: none, or a run of before they were counted)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,6 +34,7 @@ class Metrics(BaseModel):
     pruned_top1: float | None
     finetuned_epochs: int = 0
     data: str | None = None
+    test_images: int | None = None
 
     @classmethod
     def load(cls, directory: Path) -> "Metrics":

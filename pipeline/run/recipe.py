@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lowpass.pipeline.base.errors import InputError, first_problem
 from lowpass.pipeline.base.files import write_text
+from lowpass.pipeline.checkpoints.origin import LEAST_CROP
 from lowpass.pipeline.data.options import DataOptions, ReadingOptions
 from lowpass.pipeline.search.settings import Count, SearchSettings
 from lowpass.pipeline.train.settings import FinetuneSettings
@@ -21,7 +22,7 @@ class Recipe(SearchSettings, ReadingOptions):
     """One compression: a model, its images, and the settings of the search and of fine-tuning.
 
     Exactly one of `target_macs`, `target_latency`, `allowable_drop` and `architecture` says how far to go; a run that
-    `lowpass import-vtc` made has `released`, the checkpoint it was made from, instead.
+    `lowpass import-vtc` or `lowpass pull` made has `released` or `pulled`, what it was made from, instead.
     """
 
     model: str
@@ -32,17 +33,18 @@ class Recipe(SearchSettings, ReadingOptions):
     in_chans: Count | None = None
     mean: tuple[Finite, ...] | None = None
     std: tuple[Finite, ...] | None = None
-    crop_pct: Annotated[float | None, Field(gt=0, le=1, allow_inf_nan=False)] = None
+    crop_pct: Annotated[float | None, Field(ge=LEAST_CROP, le=1, allow_inf_nan=False)] = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     data: str | None = None
     classes: Path | None = None
     architecture: Path | None = None
     released: Path | None = None
+    pulled: str | None = None
     finetune: FinetuneSettings | None = None  # None: what suits the data
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
-        if self.released is not None:
+        if self.imported:
             return self
         goals = [
             goal is not None for goal in (self.target_macs, self.target_latency, self.allowable_drop, self.architecture)
@@ -53,11 +55,16 @@ class Recipe(SearchSettings, ReadingOptions):
             raise ValueError("--target-latency MS and --runtime NAME go together: milliseconds on which runtime?")
         if self.order != "bottom-up" and self.allowable_drop is not None:
             raise ValueError(f"--order {self.order} goes with a target or a table: what is allowed is spent bottom-up")
-        if self.data is None and not self.random_weights:
-            raise ValueError("give --data: 'digits', an image folder, or hfds/NAME")
+        if self.data == "" or (self.data is None and not self.random_weights):
+            raise ValueError("give --data: 'digits', an image folder, hfds/NAME, hfids/NAME or wds/FOLDER")
         if self.random_weights and self.architecture is None:
             raise ValueError("random weights have no accuracy to search by; give --architecture FILE")
         return self
+
+    @property
+    def imported(self) -> bool:
+        """Whether the slim model was made elsewhere, and no search led to it."""
+        return self.released is not None or self.pulled is not None
 
     def choices(self) -> dict[str, Any]:
         """What is said of the model beside its name and weights, as `load_model` takes it."""
@@ -107,8 +114,8 @@ def read_recipe(path: Path, **given: object) -> Recipe:
         raise InputError(f"{path} is not a recipe: not YAML") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a recipe: it should be a table of settings")
-    if content.get("released"):
-        raise InputError(f"{path} is of an imported run, which `lowpass import-vtc` makes")
+    if content.get("released") or content.get("pulled"):
+        raise InputError(f"{path} is of an imported run, which `lowpass import-vtc` or `lowpass pull` makes")
     try:
         return Recipe.model_validate(content | {name: value for name, value in given.items() if value is not None})
     except ValidationError as error:

@@ -50,7 +50,7 @@ def show_tokens(model: SlimViT | Path | str, images: Sequence[Path | str | Image
     if not stages:
         raise InputError(f"{architecture.dense.name} drops no tokens here: there is nothing to show")
     masks = [torch.ones_like(stages[0][1]), *(kept for _, kept in stages)]
-    pictures = _pixels(seen, architecture)
+    pictures = pixels_of(seen, architecture)
     rows = [[_painted(picture, mask[row], architecture) for mask in masks] for row, picture in enumerate(pictures)]
     return _sheet(rows)
 
@@ -78,8 +78,8 @@ def kept_tokens(slim: SlimViT, images: Tensor) -> list[tuple[int, Tensor]]:
     return stages
 
 
-def _pixels(images: Tensor, architecture: Architecture) -> list[np.ndarray]:
-    """[H, W, 3] in 0..1, the normalisation undone."""
+def pixels_of(images: Tensor, architecture: Architecture) -> list[np.ndarray]:
+    """Images [B, C, H, W] as pictures [H, W, 3] in 0..1, the normalisation undone."""
     prep = architecture.preprocessing
     mean, std = (torch.tensor(values)[:, None, None] for values in (prep.mean, prep.std))
     pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from lowpass.pipeline.method.frequency import lowpass_images
 from lowpass.pipeline.method.sensitivity import ChannelCriterion, ChannelScores, channel_scores, sensitivity_loss
+from lowpass.pipeline.method.structured_obs import BlockMetric
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.search.error_metric import BlockMetric
 from lowpass.pipeline.search.obs_scores import obs
 
 SEE_LOW_PASSED: frozenset[ChannelCriterion] = frozenset({"lfs"})
-Stream = tuple[Tensor, Tensor, Tensor]  # tokens of clean images, tokens of low-passed images, labels
+ScoringBatch = tuple[Tensor, Tensor, Tensor]  # tokens of clean images, tokens of low-passed images, labels
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a criterion is told beside the model and what enters the block: `weight`, the share of the cross-entropy in
+class CriterionContext:
+    """What a criterion is given beside the model and what enters the block: `weight`, the share of the cross-entropy in
     LFS; `seed`, of random scores; `metric`, in which structured OBS measures errors, None: all channels of the stream
     count the same."""
 
@@ -67,7 +67,7 @@ def low_frequency_sensitivity(
     slim = model if isinstance(model, SlimViT) else SlimViT.from_timm(model)
     device = next(slim.parameters()).device
 
-    def streams() -> Iterator[Stream]:
+    def streams() -> Iterator[ScoringBatch]:
         for images, labels in batches:
             images = images.to(device)
             with torch.no_grad():
@@ -80,7 +80,7 @@ def low_frequency_sensitivity(
     return scores
 
 
-def sensitivity_from(slim: SlimViT, streams: Iterable[Stream], block: int, weight: float) -> ChannelScores:
+def sensitivity_from(slim: SlimViT, streams: Iterable[ScoringBatch], block: int, weight: float) -> ChannelScores:
     """`low_frequency_sensitivity` from what enters the block: a search keeps it, since the blocks below are final.
 
     Args:
@@ -106,7 +106,7 @@ def sensitivity_from(slim: SlimViT, streams: Iterable[Stream], block: int, weigh
     return channel_scores(products, slim.blocks[block].attn.num_heads)
 
 
-def taylor(slim: SlimViT, streams: Iterable[Stream], block: int) -> ChannelScores:
+def taylor(slim: SlimViT, streams: Iterable[ScoringBatch], block: int) -> ChannelScores:
     """First-order Taylor saliency as in NViT (Yang et al., 2023): LFS's sum with the gradient of the cross-entropy on
     unfiltered images. See `sensitivity_from`."""
     unfiltered = ((clean, clean, labels) for clean, _, labels in streams)
@@ -127,12 +127,14 @@ def random_scores(slim: SlimViT, block: int, seed: int) -> ChannelScores:
     return ChannelScores(pairs, values, rows)
 
 
-CHANNEL_CRITERIA: dict[ChannelCriterion, Callable[[SlimViT, Iterable[Stream], int, Told], ChannelScores]] = {
-    "lfs": lambda slim, streams, block, told: sensitivity_from(slim, streams, block, told.weight),
-    "obs": lambda slim, streams, block, told: obs(slim, (clean for clean, _, _ in streams), block, told.metric),
-    "taylor": lambda slim, streams, block, _told: taylor(slim, streams, block),
-    "magnitude": lambda slim, _streams, block, _told: magnitude(slim, block),
-    "random": lambda slim, _streams, block, told: random_scores(slim, block, told.seed),
+CHANNEL_CRITERIA: dict[
+    ChannelCriterion, Callable[[SlimViT, Iterable[ScoringBatch], int, CriterionContext], ChannelScores]
+] = {
+    "lfs": lambda slim, streams, block, context: sensitivity_from(slim, streams, block, context.weight),
+    "obs": lambda slim, streams, block, context: obs(slim, (clean for clean, _, _ in streams), block, context.metric),
+    "taylor": lambda slim, streams, block, _context: taylor(slim, streams, block),
+    "magnitude": lambda slim, _streams, block, _context: magnitude(slim, block),
+    "random": lambda slim, _streams, block, context: random_scores(slim, block, context.seed),
 }
 
 
@@ -144,12 +146,12 @@ def _layers(slim: SlimViT, block: int) -> list[nn.Linear]:
 def _loss(slim: SlimViT, clean: Tensor, low: Tensor, labels: Tensor, block: int, weight: float) -> Tensor:
     """Eq. 3-4 for one batch; only what lies above the scored block is differentiated."""
     with torch.no_grad():
-        wanted = slim.summary(slim.blocks[block](clean))
+        clean_token = slim.summary(slim.blocks[block](clean))
     low = slim.blocks[block](low)
-    leaving = slim.summary(low)
+    low_token = slim.summary(low)
     for later in slim.blocks[block + 1 :]:
         low = later(low)
-    return sensitivity_loss(slim.classify(low), labels, wanted, leaving, weight)
+    return sensitivity_loss(slim.classify(low), labels, clean_token, low_token, weight)
 
 
 def _below(slim: SlimViT, images: Tensor, block: int) -> Tensor:

@@ -6,27 +6,19 @@ log-likelihood with respect to the stream, summed over tokens: Fisher informatio
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lowpass.pipeline.base.progress import track
+from lowpass.pipeline.method.structured_obs import BlockMetric
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
 
 METRIC_IMAGES = 512
 IMAGES_AT_ONCE = 16  # a backward pass holds what every block made of them
 DAMPING = 0.03  # of the mean, added to the diagonal: gradients of few images span few directions
-
-
-@dataclass(frozen=True)
-class BlockMetric:
-    """Symmetric roots [C, C], FP64, of the metric where attention joins the stream, and where the MLP does."""
-
-    middle: Tensor
-    leaving: Tensor
 
 
 def block_metrics(model: SlimViT, entering: Sequence[Tensor], seed: int) -> list[BlockMetric]:

@@ -82,16 +82,25 @@ def digest(batches: Batches) -> str:
     return sum_.hexdigest()
 
 
-def _read(path: Path, header: Mapping[str, object]) -> list[Entry]:
-    if not path.exists():
-        return []
+def read_log(path: Path) -> tuple[dict[str, Any], list[Entry]]:
+    """The header and the entries of a `search.jsonl`.
+
+    Raises:
+        InputError: it is damaged.
+        OSError: it cannot be read.
+    """
     parse: Callable[[str], Entry] = TypeAdapter(Entry).validate_json
     try:
         first, *rest = path.read_text().splitlines()
-        written = json.loads(first)
-        entries = [parse(line) for line in rest]
-    except (ValueError, ValidationError):
+        return dict(json.loads(first)), [parse(line) for line in rest]
+    except (ValueError, TypeError, ValidationError):
         raise InputError(f"{path} is damaged; give another --out") from None
+
+
+def _read(path: Path, header: Mapping[str, object]) -> list[Entry]:
+    if not path.exists():
+        return []
+    written, entries = read_log(path)
     for key, value in header.items():
         if written.get(key) != value:
             raise InputError(f"{path}: {key} was {written.get(key)}, now it is {value}; give another --out")

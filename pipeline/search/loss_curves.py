@@ -17,11 +17,10 @@ from lowpass.pipeline.method.recovery import refit
 from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.removal import remove_channels
-from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.slim_block import SlimBlock, layer_scale
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import Curve
 from lowpass.pipeline.search.plan import AttentionOption, BlockCurve, SizeOption, falling, interpolated
-from lowpass.pipeline.search.recovery_targets import layer_scale
 from lowpass.pipeline.search.shaping import Shaping, first_keep
 from lowpass.pipeline.search.state import SearchState, first_images, keeping
 
@@ -51,7 +50,7 @@ def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
     normed = dense.attn_norm or dense.mlp_norm
     block, above = model.blocks[index], model.blocks[index + 1 :]
     batches = state.clean[: len(wanted)]
-    scores = state.sensitivity()
+    scores = state.channel_scores()
     moments = state.refit_moments(block) if state.settings.recovery else None
 
     def loss(candidate: SlimBlock) -> float:

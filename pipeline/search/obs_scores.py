@@ -8,11 +8,9 @@ from torch import Tensor, nn
 
 from lowpass.pipeline.method.recovery import Readout, token_weights
 from lowpass.pipeline.method.sensitivity import ChannelScores
-from lowpass.pipeline.method.structured_obs import logit_gram, removal_costs
-from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.method.structured_obs import BlockMetric, logit_gram, removal_costs
+from lowpass.pipeline.model.slim_block import SlimBlock, layer_scale
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.search.error_metric import BlockMetric
-from lowpass.pipeline.search.recovery_targets import layer_scale
 
 OBSERVED_TOKENS = 65_536  # some fifty for each channel
 

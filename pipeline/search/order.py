@@ -9,7 +9,7 @@ import torch
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice, choose_for_shape
 from lowpass.pipeline.model.removal import remove_channels
-from lowpass.pipeline.search.channel_criteria import Stream
+from lowpass.pipeline.search.channel_criteria import ScoringBatch
 from lowpass.pipeline.search.state import SearchState
 
 
@@ -25,7 +25,7 @@ def chooser(state: SearchState, shapes: Sequence[BlockShape]) -> Callable[[int],
 
     def choose(index: int) -> ChannelChoice | None:
         same = _same_channels(shapes[index], state.model.blocks[index].shape)
-        return None if same else choose_for_shape(state.sensitivity(), shapes[index])
+        return None if same else choose_for_shape(state.channel_scores(), shapes[index])
 
     return choose
 
@@ -48,7 +48,7 @@ def _choices_ahead(state: SearchState, shapes: Sequence[BlockShape]) -> list[Cha
     return choices
 
 
-def _entering(state: SearchState, index: int) -> Iterator[Stream]:
+def _entering(state: SearchState, index: int) -> Iterator[ScoringBatch]:
     """What enters a block of the dense model, from what entered block 0."""
     below = state.model.blocks[:index]
     for clean, low, labels in state.streams():

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
-from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.channels import ChannelChoice
@@ -22,7 +21,7 @@ from lowpass.pipeline.method.recovery import (
 )
 from lowpass.pipeline.method.token_scores import kept_indices
 from lowpass.pipeline.model.architecture import DenseViT
-from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.slim_block import SlimBlock, layer_scale
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.activation_store import Store
 
@@ -195,11 +194,6 @@ class RecoveryTargets:
 def _pick(tokens: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B, n] of tokens [B, T, C]."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
-
-
-def layer_scale(scale: nn.Module) -> Tensor | None:
-    """What a block multiplies a layer's channels by [C]; None: nothing."""
-    return cast(Tensor, scale.gamma).detach() if isinstance(scale, LayerScale) else None
 
 
 def query_key_of(block: SlimBlock) -> QueryKey:

@@ -4,9 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lowpass.pipeline.method.energy import EnergyNorm
 from lowpass.pipeline.method.sensitivity import ChannelCriterion
-from lowpass.pipeline.method.token_scores import TokenCriterion
+from lowpass.pipeline.method.token_choices import EnergyNorm, TokenCriterion
 from lowpass.pipeline.search.shaping import SHAPINGS, Prune, Shaping
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]

@@ -20,7 +20,7 @@ from lowpass.pipeline.method.channels import (
     score_threshold,
 )
 from lowpass.pipeline.method.sensitivity import ChannelScores
-from lowpass.pipeline.method.token_scores import TokenScore
+from lowpass.pipeline.method.token_choices import TokenScore
 from lowpass.pipeline.model.architecture import Architecture, DenseViT
 
 TunedFor = Literal["onnxruntime", "openvino", "tensorrt"]

@@ -17,12 +17,13 @@ from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.frequency import lowpass_images
 from lowpass.pipeline.method.recovery import Moments, Refit
 from lowpass.pipeline.method.sensitivity import ChannelScores
+from lowpass.pipeline.method.structured_obs import BlockMetric
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB, activation_store
-from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, SEE_LOW_PASSED, Stream, Told
-from lowpass.pipeline.search.error_metric import BlockMetric, block_metrics
+from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, SEE_LOW_PASSED, CriterionContext, ScoringBatch
+from lowpass.pipeline.search.error_metric import block_metrics
 from lowpass.pipeline.search.recovery_targets import REFIT_ROWS, RecoveryTargets
 from lowpass.pipeline.search.settings import SearchSettings
 
@@ -46,7 +47,7 @@ class SearchState:
         metrics: list[BlockMetric] | None = None,
     ) -> None:
         self.model, self.settings, self.index = model, settings, 0
-        self._adapted = tuple[Refit, ...]()
+        self._attention_refits = tuple[Refit, ...]()
         self._cuts = dict[ChannelChoice | None, tuple[SlimBlock, tuple[Refit, ...]]]()
         self.device = next(model.parameters()).device
         self.labels = [labels for _, labels in scoring]
@@ -146,38 +147,38 @@ class SearchState:
             total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
         return total / sum(map(len, batches))
 
-    def streams(self) -> Iterator[Stream]:
+    def streams(self) -> Iterator[ScoringBatch]:
         """What enters the block at hand from the scoring images, on the model's device; the images themselves take the
         place of low-passed ones where the criterion does not see those."""
         for clean, low, labels in zip(self.clean, self.low or self.clean, self.labels, strict=True):
             yield clean.to(self.device), low.to(self.device), labels.to(self.device)
 
-    def sensitivity(self) -> ChannelScores:
+    def channel_scores(self) -> ChannelScores:
         """Of the block at hand, by the criterion asked for."""
         return self.scores_of(self.model, self.streams(), self.index)
 
-    def scores_of(self, model: SlimViT, streams: Iterable[Stream], index: int) -> ChannelScores:
+    def scores_of(self, model: SlimViT, streams: Iterable[ScoringBatch], index: int) -> ChannelScores:
         """Of any block of any model, by the criterion asked for."""
         criterion = self.settings.channel_criterion
         metric = self.metrics[index] if criterion == "obs" else None
-        told = Told(self.settings.lfs_weight, self.settings.seed, metric)
-        return CHANNEL_CRITERIA[criterion](model, streams, index, told)
+        context = CriterionContext(self.settings.lfs_weight, self.settings.seed, metric)
+        return CHANNEL_CRITERIA[criterion](model, streams, index, context)
 
     @torch.no_grad()
-    def adapt(self) -> None:
+    def refit_attention(self) -> None:
         """Refit the attention of the block at hand, in place, to what enters it now."""
         if self.targets.batches:
-            self._adapted = self.targets.refit_attention_inputs(self.model.blocks[self.index], self.clean)
+            self._attention_refits = self.targets.refit_attention_inputs(self.model.blocks[self.index], self.clean)
 
-    def adapt_unless_worse(self, top1: float) -> float:
-        """`adapt`, undone where top-1 falls below `top1`, what it is before. Returns what it is then."""
+    def refit_attention_unless_worse(self, top1: float) -> float:
+        """`refit_attention`, undone where top-1 falls below `top1`, what it is before. Returns what it is then."""
         attention = self.model.blocks[self.index].attn
         before = copy.deepcopy(attention.state_dict())
-        self.adapt()
-        after = self.top1(self.model.blocks[self.index :]) if self._adapted else top1
+        self.refit_attention()
+        after = self.top1(self.model.blocks[self.index :]) if self._attention_refits else top1
         if after < top1:
             attention.load_state_dict(before)
-            self._adapted = ()
+            self._attention_refits = ()
         return max(after, top1)
 
     def cut(self, choice: ChannelChoice | None) -> tuple[SlimBlock, tuple[Refit, ...]]:
@@ -195,7 +196,7 @@ class SearchState:
         if not self.targets.batches:
             return block, ()
         with torch.no_grad():
-            return block, self._adapted + self.targets.refit(block, before, choice, self.clean)
+            return block, self._attention_refits + self.targets.refit(block, before, choice, self.clean)
 
     @torch.no_grad()
     def refit_classifier(self) -> tuple[Refit, ...]:

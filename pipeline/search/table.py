@@ -14,7 +14,7 @@ def apply_table(state: SearchState, blocks: Sequence[BlockShape]) -> None:
     model = state.model
     choose = chooser(state, blocks)
     for index, shape in enumerate(track(blocks, "cutting blocks")):
-        state.adapt()
+        state.refit_attention()
         model.set_keep(index, shape.keep)
         model.vit.blocks[index], _ = state.cut(choose(index))
         state.ascend()

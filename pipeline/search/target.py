@@ -6,6 +6,7 @@ picks the table that meets the target at the least sum. Last, the blocks are cut
 and refitted on the model as it then stands.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ def search_to_target(curves: Sequence[BlockCurve], state: SearchState, target: C
     model = state.model
     choose = chooser(state, planned.blocks)
     for index, shape in enumerate(track(planned.blocks, "cutting blocks")):
-        state.adapt()
+        state.refit_attention()
         if shape.keep < model.blocks[index].tokens_in:
             log.next(TokenDecision, _kept, state, shape.keep)
             model.set_keep(index, shape.keep)
@@ -105,6 +106,27 @@ def make_plan(curves: Sequence[BlockCurve], dense: Architecture, target: CostTar
             f"a target of {target.value:g} {target.unit} is out of reach: the fastest model tried takes {fastest:.3g}"
         )
     return min(met, key=lambda made: abs(made.cost / target.value - 1))
+
+
+def smallest_share(architecture: Architecture, shaping: Shaping, prune: Prune) -> float:
+    """The share of the MACs that is left when every block is as small as it can be."""
+    blocks = shaping.smallest(architecture.dense, first_keep(architecture), prune)
+    return architecture.model_copy(update={"blocks": blocks}).macs() / architecture.macs()
+
+
+def check_target(architecture: Architecture, target_macs: float, shaping: Shaping, prune: Prune = "both") -> None:
+    """Refuse a target below what is left when every block is as small as it can be.
+
+    Raises:
+        InputError: with the lowest share of the MACs that can be reached.
+    """
+    lowest = smallest_share(architecture, shaping, prune)
+    if target_macs < lowest:
+        share = math.ceil(lowest * 1000) / 1000
+        raise InputError(
+            f"a MACs target of {target_macs:g} is out of reach for {architecture.dense.name}: "
+            f"at least {share:.3f} of the dense MACs remain; the paper's targets are 0.45 to 0.6"
+        )
 
 
 def check_measured_target(target: CostTarget, dense: Architecture, shaping: Shaping, prune: Prune) -> None:

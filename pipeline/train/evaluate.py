@@ -1,4 +1,4 @@
-"""Top-1 accuracy and throughput-friendly inference over a split."""
+"""Top-1 accuracy over a split."""
 
 from collections.abc import Iterable
 
@@ -8,13 +8,23 @@ from torch import Tensor, nn
 from lowpass.pipeline.base.progress import track
 
 
-@torch.inference_mode()
 def top1(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], description: str = "evaluating") -> float:
     """Top-1 accuracy in percent of `model` (in eval mode) on batches of (images [B,C,H,W], labels [B]).
 
     Raises:
         ValueError: there are no images.
     """
+    correct, seen = count_correct(model, batches, description)
+    if not seen:
+        raise ValueError("top1 needs at least one image")
+    return 100 * correct / seen
+
+
+@torch.inference_mode()
+def count_correct(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], description: str = "evaluating"
+) -> tuple[int, int]:
+    """How many images the model, in evaluation mode meanwhile, gets right, and how many there are."""
     device = next(model.parameters()).device
     correct = seen = 0
     training = model.training
@@ -24,6 +34,4 @@ def top1(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], description
         correct += int((predicted == labels).sum())
         seen += len(labels)
     model.train(training)
-    if not seen:
-        raise ValueError("top1 needs at least one image")
-    return 100 * correct / seen
+    return correct, seen

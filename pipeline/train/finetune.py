@@ -1,29 +1,71 @@
 """Fine-tuning by hard distillation from the dense model (Touvron et al., 2021; weights after VTC-LFC)."""
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, broadcast
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch.nn import functional as F
 
-from lowpass.pipeline.base.errors import RunError
-from lowpass.pipeline.base.progress import logger, track
+from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.base.progress import logger, quiet, track
 from lowpass.pipeline.data.datasets import Data, len_of
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.train.settings import FinetuneSettings
+from lowpass.pipeline.train.batches import Batch, batches_from
+from lowpass.pipeline.train.log import Clock, EpochListener
+from lowpass.pipeline.train.loss import Mixing, answer_of, distillation_loss, mixing
+from lowpass.pipeline.train.processes import on_cpus
+from lowpass.pipeline.train.settings import FinetuneSettings, MixedPrecision
+from lowpass.pipeline.train.state import Best, EmaState, Progress, TrainingState
 
 WARMUP = 0.05  # of all steps
 CLIP = 1.0  # gradient norm
+SAVE_MINUTES = 10.0
+Measure = Callable[[SlimViT], float]
 
 
-def finetune(slim: SlimViT, dense: SlimViT | None, data: Data, settings: FinetuneSettings, seed: int) -> SlimViT:
+class DivergedError(RunError):
+    """The loss stopped being finite."""
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What accelerate has prepared, and what goes with it."""
+
+    accelerator: Accelerator
+    model: Any
+    optimiser: Any
+    loader: Any
+    schedule: CosineLRScheduler
+    ema: ModelEmaV3
+    best: Best
+    teacher: SlimViT | None
+    mix: Mixing | None
+    accumulated: int  # batches a step
+
+
+def finetune(
+    slim: SlimViT,
+    dense: SlimViT | None,
+    data: Data,
+    settings: FinetuneSettings,
+    seed: int,
+    state: TrainingState | None = None,
+    save_minutes: float = SAVE_MINUTES,
+    on_epoch: EpochListener = lambda _epoch: None,
+    measure: Measure | None = None,
+) -> SlimViT:
     """The fine-tuned copy of `slim` (moving average of its weights, on the CPU, in evaluation mode).
 
-    The loss is `(1 - w) CE(slim, y) + w CE(slim, argmax dense)`, with w = `distill_weight`. AdamW with layer decay
-    (timm), cosine schedule, one process or several (accelerate).
+    The loss is `distillation_loss`, with the share `distill_weight` for the dense model's answers. AdamW with layer
+    decay (timm), cosine schedule, one process or several (accelerate). What is drawn depends on seed, epoch and step
+    alone, so that a training that goes on after a kill ends as if there had been none.
 
     Args:
         slim: what the search left; it is trained in place, too.
@@ -31,64 +73,163 @@ def finetune(slim: SlimViT, dense: SlimViT | None, data: Data, settings: Finetun
         data: its `train` split is drawn anew each epoch.
         settings: epochs, rates and weights.
         seed: of the order of images and of what augmentation draws.
+        state: where its state is saved after every epoch, and taken up from if one is there; None: nowhere.
+        save_minutes: between two states within an epoch.
+        on_epoch: told of each epoch, in the main process.
+        measure: top-1 of a model; with `settings.keep_best` the average of the best epoch comes back, not the last.
 
     Raises:
-        InputError: a label is none of the model's classes.
-        ValueError: there is something to distil, but no teacher.
-        RunError: the loss stopped being finite.
+        InputError: a label is none of the model's classes, the effective batch is no multiple of the batch, or the
+            state is damaged.
+        ValueError: there is something to distil, but no teacher; or a best to keep, but no measure.
+        DivergedError: the loss stopped being finite.
+        RunError: the state cannot be saved.
     """
     if dense is None and settings.distill_weight:
         raise ValueError("distillation needs a teacher")
-    images_in_all = len_of(data.train)
-    if images_in_all < settings.batch_size:
-        logger.info(
-            "a batch of %d is more than the %d training images: of that many", settings.batch_size, images_in_all
+    if settings.keep_best and measure is None:
+        raise ValueError("the best needs a measure")
+    settings = _clamped(settings, len_of(data.train))
+    training = _prepared(slim, dense, data, settings, seed)
+    accelerator, loader, best = training.accelerator, training.loader, training.best
+
+    def save(progress: Progress) -> None:
+        if state is not None:
+            with quiet("accelerate"):
+                state.save(accelerator, progress)
+        clock.saved = time.monotonic()
+
+    progress = state.load(accelerator) if state is not None else Progress()
+    done = progress.epoch * len(loader) + progress.step
+    training.schedule.step_update(done)
+    training.model.train()
+    clock = Clock()
+    batches = batches_from(progress, loader, settings.epochs, clock)
+    for epoch, index, batch, is_last in track(batches, "fine-tuning", settings.epochs * len(loader) - done):
+        rate = training.optimiser.param_groups[-1]["lr"]
+        loss = _step(training, batch, epoch, index, data, settings, seed)
+        there = 0 if batch is None else len(batch[1])
+        clock.images += there
+        progress = Progress(
+            epoch=epoch,
+            step=index + 1,
+            loss=progress.loss + there * loss,
+            images=progress.images + there,
+            unreadable=progress.unreadable + settings.batch_size - there,
         )
-        settings = settings.model_copy(update={"batch_size": images_in_all})
-    accelerator = Accelerator()
-    torch.manual_seed(seed)
-    loader: Any = data.train_loader(settings.batch_size)
+        if is_last:
+            top1 = None
+            if measure is not None and settings.keep_best and (epoch + 1) % settings.keep_best == 0:
+                top1 = measure(cast(SlimViT, training.ema.module))
+                best.consider(top1, training.ema)
+            sums = torch.tensor([progress.loss, progress.images], device=accelerator.device)
+            loss_of_all, images_of_all = accelerator.reduce(sums).tolist()
+            if accelerator.is_main_process:
+                on_epoch(clock.epoch(epoch, loss_of_all, images_of_all, rate, accelerator.num_processes, top1))
+            progress = Progress(epoch=epoch + 1, unreadable=progress.unreadable)
+            save(progress)
+            clock.start_epoch()
+        elif accelerator.sync_gradients and _as_the_main_process(
+            clock.minutes_since_saved() >= save_minutes, accelerator
+        ):
+            save(progress)
+    if progress.unreadable:
+        logger.info(
+            "fine-tuning: passed over %d images that cannot be read, in %d epochs",
+            progress.unreadable,
+            settings.epochs,
+        )
+    best.restore(training.ema)
+    return cast(SlimViT, training.ema.module).cpu().eval()
+
+
+def _prepared(slim: SlimViT, dense: SlimViT | None, data: Data, settings: FinetuneSettings, seed: int) -> _Training:
+    # One configuration a process is all that accelerate allows, unless its state is reset.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=on_cpus(),
+        mixed_precision=settings.mixed_precision or _suitable_precision(),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+    )
+    at_once = settings.batch_size * accelerator.num_processes
+    batch = settings.effective_batch or at_once
+    if batch % at_once:
+        raise InputError(
+            f"--effective-batch {batch} is no multiple of {at_once}, {settings.batch_size} images in each of "
+            f"{accelerator.num_processes} processes"
+        )
+    accelerator.gradient_accumulation_steps = batch // at_once
+    loader: Any = data.train_loader(settings.batch_size, seed)
     optimiser: Any = create_optimizer_v2(
         slim.vit,
         opt="adamw",
-        lr=settings.lr * settings.batch_size * accelerator.num_processes / 512,
+        lr=settings.lr * batch / 512,
         weight_decay=settings.weight_decay,
         layer_decay=settings.layer_decay,
     )
     model, optimiser, loader = accelerator.prepare(slim, optimiser, loader)
     teacher = dense.to(accelerator.device).eval() if dense is not None and settings.distill_weight else None
-    ema = ModelEmaV3(accelerator.unwrap_model(model), decay=settings.ema_decay, use_warmup=True)
+    ema, best = ModelEmaV3(accelerator.unwrap_model(model), decay=settings.ema_decay, use_warmup=True), Best()
+    accelerator.register_for_checkpointing(EmaState(ema), best)
     steps = settings.epochs * len(loader)
     schedule = CosineLRScheduler(
         optimiser, t_initial=steps, warmup_t=round(WARMUP * steps), warmup_prefix=True, t_in_epochs=False
     )
-    model.train()
-    step = skipped = 0
-    for epoch in track(range(settings.epochs), "fine-tuning"):
-        if hasattr(data.train, "epoch"):
-            data.train.epoch = epoch  # new digit scenes
-        for batch in loader:
-            skipped += settings.batch_size - (0 if batch is None else len(batch[1]))
-            if batch is None:
-                continue
-            images, labels = batch
-            if data.classes is None:  # where the classes are known, so are the labels
-                data.check_labels(labels)
-            logits = model(images)
-            loss = (1 - settings.distill_weight) * F.cross_entropy(logits, labels)
-            if teacher is not None:
-                with torch.no_grad():
-                    target = teacher(images).argmax(-1)
-                loss = loss + settings.distill_weight * F.cross_entropy(logits, target)
+    mix = mixing(settings, slim.architecture.dense.num_classes)
+    return _Training(accelerator, model, optimiser, loader, schedule, ema, best, teacher, mix, batch // at_once)
+
+
+def _step(
+    training: _Training, batch: Batch, epoch: int, index: int, data: Data, settings: FinetuneSettings, seed: int
+) -> float:
+    """Learn from a batch; its loss."""
+    accelerator, length = training.accelerator, len(training.loader)
+    step, loss = epoch * length + index, torch.zeros(())
+    if batch is not None:
+        images, labels = batch
+        if data.classes is None:  # where the classes are known, so are the labels
+            data.check_labels(labels)
+        # Whatever is drawn here, such as dropped paths.
+        place = (seed, step, accelerator.process_index)
+        torch.manual_seed(seed + step * accelerator.num_processes + accelerator.process_index)
+        if training.mix is not None:
+            images, labels = training.mix(images, labels, place)
+        with accelerator.accumulate(training.model):
+            with accelerator.autocast():
+                answer = answer_of(training.teacher, images)
+            logits = training.model(images)
+            loss = distillation_loss(logits, labels, answer, settings.distill_weight, settings.smoothing)
             if not loss.isfinite():
-                raise RunError(f"the fine-tuning loss became {loss.item()} in epoch {epoch}; lower --lr")
+                raise DivergedError(f"the fine-tuning loss became {loss.item()} in epoch {epoch}; lower --lr")
             accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), CLIP)
-            optimiser.step()
-            optimiser.zero_grad()
-            step += 1
-            schedule.step_update(step)
-            ema.update(accelerator.unwrap_model(model), step=step)
-    if skipped:
-        logger.info("fine-tuning: passed over %d images that cannot be read, in %d epochs", skipped, settings.epochs)
-    return cast(SlimViT, ema.module).cpu().eval()
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(training.model.parameters(), CLIP)
+            training.optimiser.step()
+            training.optimiser.zero_grad()
+    elif accelerator.num_processes > 1:
+        raise RunError("not one image of a batch can be read, and the other processes wait for it")
+    training.schedule.step_update(step + 1)
+    if batch is not None and accelerator.sync_gradients:
+        updates = epoch * -(-length // training.accumulated) + -(-(index + 1) // training.accumulated)
+        training.ema.update(accelerator.unwrap_model(training.model), step=updates)
+    return loss.item()
+
+
+def _clamped(settings: FinetuneSettings, images: int) -> FinetuneSettings:
+    """Of no more images a step than there are."""
+    if images >= settings.batch_size:
+        return settings
+    logger.info("a batch of %d is more than the %d training images: of that many", settings.batch_size, images)
+    return settings.model_copy(update={"batch_size": images})
+
+
+def _suitable_precision() -> MixedPrecision:
+    """BF16 where a GPU has it. CPUs gain little on models of this size, and lose where they have no units for it."""
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def _as_the_main_process(decision: bool, accelerator: Accelerator) -> bool:
+    """The same decision everywhere, whatever clocks say."""
+    if accelerator.num_processes == 1:
+        return decision
+    return bool(broadcast(torch.tensor(int(decision), device=accelerator.device)).item())

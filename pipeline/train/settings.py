@@ -1,11 +1,13 @@
 """How fine-tuning is done."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lowpass.pipeline.base.errors import InputError, first_problem
 from lowpass.pipeline.method.block_shape import Positive
+
+MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
 class FinetuneSettings(BaseModel):
@@ -22,6 +24,18 @@ class FinetuneSettings(BaseModel):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998
+    effective_batch: Positive | None = Field(
+        None, description="images that a step learns from, gradients of several batches summed; None: a batch"
+    )
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    keep_best: Positive | None = Field(
+        None, description="every so many epochs measure top-1 on held-in images, and keep the best; None: the last"
+    )
+    mixed_precision: MixedPrecision | None = Field(
+        None, description="no, bf16 or fp16; None: bf16 on a GPU that has it, otherwise no"
+    )
 
     @classmethod
     def for_digits(cls) -> Self:

@@ -1,4 +1,7 @@
-"""The names of a run's classes, in the order of its logits: `classes.json`, fixed when the run is made."""
+"""The names of a model's classes, in the order of its logits: `classes.json`, fixed when a run is made.
+
+Which order that is, `pipeline/data/classes.py` says.
+"""
 
 import json
 from collections.abc import Sequence

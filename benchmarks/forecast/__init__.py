@@ -1,0 +1,1 @@
+"""How wrong forecasts are on published latencies that they have not seen."""

@@ -1,0 +1,119 @@
+"""More requests than a served model can answer: what it still answers, how late, and how soon it is well again."""
+
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import grpc
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from lowpass.benchmarks.serving.load import INFER, OWN_CONNECTION, TIMEOUT_S, closed_loop, request
+from lowpass.pipeline.base.errors import RunError
+
+REFUSED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+CALM, SETTLED = 5, 2.0  # requests that tell how fast one alone is; how many times that counts as well again
+RECOVERY_S = 30.0
+
+
+class Overload(BaseModel):
+    """One flood. `capacity` is what closed loops reached, `offered` what was sent, `goodput` what was answered, all in
+    requests a second; milliseconds are of the answered. `recovery_s` is how long after the last request was sent one
+    alone is answered as fast as before; bytes are the server's with all its processes, before and at most."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    capacity: float
+    offered: float
+    goodput: float
+    refused_share: float
+    p50_ms: float
+    p99_ms: float
+    recovery_s: float
+    bytes_before: int
+    bytes_peak: int
+
+
+def overload(url: str, model: str, images: NDArray[Any], seconds: float, server: int, times: float = 2.0) -> Overload:
+    """`times` the capacity for `seconds`, by the clock, whether or not anything is answered.
+
+    Args:
+        url: of gRPC.
+        model: that is served there.
+        images: of each request, [B, ...].
+        seconds: of the flood.
+        server: the server's process.
+        times: its capacity.
+
+    Raises:
+        RunError: a request failed otherwise than by being refused, or the server is not well again.
+    """
+    capacity = max(closed_loop(url, model, images, clients, seconds).images_per_s for clients in (4, 8)) / len(images)
+    message = request(model, images)
+    with grpc.insecure_channel(url, OWN_CONNECTION) as channel:
+        infer = channel.unary_unary(INFER)
+        calm = float(np.median([_seconds(infer, message) for _ in range(CALM)]))
+        codes: Counter[str] = Counter()
+        took, lock = list[float](), threading.Lock()
+        process = psutil.Process(server)
+        before = peak = _bytes(process)
+
+        def done(call: Any, sent: float) -> None:
+            with lock:
+                code = call.code()
+                codes["answered" if code is grpc.StatusCode.OK else "refused" if code in REFUSED else str(code)] += 1
+                if code is grpc.StatusCode.OK:
+                    took.append(time.perf_counter() - sent)
+
+        rate = times * capacity
+        due = np.cumsum(np.random.default_rng(0).exponential(1 / rate, max(2, round(rate * seconds))))
+        began, calls, looked = time.perf_counter(), list[Any](), 0.0
+        for moment in due.tolist():
+            time.sleep(max(0.0, began + moment - time.perf_counter()))
+            sent = time.perf_counter()
+            call = infer.future(message, timeout=TIMEOUT_S)
+            call.add_done_callback(lambda call, sent=sent: done(call, sent))
+            calls.append(call)
+            if sent - looked > 0.5:
+                peak, looked = max(peak, _bytes(process)), sent
+        ended = time.perf_counter()
+        while _seconds(infer, message) > SETTLED * calm:
+            if time.perf_counter() - ended > RECOVERY_S:
+                raise RunError(f"{model} is not well again {RECOVERY_S:.0f} s after a flood")
+        recovery = time.perf_counter() - ended
+        for call in calls:
+            call.exception()  # waits for it
+    if others := {code: count for code, count in codes.items() if code not in ("answered", "refused")}:
+        raise RunError(f"{model} failed under {rate:.1f} requests/s: {others}")
+    p50, p99 = (float(value) for value in np.percentile(1000 * np.asarray(took), [50, 99]))
+    return Overload(
+        capacity=capacity,
+        offered=len(calls) / (ended - began),
+        goodput=codes["answered"] / (ended - began),
+        refused_share=codes["refused"] / len(calls),
+        p50_ms=p50,
+        p99_ms=p99,
+        recovery_s=recovery,
+        bytes_before=before,
+        bytes_peak=max(peak, _bytes(process)),
+    )
+
+
+def _seconds(infer: Any, message: bytes) -> float:
+    """Of one request; one that is refused did not come through in any time."""
+    began = time.perf_counter()
+    try:
+        infer(message, timeout=TIMEOUT_S)
+    except grpc.RpcError as error:
+        if error.code() not in REFUSED:
+            raise RunError(f"a request failed: {error}") from None
+        return float("inf")
+    return time.perf_counter() - began
+
+
+def _bytes(process: psutil.Process) -> int:
+    """Resident memory of a process and all below it."""
+    return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))

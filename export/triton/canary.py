@@ -1,0 +1,128 @@
+"""A new version tried on a share of the requests before it serves all.
+
+The new version is written beside the others as usual, and served as a model of its own, NAME-canary, whose
+configuration says the share. Triton has no router, so the clients split: `predict` asks NAME-canary with that share of
+its batches. Promoting serves the very folder that was tried; aborting removes it.
+"""
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lowpass.export.triton.client import CANARY_SHARE
+from lowpass.export.triton.config import config_of
+from lowpass.export.triton.prepared import DeployOptions, prepare
+from lowpass.export.triton.repository import (
+    Deployed,
+    add_versions,
+    as_it_is,
+    canary_name,
+    check_version,
+    existing,
+    served,
+)
+from lowpass.export.triton.version import (
+    ModelVersion,
+    locked,
+    remove_version,
+    serve_version,
+    served_config,
+    served_version,
+    versions_of,
+    write_version,
+)
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.files import PART
+
+SHARED_PARAMETERS = ("input", "input_size", "preprocessing")
+
+
+def start_canary(directory: Path, repository: Path, name: str, options: DeployOptions, share: float) -> Deployed:
+    """Add a run's exported model as a new version and serve it as NAME-canary for a share of the requests.
+
+    Args:
+        directory: the run.
+        repository: where NAME is served already.
+        name: of the model.
+        options: how to serve it.
+        share: in percent.
+
+    Raises:
+        InputError: NAME is not there, takes other inputs, or has a canary already; and see `deploy`.
+        RunError: see `deploy`.
+    """
+    prepared = prepare(directory, name, options, dense=False)
+    model, canary = existing(repository, name), repository / canary_name(name)
+    settings = replace(
+        prepared.settings, name=canary.name, parameters=prepared.settings.parameters | {CANARY_SHARE: f"{share:g}"}
+    )
+    with locked(repository):
+        if canary.exists():
+            raise InputError(f"{name} has a canary, version {served_version(canary)}; --promote or --abort it first")
+        if _interface(served_config(model)) != _interface(config_of(prepared.settings, 1)):
+            raise InputError(
+                f"{name} takes other inputs or has other classes than the new version, so that requests cannot be "
+                "split between them; deploy it without --canary, or under another --name"
+            )
+        (version,) = add_versions(repository, [prepared], options.version)
+        try:
+            write_version(repository, version, ModelVersion(canary.name, config_of(settings, version), prepared.files))
+            serve_version(canary, version)
+        except BaseException:
+            shutil.rmtree(canary, ignore_errors=True)
+            remove_version(model, version)
+            raise
+    return Deployed(canary.name, version, versions_of(model), options.backend, canary)
+
+
+def _interface(config: Any) -> tuple[Any, ...]:
+    outputs = [(one.name, one.data_type, tuple(one.dims)) for one in config.output]
+    parameters = [config.parameters[key].string_value for key in SHARED_PARAMETERS]
+    return list(config.input), outputs, parameters
+
+
+def promote_canary(repository: Path, name: str) -> Deployed:
+    """Serve the tried version to everybody.
+
+    Raises:
+        InputError: there is no canary.
+    """
+    existing(repository, name)
+    with locked(repository):
+        model, canary, version = _tried(repository, name)
+        check_version(model, version)
+        done = served(model, version)
+        _remove_model(canary, model)
+    return done
+
+
+def abort_canary(repository: Path, name: str) -> Deployed:
+    """Remove the tried version; what is served stays.
+
+    Raises:
+        InputError: there is no canary.
+    """
+    existing(repository, name)
+    with locked(repository):
+        model, canary, version = _tried(repository, name)
+        _remove_model(canary, model)
+        if version != served_version(model) and version in versions_of(model):
+            remove_version(model, version)
+        return as_it_is(model)
+
+
+def _tried(repository: Path, name: str) -> tuple[Path, Path, int]:
+    model, canary = existing(repository, name), repository / canary_name(name)
+    version = served_version(canary)
+    if version is None:
+        raise InputError(f"{name} has no canary in {repository}; --canary PERCENT starts one")
+    return model, canary, version
+
+
+def _remove_model(canary: Path, model: Path) -> None:
+    """At once for a server that watches: into a hidden folder of another model, where it looks for none."""
+    aside = Path(tempfile.mkdtemp(dir=model, prefix=f".{canary.name}.", suffix=PART))
+    canary.rename(aside / canary.name)
+    shutil.rmtree(aside)

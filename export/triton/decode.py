@@ -1,0 +1,140 @@
+"""Pictures in, labels out: what stands around a served model NAME so that clients send files as they are.
+
+`NAME-prepare` decodes and prepares, `NAME-labels` names the best classes, and the ensemble `NAME-pictures` runs the
+three in a row inside the server."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tritonclient.grpc import model_config_pb2
+
+from lowpass.export.triton.config import LABELS_FILE, ModelSettings
+from lowpass.export.triton.version import CONFIG_FILE, ModelVersion, served_config
+from lowpass.pipeline.base.errors import InputError
+
+PREPARED = ("preprocessing", "input_size", "input")  # parameters that say how
+AROUND = ("prepare", "labels", "pictures")
+BACKENDS = Path(__file__).parent / "backend"
+TOP = 5
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """The most of a picture that is taken: bytes as it was sent, and pixels by its header, before it is decoded."""
+
+    bytes: int = 20 * 2**20
+    pixels: int = 50_000_000
+
+
+def picture_models(
+    settings: ModelSettings,
+    labels: Sequence[str],
+    limits: DecodeLimits = DecodeLimits(),
+    top: int = TOP,
+    instances: int | None = None,
+) -> list[ModelVersion]:
+    """`NAME-prepare`, `NAME-labels` and `NAME-pictures` of a model, in this order.
+
+    The ensemble calls whichever version of each is served, so all versions of the model must share preprocessing and
+    labels: `check_pictures`.
+
+    Args:
+        settings: of the model; its `parameters` say how to prepare a picture.
+        labels: of the classes, in the order of the logits.
+        limits: of a picture.
+        top: classes of an answer; no more than there are.
+        instances: of `NAME-prepare`. None: a core each. Decoding is what costs beside the model, an instance decodes
+            one request at a time, and one that waits takes nothing.
+    """
+    top = min(top, settings.classes)
+    prepare = _python(settings, "prepare", instances or len(os.sched_getaffinity(0)))
+    prepare.input.add(name="picture", data_type=model_config_pb2.TYPE_STRING, dims=[1])
+    kind = model_config_pb2.TYPE_UINT8 if settings.uint8 else model_config_pb2.TYPE_FP32
+    prepare.output.add(name="images", data_type=kind, dims=settings.shape)
+    wanted = {key: settings.parameters[key] for key in PREPARED}
+    _set(prepare, wanted | {"decode_bytes": str(limits.bytes), "decode_pixels": str(limits.pixels)})
+
+    name_classes = _python(settings, "labels", 1)
+    name_classes.input.add(name="logits", data_type=model_config_pb2.TYPE_FP32, dims=[settings.classes])
+    _answers(name_classes, top)
+    _set(name_classes, {"top": str(top)})
+
+    ensemble = model_config_pb2.ModelConfig(
+        name=f"{settings.name}-pictures", platform="ensemble", max_batch_size=settings.profile.most
+    )
+    ensemble.input.add(name="picture", data_type=model_config_pb2.TYPE_STRING, dims=[1])
+    _answers(ensemble, top)
+    for name, takes, gives in (
+        (prepare.name, ["picture"], ["images"]),
+        (settings.name, ["images"], ["logits"]),
+        (name_classes.name, ["logits"], [output.name for output in ensemble.output]),
+    ):
+        step = ensemble.ensemble_scheduling.step.add(model_name=name, model_version=-1)
+        step.input_map.update({each: each for each in takes})
+        step.output_map.update({each: each for each in gives})
+
+    return [
+        ModelVersion(prepare.name, prepare, {"model.py": BACKENDS / "prepare.py"}),
+        ModelVersion(
+            name_classes.name, name_classes, {"model.py": BACKENDS / "labels.py", LABELS_FILE: label_text(labels)}
+        ),
+        ModelVersion(ensemble.name, ensemble, {}),
+    ]
+
+
+def label_text(labels: Sequence[str]) -> str:
+    """A label a line, as Triton reads them."""
+    return "".join(f"{label}\n" for label in labels)
+
+
+def check_pictures(model: Path, config: Any, labels: str) -> None:
+    """That a version may be served where pictures are prepared and classes named around the model, if they are.
+
+    Args:
+        model: its folder in the repository.
+        config: of the version.
+        labels: of the version, a line each.
+
+    Raises:
+        InputError: it wants other pictures or names other classes than `NAME-pictures` gives, or takes fewer at once.
+    """
+    pictures = model.with_name(f"{model.name}-pictures")
+    if not (pictures / CONFIG_FILE).is_file():
+        return
+    prepare, names = (served_config(model.with_name(f"{model.name}-{what}")) for what in ("prepare", "labels"))
+    (named,) = names.version_policy.specific.versions
+    differ = [key for key in PREPARED if prepare.parameters[key] != config.parameters[key]]
+    if (model.with_name(names.name) / str(named) / LABELS_FILE).read_text(encoding="utf-8") != labels:
+        differ.append("labels")
+    if config.max_batch_size < served_config(pictures).max_batch_size:
+        differ.append("largest batch")
+    if differ:
+        raise InputError(
+            f"{pictures.name} stands around {model.name}, and this version differs in {', '.join(differ)}; deploy it "
+            f"under another --name, or remove {pictures.name} first"
+        )
+
+
+def _python(settings: ModelSettings, what: str, instances: int) -> Any:
+    config = model_config_pb2.ModelConfig(
+        name=f"{settings.name}-{what}",
+        backend="python",
+        default_model_filename="model.py",
+        max_batch_size=settings.profile.most,
+    )
+    config.instance_group.add(count=instances, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    return config
+
+
+def _answers(config: Any, top: int) -> None:
+    config.output.add(name="probabilities", data_type=model_config_pb2.TYPE_FP32, dims=[top])
+    config.output.add(name="labels", data_type=model_config_pb2.TYPE_STRING, dims=[top])
+    config.output.add(name="indices", data_type=model_config_pb2.TYPE_INT32, dims=[top])
+
+
+def _set(config: Any, parameters: Mapping[str, str]) -> None:
+    for key, value in parameters.items():
+        config.parameters[key].string_value = value

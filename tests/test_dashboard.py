@@ -19,7 +19,7 @@ from served import Running, exported, free_address, served, until
 
 from lowpass.export.triton.address import LOOPBACK, Address
 from lowpass.export.triton.dashboard import Dashboard
-from lowpass.export.triton.figures import EVERY_S, Figures, Moment, Sample, parse
+from lowpass.export.triton.figures import Figures, Moment, Sample, parse
 from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.repository import deploy
 from lowpass.export.triton.state import VersionState, ask
@@ -117,7 +117,7 @@ def test_figures_are_what_was_sent(running: Running, page: Address) -> None:
         load.start()
     for load in loads:
         load.join()
-    until(lambda: [model["total"]["requests"] for model in data(page)["pairs"][0]] == [60, 25], 3 * EVERY_S)
+    until(lambda: [model["total"]["requests"] for model in data(page)["pairs"][0]] == [60, 25])
     ((slim, dense),) = data(page)["pairs"]
     for model, requests, size in ((slim, 60, 2), (dense, 25, 4)):
         total, now = model["total"], model["now"]
@@ -205,7 +205,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         with made_up(index, metrics) as address, Dashboard(address, port):
             for width, theme in ((320, "light"), (1200, "dark")):
                 browser.visit(f"http://127.0.0.1:{port}/", width, theme)  # type: ignore[arg-type]
-                until(lambda: browser.evaluate("document.querySelectorAll('article').length") == 2, 10)
+                until(lambda: browser.evaluate("document.querySelectorAll('article').length") == 2)
                 assert browser.evaluate("document.documentElement.scrollWidth") <= width
                 assert browser.evaluate("document.querySelector('h2').firstChild.data") == EVIL
                 assert browser.evaluate("document.querySelectorAll('img').length") == 0
@@ -218,10 +218,10 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
             browser.evaluate("document.getElementById('hold').click()")
             assert browser.evaluate("document.getElementById('hold').getAttribute('aria-pressed')") == "true"
             browser.evaluate("document.getElementById('hold').click()")
-            until(lambda: browser.evaluate("document.querySelectorAll('path[d^=M]').length") > 0, 10)
+            until(lambda: browser.evaluate("document.querySelectorAll('path[d^=M]').length") > 0)
             assert not browser.complaints
             assert {url.split("/")[2] for url in browser.requests} == {f"127.0.0.1:{port}"}
-        until(lambda: "server has ended" in browser.evaluate("document.getElementById('state').textContent"), 10)
+        until(lambda: "server has ended" in browser.evaluate("document.getElementById('state').textContent"))
 
 
 def test_a_server_that_is_down_is_said(tmp_path: Path) -> None:

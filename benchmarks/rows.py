@@ -85,6 +85,25 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def kept_rows(path: Path, but: Mapping[str, str]) -> list[Row]:
+    """A study's rows with their origins, without those that are of `but` and are about to be measured anew; none where
+    there is no study yet.
+
+    Raises:
+        InputError: the file is none of ours.
+    """
+    if not path.exists():
+        return []
+    return [_read(row) for row in read_rows(path) if any(row.get(key) != value for key, value in but.items())]
+
+
+def _read(row: Mapping[str, str]) -> Row:
+    """A row as it was written, to be written again: its value stays the text it is."""
+    low, high = (float(row[bound]) if row[bound] else None for bound in ("low", "high"))
+    of = {key: value for key, value in row.items() if key not in FIGURE + ORIGIN and value}
+    return Row(of, row["figure"], row["value"], low, high, Origin(*(row[name] for name in ORIGIN)))
+
+
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
     """A table for people; the first `left` columns are words, the others numbers."""
     rules = ["---"] * left + ["--:"] * (len(header) - left)

@@ -46,6 +46,13 @@ def test_what_nobody_foresaw_ends_with_a_line_that_names_the_traceback(
     assert "Traceback" not in line and 'raise ZeroDivisionError("division' in kept.read_text()
 
 
+def test_a_name_that_the_terminal_lacks_is_said_in_escapes() -> None:
+    code = "from lowpass.pipeline.base.exits import exit_codes\nwith exit_codes():\n    print('caf\\u00e9')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, r"caf\xe9")
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWPASS_DEBUG", "1")
     with pytest.raises(ZeroDivisionError), exit_codes():

@@ -102,6 +102,21 @@ def test_a_version_comes_back_with_all_that_belongs_to_it(run: Path, repository:
     assert roll_back(repository, "digits", 2).backend == "onnxruntime" and served_config(model) == second
 
 
+def test_a_damaged_version_is_not_rolled_back_to(run: Path, repository: Path) -> None:
+    for _ in range(3):
+        deploy(run, repository, "digits", ONE)
+    model = repository / "digits"
+    (model / "2" / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"2/model\.onnx is not what was deployed.*--version"):
+        roll_back(repository, "digits")
+    assert served_version(model) == 3
+    assert roll_back(repository, "digits", 1).version == 1
+    (model / CONFIG_FILE).write_text("name: of nothing")  # by hand
+    with pytest.raises(InputError, match=r"is not a Triton configuration.*--rollback --version N"):
+        roll_back(repository, "digits")
+    assert roll_back(repository, "digits", 3).version == 3
+
+
 def test_versions_are_listed_and_pruned(run: Path, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(4):
         deploy(run, repository, "digits", ONE)

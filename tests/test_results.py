@@ -8,7 +8,7 @@ import pytest
 
 from lowpass.benchmarks.headline import draw
 from lowpass.benchmarks.latency.machine import describe
-from lowpass.benchmarks.rows import FIGURE, ORIGIN, RESULTS, Row, read_rows, write_rows
+from lowpass.benchmarks.rows import FIGURE, ORIGIN, RESULTS, Row, kept_rows, read_rows, write_rows
 from lowpass.benchmarks.tables import BLOCK, TABLES, documents, filled, main
 from lowpass.pipeline.base.errors import InputError, RunError
 
@@ -29,6 +29,18 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert second["value"] == "no GPU, or none that is free" and second["low"] == ""
     assert first["commit"] == "abc1234" and first["command"] == "python -m somewhere --out a,b"
     assert "torch " in first["versions"] and "cores" in first["machine"]
+
+
+def test_rows_of_another_run_are_kept_to_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / "study.csv"
+    old = [Row({"seed": seed, "what": what}, "times", 1 / 3, 0.1) for seed in (0, 1) for what in ("a", "b")]
+    write_rows(path, old, describe(), "the first", commit="abc1234")
+    before = path.read_text().splitlines()
+    kept = kept_rows(path, {"seed": "1"})
+    write_rows(path, [*kept, Row({"seed": 1, "what": "a"}, "times", 2)], describe(), "the second", commit="def5678")
+    after = path.read_text().splitlines()
+    assert after[:3] == before[:3] and len(after) == 4 and after[3].endswith("def5678,the second")
+    assert kept_rows(tmp_path / "none.csv", {}) == []
 
 
 def test_what_is_no_table_of_results_is_refused(tmp_path: Path) -> None:

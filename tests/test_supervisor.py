@@ -20,7 +20,7 @@ from command_line import refusal
 from served import ROOT, TRITON, Running, exported, free_address, serve_damaged, served, until
 
 from lowpass.export.triton.address import EVERYWHERE, Address, check_free
-from lowpass.export.triton.leftovers import SHARED_MEMORY, Belongings, sweep
+from lowpass.export.triton.leftovers import SHARED_MEMORY, Belongings, orphans, sweep
 from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.repository import deploy
 from lowpass.export.triton.server import Supervisor, find_server
@@ -82,7 +82,7 @@ def test_a_used_port_is_named_before_anything_starts(
     option = "--dashboard" if kind == "dashboard" else f"--{kind.lower()}-port"
     line = refusal(capsys, "serve", str(repository), "--triton", str(TRITON), *options, option, str(taken))
     assert f"port {taken} of 127.0.0.1, meant for {kind}, is used" in line and f"another {option}" in line
-    assert not repository.with_name("repository.log").exists()
+    assert not list(repository.parent.glob("repository*.log"))
     assert is_ready(running.address)
 
 
@@ -183,6 +183,34 @@ def test_a_killed_supervisor_leaves_nothing_for_long(running: Running, repositor
     assert theirs and theirs == regions_of(their_token) and is_ready(running.address)
 
 
+def test_a_new_supervisor_waits_for_the_server_of_a_killed_one(repository: Path, tmp_path: Path) -> None:
+    address, told = free_address(), list[str]()
+    ports = [str(port) for port in (address.http, address.grpc, address.metrics)]
+    command = [sys.executable, "-c", SUPERVISE, str(TRITON), str(repository), str(tmp_path / "log"), *ports]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process, ended(process):
+        assert process.stdout is not None
+        _, server = process.stdout.readline().split()
+        assert orphans([address.http]) == []
+        os.kill(int(server), signal.SIGSTOP)
+        process.kill()
+    until(lambda: orphans([address.http]) == [int(server)])
+
+    def tell(line: str) -> None:
+        told.append(line)
+        os.kill(int(server), signal.SIGCONT)
+
+    with Supervisor(find_server(TRITON), repository, address, tmp_path / "log", tell) as supervisor:
+        assert is_ready(address, supervisor.identity)
+    assert len(told) == 1 and "killed" in told[0]
+
+
+def test_a_log_that_cannot_be_written_is_refused(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--triton", str(TRITON), *ask_for(free_address()), "--log", str(tmp_path)]
+    assert f"cannot write the server's log {tmp_path}: " in refusal(capsys, "serve", str(repository), *options)
+
+
 def test_a_stranger_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowpass.export.triton.leftovers.SHARED_MEMORY", tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -241,6 +269,10 @@ def test_readiness_and_news(
         shutil.rmtree(repository / "b")
         until(lambda: len(told) == 4)
         assert is_ready(address)
+        (repository / "c").mkdir()
+        (repository / "c" / "config.pbtxt").write_text("name: of nothing")
+        until(lambda: len(told) == 5)
+        assert f"{repository / 'c' / 'config.pbtxt'} is not a Triton configuration" in told.pop()
     assert told[1:] == ["a serves version 3", "b serves version 1", "b is served no longer"]
 
 

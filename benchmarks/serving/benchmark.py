@@ -29,7 +29,7 @@ from lowpass.benchmarks.figures import write_figure
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
 from lowpass.benchmarks.rows import RESULTS, Row, write_rows
 from lowpass.benchmarks.serving.load import Point, closed_loop, open_loop
-from lowpass.benchmarks.serving.overload import Overload, overload
+from lowpass.benchmarks.serving.overload import TURNS, Overload, overload
 from lowpass.benchmarks.speed.candidates import RECIPES
 from lowpass.export.artefacts import export_run, open_session
 from lowpass.export.onnx.file import current_onnx
@@ -89,7 +89,7 @@ class Result(BaseModel):
     overhead: dict[str, Overhead]
     gain: float
     gain_int8: float
-    floods: dict[str, Overload]
+    floods: dict[str, list[Overload]]
 
 
 class Serving(BaseModel):
@@ -172,7 +172,11 @@ def measure(run: Path, url: str, name: str, concurrencies: tuple[int, ...], seco
         overhead[kind] = Overhead(
             batch=BARE_BATCH, bare_ms=bare_ms, served_ms=served_ms, percent=100 * (served_ms / bare_ms - 1)
         )
-    floods = {kind: overload(url, model + BOUNDED_SUFFIX, batch[:1], seconds, server) for kind, model in served.items()}
+    floods: dict[str, list[Overload]] = {kind: [] for kind in KINDS}
+    for _ in range(TURNS):
+        for kind, model in served.items():
+            floods[kind].append(overload(url, model + BOUNDED_SUFFIX, batch[:1], seconds, server))
+            console.print(f"{model}, flooded: {floods[kind][-1].kept:.2f} of its capacity", soft_wrap=True)
     return Result(
         macs_saved=metrics.dense.macs / metrics.slim.macs,
         points=points,
@@ -222,7 +226,8 @@ def as_markdown(done: Serving) -> str:
                 f"{kind}, batch {one.batch}: bare session {one.bare_ms:.2f} ms an image, server {one.served_ms:.2f} ms "
                 f"({one.percent:+.1f}%).\n"
             )
-        for kind, flood in result.floods.items():
+        for kind, turns in result.floods.items():
+            flood = sorted(turns, key=lambda turn: turn.kept)[len(turns) // 2]
             lines.append(
                 f"{kind}, {flood.offered:.1f} requests/s at a capacity of {flood.capacity:.1f}: {flood.goodput:.1f} "
                 f"answered, p99 {flood.p99_ms:.0f} ms, {flood.refused_share:.0%} refused, well again after "
@@ -321,6 +326,8 @@ def rows(done: Serving) -> Iterator[Row]:
             yield Row(of, "bare_ms_an_image", one.bare_ms)
             yield Row(of, "served_ms_an_image", one.served_ms)
             yield Row(of, "overhead_percent", one.percent)
-        for kind, flood in result.floods.items():
-            for figure, value in flood.model_dump().items():
-                yield Row({"model": name, "candidate": kind, "load": "flood", "request_images": 1}, figure, value)
+        for kind, turns in result.floods.items():
+            of = {"model": name, "candidate": kind, "load": "flood", "request_images": 1}
+            for figure in Overload.model_fields:
+                values = [getattr(turn, figure) for turn in turns]
+                yield Row(of, figure, median(values), min(values), max(values))

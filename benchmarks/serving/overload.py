@@ -1,5 +1,6 @@
 """More requests than a served model can answer: what it still answers, how late, and how soon it is well again."""
 
+import os
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from lowpass.benchmarks.serving.load import INFER, OWN_CONNECTION, TIMEOUT_S, cl
 from lowpass.pipeline.base.errors import RunError
 
 REFUSED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+TURNS = 3  # of measuring the capacity and flooding, side by side
 CALM, SETTLED = 5, 2.0  # requests that tell how fast one alone is; how many times that counts as well again
 RECOVERY_S = 30.0
 
@@ -22,7 +24,9 @@ RECOVERY_S = 30.0
 class Overload(BaseModel):
     """One flood. `capacity` is what closed loops reached, `offered` what was sent, `goodput` what was answered, all in
     requests a second; milliseconds are of the answered. `recovery_s` is how long after the last request was sent one
-    alone is answered as fast as before; bytes are the server's with all its processes, before and at most."""
+    alone is answered as fast as before; bytes are the server's with all its processes, before and at most. `kept` is
+    goodput over capacity. Who asks takes cores of the same machine, `clients_cores` in the flood and
+    `clients_cores_calm` in the closed loops; `kept_a_core` is `kept` by what is left of the cores both times."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,6 +39,10 @@ class Overload(BaseModel):
     recovery_s: float
     bytes_before: int
     bytes_peak: int
+    kept: float
+    kept_a_core: float
+    clients_cores: float
+    clients_cores_calm: float
 
 
 def overload(url: str, model: str, images: NDArray[Any], seconds: float, server: int, times: float = 2.0) -> Overload:
@@ -51,7 +59,10 @@ def overload(url: str, model: str, images: NDArray[Any], seconds: float, server:
     Raises:
         RunError: a request failed otherwise than by being refused, or the server is not well again.
     """
-    capacity = max(closed_loop(url, model, images, clients, seconds).images_per_s for clients in (4, 8)) / len(images)
+    calm_cores, capacity = _Cores(), 0.0
+    for clients in (4, 8):
+        capacity = max(capacity, closed_loop(url, model, images, clients, seconds).images_per_s / len(images))
+    clients_cores_calm = calm_cores.taken()
     message = request(model, images)
     with grpc.insecure_channel(url, OWN_CONNECTION) as channel:
         infer = channel.unary_unary(INFER)
@@ -70,7 +81,7 @@ def overload(url: str, model: str, images: NDArray[Any], seconds: float, server:
 
         rate = times * capacity
         due = np.cumsum(np.random.default_rng(0).exponential(1 / rate, max(2, round(rate * seconds))))
-        began, calls, looked = time.perf_counter(), list[Any](), 0.0
+        began, calls, looked, cores = time.perf_counter(), list[Any](), 0.0, _Cores()
         for moment in due.tolist():
             time.sleep(max(0.0, began + moment - time.perf_counter()))
             sent = time.perf_counter()
@@ -79,7 +90,7 @@ def overload(url: str, model: str, images: NDArray[Any], seconds: float, server:
             calls.append(call)
             if sent - looked > 0.5:
                 peak, looked = max(peak, _bytes(process)), sent
-        ended = time.perf_counter()
+        ended, clients_cores = time.perf_counter(), cores.taken()
         while _seconds(infer, message) > SETTLED * calm:
             if time.perf_counter() - ended > RECOVERY_S:
                 raise RunError(f"{model} is not well again {RECOVERY_S:.0f} s after a flood")
@@ -89,17 +100,32 @@ def overload(url: str, model: str, images: NDArray[Any], seconds: float, server:
     if others := {code: count for code, count in codes.items() if code not in ("answered", "refused")}:
         raise RunError(f"{model} failed under {rate:.1f} requests/s: {others}")
     p50, p99 = (float(value) for value in np.percentile(1000 * np.asarray(took), [50, 99]))
+    goodput, all_cores = codes["answered"] / (ended - began), len(os.sched_getaffinity(0))
     return Overload(
         capacity=capacity,
         offered=len(calls) / (ended - began),
-        goodput=codes["answered"] / (ended - began),
+        goodput=goodput,
         refused_share=codes["refused"] / len(calls),
         p50_ms=p50,
         p99_ms=p99,
         recovery_s=recovery,
         bytes_before=before,
         bytes_peak=max(peak, _bytes(process)),
+        kept=goodput / capacity,
+        kept_a_core=goodput / capacity * (all_cores - clients_cores_calm) / (all_cores - clients_cores),
+        clients_cores=clients_cores,
+        clients_cores_calm=clients_cores_calm,
     )
+
+
+class _Cores:
+    """How many cores this process has kept busy since this was made."""
+
+    def __init__(self) -> None:
+        self._began, self._busy = time.perf_counter(), time.process_time()
+
+    def taken(self) -> float:
+        return (time.process_time() - self._busy) / (time.perf_counter() - self._began)
 
 
 def _seconds(infer: Any, message: bytes) -> float:

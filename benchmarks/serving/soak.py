@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from lowpass.benchmarks.latency.machine import describe
-from lowpass.benchmarks.rows import RESULTS, Row, write_rows
+from lowpass.benchmarks.rows import RESULTS, Row, kept_rows, write_rows
 from lowpass.benchmarks.serving.benchmark import free_address, prepare
 from lowpass.benchmarks.serving.load import INFER, OWN_CONNECTION, request
 from lowpass.export.artefacts import open_session
@@ -270,7 +270,9 @@ def main(
         soak_for(soak, minutes, seed, tell)
         identity = supervisor.identity
     command = f"python -m lowpass.benchmarks.serving.soak --minutes {minutes:g} --seed {seed}"
-    write_rows(out / "serving_soak.csv", rows(soak, seed, shared_regions(identity)), describe(), command)
+    path = out / "serving_soak.csv"
+    others = kept_rows(path, {"seed": str(seed)})
+    write_rows(path, [*others, *rows(soak, seed, shared_regions(identity))], describe(), command)
     for line in soak.wrong[:10]:
         tell(f"wrong: {line}")
     raise typer.Exit(1 if soak.wrong else 0)

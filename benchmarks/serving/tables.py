@@ -43,9 +43,16 @@ def serving_floods(results: Path) -> str:
         figures = (("capacity", "{:.1f}"), ("offered", "{:.1f}"), ("goodput", "{:.1f}"), ("p99_ms", "{:.0f}"))
         cells = [number(one(rows, figure, **of), form) for figure, form in (*figures, ("recovery_s", "{:.2f}"))]
         peak, before = (float(number(one(rows, figure, **of), "{}")) for figure in ("bytes_peak", "bytes_before"))
-        lines.append([model, kind, *cells, f"{peak / before:.2f}"])
+        kept = one(rows, "kept", **of)
+        spread = (
+            "-"
+            if kept is None
+            else f"{float(kept['value']):.2f} ({float(kept['low']):.2f} to {float(kept['high']):.2f})"
+        )
+        cells += [f"{peak / before:.2f}", spread, number(one(rows, "kept_a_core", **of), "{:.2f}")]
+        lines.append([model, kind, *cells])
     header = ["model", "candidate", "capacity, requests/s", "offered", "answered", "p99 ms", "well again after s"]
-    return markdown([*header, "memory, of before"], lines, 2)
+    return markdown([*header, "memory, of before", "of capacity (turns)", "the same, a core left by clients"], lines, 2)
 
 
 SOAKED = (

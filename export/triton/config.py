@@ -152,4 +152,7 @@ def parse_config(text: str, where: str) -> Any:
     try:
         return text_format.Parse(text, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
-        raise InputError(f"{where} is not a Triton configuration: {error}; deploy under another --name") from None
+        raise InputError(
+            f"{where} is not a Triton configuration: {error}; `lowpass deploy --rollback --version N` writes that of a "
+            "version that is there, or deploy under another --name"
+        ) from None

@@ -12,14 +12,17 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from lowpass.pipeline.base.errors import RunError
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the backend has no other place
 NAME = "lowpass-triton-"
+SUPERVISOR = "LOWPASS_SUPERVISOR"  # in a server's environment: the number of the process that started it
 LOCK = re.compile(NAME + r"([0-9a-f]{16})\.lock")
 
 
@@ -67,6 +70,24 @@ def sweep() -> None:
         if found := LOCK.fullmatch(path.name):
             with suppress(OSError), _taken(path):
                 _remove(found[1])
+
+
+def orphans(ports: Container[int]) -> list[int]:
+    """The servers of this user that listen on one of `ports`, and whose supervisor was killed: they have been told to
+    end, and finish what they have."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            line = process.cmdline()
+            if not any(word.startswith("--id=lowpass-") for word in line):
+                continue
+            own = [
+                int(word.partition("=")[2]) for word in line if re.fullmatch(r"--(http|grpc|metrics)-port=\d+", word)
+            ]
+            alive = process.environ().get(SUPERVISOR) == str(process.ppid())
+            if not alive and any(port in ports for port in own):
+                found.append(process.pid)
+    return found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from lowpass.export.triton.client import CANARY_SHARE
-from lowpass.export.triton.config import Backend, config_of
+from lowpass.export.triton.config import MODEL_FILES, Backend, config_of
 from lowpass.export.triton.decode import AROUND, check_pictures, label_text
 from lowpass.export.triton.prepared import LAST_VERSION, DeployOptions, Prepared, prepare
 from lowpass.export.triton.version import (
@@ -27,6 +27,7 @@ from lowpass.export.triton.version import (
     write_version,
 )
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.files import sha256
 
 CANARY = "-canary"
 
@@ -166,10 +167,13 @@ def roll_back_models(repository: Path, names: Sequence[str], version: int | None
 
 
 def _earlier(model: Path, version: int | None) -> int:
-    present, now = versions_of(model), served_version(model) or 0
-    chosen = version or max((one for one in present if one < now), default=0)
+    present = versions_of(model)
+    if version is not None:  # whatever is served: also where somebody damaged the configuration that says so
+        chosen, wanted = version, f"version {version}"
+    else:
+        now = served_version(model) or 0
+        chosen, wanted = max((one for one in present if one < now), default=0), f"version before {now}"
     if chosen not in present:
-        wanted = f"version {version}" if version else f"version before {now}"
         raise InputError(f"{model} has no {wanted}; there are {', '.join(map(str, present))}")
     return chosen
 
@@ -187,12 +191,17 @@ def existing(repository: Path, name: str) -> Path:
 
 
 def check_version(model: Path, version: int) -> None:
-    """That a version that is there can be served.
+    """That a version that is there can be served: its file loaded when it was deployed, and has not changed since.
 
     Raises:
-        InputError: it has no configuration of its own, or does not go with what stands around the model.
+        InputError: it has no configuration of its own, its file is damaged, or it does not go with what stands around
+            the model.
     """
     config = own_config(model, version)
+    if (facts := facts_of(model, version)) is not None:
+        file = model / str(version) / MODEL_FILES[facts.backend]
+        if not file.is_file() or sha256(file) != facts.sha256:
+            raise InputError(f"{file} is not what was deployed: it was damaged or replaced; give another --version")
     if labels := config.output[0].label_filename:  # what stands around a model has none
         check_pictures(model, config, (model / labels).read_text(encoding="utf-8"))
 

@@ -15,8 +15,9 @@ from types import TracebackType
 from typing import Self
 
 from lowpass.export.triton.address import Address, check_free
-from lowpass.export.triton.leftovers import Belongings
-from lowpass.export.triton.state import News, broken_models, is_ready, serving_versions, versions_in
+from lowpass.export.triton.leftovers import SUPERVISOR, Belongings, orphans
+from lowpass.export.triton.state import PATIENCE_S, News, broken_models, is_ready, serving_versions, versions_in
+from lowpass.export.triton.version import unreadable_configs
 from lowpass.pipeline.base.errors import InputError, RunError
 
 VENV = Path(".venv-triton")
@@ -80,10 +81,12 @@ class Supervisor:
         """Start, and wait until it is ready, or told to stop.
 
         Raises:
-            InputError: a port is used, or the host is not this machine's.
+            InputError: a port is used, the host is not this machine's, or the log cannot be written.
             RunError: it died or did not become ready; the end of its log is quoted.
         """
+        self._wait_for_orphans()
         check_free(self.address)
+        self._check_log()
         self._belongings = Belongings()
         try:
             self._start()
@@ -136,12 +139,35 @@ class Supervisor:
             with suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGTERM)
 
+    def _check_log(self) -> None:
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.log.open("ab").close()
+        except OSError as error:
+            raise InputError(
+                f"cannot write the server's log {self.log}: {error.strerror}; give another --log"
+            ) from None
+
+    def _wait_for_orphans(self) -> None:
+        """A supervisor that was killed cannot wait for its server, which gives its ports up once it has ended."""
+        ports = [port for *_, port in self.address.places()]
+        until, told = time.monotonic() + STOP_S + PATIENCE_S, False
+        while not self.stopping and orphans(ports) and time.monotonic() < until:
+            if not told:
+                self.told("waiting for the server of a `serve` that was killed: it finishes what it has")
+                told = True
+            time.sleep(NAP_S)
+
     def _tell_news(self) -> None:
-        news = News()
+        news, unreadable = News(), dict[Path, str]()
         while not self.stopping:
             states = versions_in(self.address)
             for line in [] if states is None else news.of(states):
                 self.told(line)
+            before, unreadable = unreadable, unreadable_configs(self.repository)
+            for path, line in unreadable.items():
+                if before.get(path) != line:
+                    self.told(line)
             _keep_short(self.log)
             self._sleep(NEWS_S)
 
@@ -154,7 +180,6 @@ class Supervisor:
     def _start(self) -> None:
         assert self._belongings is not None
         self._belongings.remove_regions()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         self._began = time.monotonic()
         # Opened anew each time, and not kept: a log that was moved away is let go.
         with self.log.open("ab") as output:
@@ -196,7 +221,7 @@ class Supervisor:
         return command
 
     def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
+        environment = dict(os.environ) | {SUPERVISOR: str(os.getpid())}
         if self.server.bundle is not None:
             packages = self.server.bundle.parents[1]
             environment["LD_LIBRARY_PATH"] = str(packages / "nvidia_pytriton.libs")

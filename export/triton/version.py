@@ -200,6 +200,19 @@ def served_version(model: Path) -> int | None:
     return max(served_config(model).version_policy.specific.versions, default=None)
 
 
+def unreadable_configs(repository: Path) -> dict[Path, str]:
+    """The models' configurations that Triton cannot read, and says so in its log alone; why."""
+    found = {}
+    for path in sorted(repository.glob(f"*/{CONFIG_FILE}")):
+        try:
+            parse_config(path.read_text(encoding="utf-8"), str(path))
+        except InputError as error:
+            found[path] = str(error)
+        except (OSError, ValueError) as error:
+            found[path] = f"{path} cannot be read: {error}"
+    return found
+
+
 def remove_version(model: Path, version: int) -> None:
     """Take a version's folder away: at once for who looks, then file by file."""
     aside = Path(tempfile.mkdtemp(dir=model, prefix=f".{version}.", suffix=PART))

@@ -30,7 +30,7 @@ def serve(
             envvar="LOWPASS_TRITON", help="Virtual environment of the server. Default: .venv-triton, or the PATH's."
         ),
     ] = None,
-    log: Annotated[Path | None, typer.Option(help="The server's log. Default: REPO.log.")] = None,
+    log: Annotated[Path | None, typer.Option(help="The server's log. Default: REPO-PORT.log, of HTTP.")] = None,
     dashboard: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of a page of live figures, for this machine alone; 0: none.")
     ] = 0,
@@ -44,7 +44,7 @@ def serve(
     if not repository.is_dir() or not any(repository.glob("*/config.pbtxt")):
         raise InputError(f"{repository} holds no model; `lowpass deploy DIR --repository {repository}` first")
     address = Address(host, http_port, grpc_port, metrics_port, dashboard or None)
-    where = log or repository.absolute().with_name(repository.absolute().name + ".log")
+    where = log or repository.absolute().with_name(f"{repository.absolute().name}-{http_port}.log")
 
     def tell(message: str) -> None:
         console.print(message, soft_wrap=True)

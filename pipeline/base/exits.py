@@ -2,6 +2,7 @@
 and never as a traceback."""
 
 import errno
+import io
 import os
 import sys
 import tempfile
@@ -24,6 +25,9 @@ IN_A_WORKER = "Original Traceback"  # how a data loader's process hands on what 
 def exit_codes() -> Iterator[None]:
     """0 done, 2 bad input, 1 failure, 130 interrupted. What nobody foresaw is a failure as well: its traceback goes to
     a file that the line names, or to standard error with `LOWPASS_DEBUG=1`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A class or a file may have a name that the terminal's encoding lacks: said in escapes, not a failure.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with show_on_console():
             yield

@@ -64,7 +64,8 @@ def compress(
         as_published: the paper's own shapes and channel criterion (LFS) instead.
         yes: go on although the dense model does no better than a guess, or far better under another reading.
         progress: called with a `Step` now and then.
-        settings: one of `target_macs` (a share, such as 0.46), `target_latency` (ms, with `runtime`), `allowable_drop`
+        settings: one of `target_macs` (a share, such as 0.46), `target_latency` (ms, with `runtime`, which may be
+            `forecast:GPU`), `allowable_drop`
             (points of top-1) and `architecture` (a table); and any option of the command by its name, such as
             `weights`, `seed`, `score_images`, `recovery`, `align` or `whole_heads`.
 
@@ -147,10 +148,15 @@ def cost_target_of(recipe: Recipe) -> CostTargetOf | None:
     """What makes a recipe's latency target for its dense model; None: it has none.
 
     Raises:
-        InputError: its runtime is not here, or lacks the precision.
+        InputError: its runtime is not here, or lacks the precision; or there is no such forecast.
     """
     if recipe.target_latency is None:
         return None
+    from lowpass.export.forecast.target import forecast_target, is_forecast, parse_target
+
+    if recipe.runtime is not None and is_forecast(recipe.runtime):
+        target = parse_target(recipe.runtime, recipe.latency_precision, recipe.latency_batch)
+        return partial(forecast_target, target_ms=recipe.target_latency, target=target)
     from lowpass.benchmarks.latency.target import checked_runtime, latency_target
 
     asked_precision: Any = recipe.latency_precision  # which it checks

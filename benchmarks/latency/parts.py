@@ -75,11 +75,7 @@ def measure_table(
     """
     refuse(runtime, precision)
     whole = architecture.dense.blocks()[0]
-    tokens = token_grid(architecture.dense)
-    heads = spread(range(1, whole.heads + 1), HEAD_COUNTS)
-    hidden = spread(
-        [*(w for w in range(WIDTH_STEP, whole.hidden, WIDTH_STEP) if w % CACHE_WIDTH), whole.hidden], WIDTHS
-    )
+    tokens, heads, hidden = grids(architecture.dense)
     outermost = (heads[0], heads[-1])
     points = len(tokens) * (len(heads) + len(hidden) + 2 + len(set(outermost))) + 1
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
@@ -107,6 +103,14 @@ def measure_table(
             for n in tokens
         ),
     )
+
+
+def grids(dense: DenseViT) -> tuple[list[int], list[int], list[int]]:
+    """The points of a table: tokens, heads and hidden widths."""
+    whole = dense.blocks()[0]
+    heads = spread(range(1, whole.heads + 1), HEAD_COUNTS)
+    widths = [*(w for w in range(WIDTH_STEP, whole.hidden, WIDTH_STEP) if w % CACHE_WIDTH), whole.hidden]
+    return token_grid(dense), heads, spread(widths, WIDTHS)
 
 
 def token_grid(dense: DenseViT) -> list[int]:

@@ -11,6 +11,7 @@ from lowpass.export.forecast.work import TILE, Kernel, work_of, work_of_name
 from lowpass.export.options import Precision
 from lowpass.export.runtimes.engine import installed_flavours
 from lowpass.export.tensorrt.layers import Kernel as BuiltKernel
+from lowpass.export.tensorrt.layers import Layers
 from lowpass.export.tensorrt.plan import current_plan, layers_path, load_layers
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -77,8 +78,13 @@ def built(plan: Path, batches: Sequence[int]) -> dict[int, list[Kernel]]:
     for layers in load_layers(plan):
         profile = BatchProfile.parse(layers.batch)
         if profile.least == profile.most and profile.most in batches and layers.whole.macs is not None:
-            found[profile.most] = [_kernel(kernel) for kernel in layers.kernels]
+            found[profile.most] = kernels_of(layers)
     return found
+
+
+def kernels_of(layers: Layers) -> list[Kernel]:
+    """Kernels of an engine at one batch size."""
+    return [_kernel(kernel) for kernel in layers.kernels]
 
 
 def _kernel(kernel: BuiltKernel) -> Kernel:

@@ -15,27 +15,24 @@ import torch
 from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.model.architecture import Architecture, DenseViT
 
 Engine = Literal["tensorrt", "pytorch-compiled", "pytorch-eager"]
 ENGINES: tuple[Engine, ...] = ("tensorrt", "pytorch-compiled", "pytorch-eager")
 TILE = 128  # rows and columns that one multiprocessor works on at a time
 HALF, FULL = 2, 4  # bytes
-# Bytes that a block's other kernels read and write an element of the stream ("e") or of the hidden layer ("m").
-OTHERS: dict[Engine, tuple[tuple[str, int], ...]] = {
-    "tensorrt": (("e", 2 * HALF),) * 2,
-    "pytorch-compiled": (
-        ("e", FULL + HALF),
-        ("e", 2 * (FULL + HALF)),
-        ("m", 2 * HALF),
-        ("e", 2 * FULL + HALF),
-    ),
-    "pytorch-eager": (
-        *(("e", 2 * FULL), ("e", FULL + HALF)) * 2,
-        ("e", 2 * HALF),
-        *(("e", 2 * FULL + HALF),) * 2,
-        ("m", 2 * HALF),
-    ),
+# Bytes that the other kernels of attention, and of the MLP, read and write an element of the stream ("e") or of the
+# hidden layer ("m").
+OF_ATTENTION: dict[Engine, tuple[tuple[str, int], ...]] = {
+    "tensorrt": (("e", 2 * HALF),),
+    "pytorch-compiled": (("e", FULL + HALF),),
+    "pytorch-eager": (("e", 2 * FULL), ("e", FULL + HALF), ("e", 2 * HALF), ("e", 2 * FULL + HALF)),
+}
+OF_MLP: dict[Engine, tuple[tuple[str, int], ...]] = {
+    "tensorrt": (("e", 2 * HALF),),
+    "pytorch-compiled": (("e", 2 * (FULL + HALF)), ("m", 2 * HALF), ("e", 2 * FULL + HALF)),
+    "pytorch-eager": (("e", 2 * FULL), ("e", FULL + HALF), ("e", 2 * FULL + HALF), ("m", 2 * HALF)),
 }
 MOVES = 2  # of query, key and value, where their product has a bias
 SCORING = 5  # kernels more in a block that chooses tokens (counted in TensorRT-RTX's engines)
@@ -135,51 +132,88 @@ def work_of(architecture: Architecture, as_timm_exports: bool = False) -> Work:
     """A slim (or dense) model of ours. `as_timm_exports`: its last block is computed for all tokens, and not for those
     alone that the classifier reads, and queries, keys and values are moved (counted in TensorRT-RTX's engines)."""
     dense = architecture.dense
-    prefix = dense.num_prefix_tokens
     blocks, tokens = list[Block](), dense.num_tokens
     for index, shape in enumerate(architecture.blocks):
-        is_last = index == len(architecture.blocks) - 1 and not (dense.reads_image_tokens or as_timm_exports)
-        qk, v, width = shape.heads * shape.qk_dim, shape.heads * shape.v_dim, dense.embed_dim
-        layers = ((v, width), (width, shape.hidden), (shape.hidden, width))
-        scores = shape.keep < tokens and not is_last
-        kept = tokens if is_last else shape.keep
-        read = 1 + dense.distilled if is_last else None
-        moves = MOVES if as_timm_exports else 0
-        blocks.append(Block(tokens + prefix, kept + prefix, read, width, qk, v, layers, shape.hidden, scores, moves))
+        is_last = index == len(architecture.blocks) - 1 and not as_timm_exports
+        block = block_of(dense, shape, tokens, is_last)
+        blocks.append(replace(block, moves=MOVES) if as_timm_exports else block)
         tokens = shape.keep
     pixels = dense.in_chans * dense.patch_size[0] * dense.patch_size[1]
     return Work(dense.num_tokens, pixels, tuple(blocks), dense.num_classes)
 
 
+def block_of(dense: DenseViT, shape: BlockShape, image_tokens: int, is_last: bool) -> Block:
+    """A block of ours that so many image tokens enter. The last computes what the classifier reads alone."""
+    qk, v, width, prefix = (
+        shape.heads * shape.qk_dim,
+        shape.heads * shape.v_dim,
+        dense.embed_dim,
+        dense.num_prefix_tokens,
+    )
+    layers = ((v, width), (width, shape.hidden), (shape.hidden, width))
+    short = is_last and not dense.reads_image_tokens
+    kept = image_tokens if short else shape.keep
+    read = 1 + dense.distilled if short else None
+    return Block(image_tokens + prefix, kept + prefix, read, width, qk, v, layers, shape.hidden, kept < image_tokens)
+
+
 def kernels(work: Work, engine: Engine, batch: int, layer_bytes: int = HALF) -> Iterator[Kernel]:
     """What an engine launches for a batch; `layer_bytes` of a weight and of what a linear layer reads."""
-    first = work.blocks[0]
-    yield _gemm(batch * work.patches, work.patch, first.width, HALF, None)
+    yield from end_kernels(work, batch)
     for index, block in enumerate(work.blocks):
-        yield from _of_block(block, index, engine, batch, layer_bytes)
+        yield from attention_kernels(block, engine, batch, layer_bytes, index)
+        yield from selection_kernels(block, batch, index)
+        yield from mlp_kernels(block, engine, batch, layer_bytes, index)
+
+
+def end_kernels(work: Work, batch: int) -> Iterator[Kernel]:
+    """Patch embedding and classifier."""
+    width = work.blocks[0].width
+    yield _gemm(batch * work.patches, work.patch, width, HALF, None)
     if work.classes:
-        yield _gemm(batch, first.width, work.classes, HALF, None)
+        yield _gemm(batch, width, work.classes, HALF, None)
 
 
-def _of_block(block: Block, index: int, engine: Engine, batch: int, layer_bytes: int) -> Iterator[Kernel]:
+def attention_kernels(
+    block: Block, engine: Engine, batch: int, layer_bytes: int, index: int | None = None
+) -> Iterator[Kernel]:
+    """Norm, query, key and value, attention, projection."""
+    if not block.v:
+        return
     queries = block.read or block.tokens
-    if block.v:
-        yield _gemm(batch * block.tokens, block.width, 2 * block.qk + block.v, layer_bytes, index)
-        products = 2 * batch * queries * block.tokens * (block.qk + block.v)
-        moved = HALF * batch * (block.tokens * (block.qk + block.v) + queries * (block.qk + block.v))
-        yield Kernel("attention", products, moved, block=index)
-    rows = [block.read or block.tokens, *(block.read or block.kept for _ in block.layers[1:])]
-    for (depth, columns), tokens in zip(block.layers, rows, strict=True):
-        if depth and columns:
-            yield _gemm(batch * tokens, depth, columns, layer_bytes, index)
-    for what, size in OTHERS[engine]:
-        tokens = block.read or block.kept
-        yield Kernel("other", 0, batch * tokens * size * (block.width if what == "e" else block.hidden), block=index)
+    yield _gemm(batch * block.tokens, block.width, 2 * block.qk + block.v, layer_bytes, index)
+    products = 2 * batch * queries * block.tokens * (block.qk + block.v)
+    moved = HALF * batch * (block.tokens * (block.qk + block.v) + queries * (block.qk + block.v))
+    yield Kernel("attention", products, moved, block=index)
+    for depth, columns in block.layers[:1]:
+        yield _gemm(batch * queries, depth, columns, layer_bytes, index)
+    yield from _others(OF_ATTENTION[engine], batch * queries, block, index)
     if block.moves and engine == "tensorrt":
         moved = 2 * HALF * batch * block.tokens * (2 * block.qk + block.v)
         yield Kernel("other", 0, moved / block.moves, count=block.moves, block=index)
+
+
+def selection_kernels(block: Block, batch: int, index: int | None = None) -> Iterator[Kernel]:
+    """Scoring tokens, and dropping some."""
     if block.scores:
         yield Kernel("other", 0, batch * block.tokens * block.width * HALF, count=SCORING, block=index)
+
+
+def mlp_kernels(
+    block: Block, engine: Engine, batch: int, layer_bytes: int, index: int | None = None
+) -> Iterator[Kernel]:
+    """Norm and the layers behind it."""
+    if not block.hidden:
+        return
+    rows = batch * (block.read or block.kept)
+    for depth, columns in block.layers[1:]:
+        yield _gemm(rows, depth, columns, layer_bytes, index)
+    yield from _others(OF_MLP[engine], rows, block, index)
+
+
+def _others(of: tuple[tuple[str, int], ...], rows: int, block: Block, index: int | None) -> Iterator[Kernel]:
+    for what, size in of:
+        yield Kernel("other", 0, rows * size * (block.width if what == "e" else block.hidden), block=index)
 
 
 def _gemm(rows: int, depth: int, columns: int, layer_bytes: int, block: int | None) -> Kernel:

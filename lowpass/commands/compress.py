@@ -65,13 +65,17 @@ def compress(
         float | None,
         typer.Option(
             metavar="MS",
-            help="Milliseconds of one batch on --runtime of this machine (see `profile`).",
+            help="Milliseconds of one batch on --runtime (see `profile` and `forecast`).",
             rich_help_panel=GOAL,
         ),
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option(help="Of --target-latency, such as onnxruntime, openvino or tensorrt.", rich_help_panel=GOAL),
+        typer.Option(
+            help="Of --target-latency: onnxruntime, openvino or tensorrt on this machine; or a GPU that is not here, "
+            "such as forecast:a100 or forecast:l4:int8-fp16.",
+            rich_help_panel=GOAL,
+        ),
     ] = None,
     batch: Annotated[
         int, typer.Option(min=1, help="Images in the batch of --target-latency.", rich_help_panel=GOAL)

@@ -148,7 +148,12 @@ def benchmark(
 
 def profile(
     model: Annotated[str, typer.Option(help="timm name of the dense model, or digits_deit.")],
-    runtime: Annotated[str, typer.Option(help="Where to measure, such as onnxruntime, openvino or tensorrt.")],
+    runtime: Annotated[
+        str,
+        typer.Option(
+            help="Where to measure, such as onnxruntime, openvino or tensorrt; or forecast:GPU[:PRECISION[:ENGINE]]."
+        ),
+    ],
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 1,
     precision: Annotated[PrecisionOption | None, typer.Option(help="[default: the runtime's own]")] = None,
     token_score: Annotated[
@@ -159,15 +164,21 @@ def profile(
     """Measure what `compress --target-latency` plans by.
 
     What the parts of a model's blocks take on this machine.
-    The table is kept, and measured anew when the model, the runtime's version or the machine changes."""
+    The table is kept, and measured anew when the model, the runtime's version or the machine changes. With
+    forecast:a100 it is what a GPU would take that is not here, see `forecast`."""
+    from lowpass.benchmarks.latency.forecast_table import forecast_table
     from lowpass.benchmarks.latency.parts import as_markdown
     from lowpass.benchmarks.latency.target import checked_runtime, latency_table
+    from lowpass.export.forecast.target import is_forecast, parse_target
     from lowpass.pipeline.checkpoints.load import load_model
     from lowpass.pipeline.model.slim_vit import SlimViT
 
     dense = load_model(model, random_weights=model != "digits_deit")  # a latency does not hang on weights
     architecture = SlimViT.from_timm(dense, token_score=token_score).architecture
-    table = latency_table(architecture, *checked_runtime(runtime, precision), batch)
+    if is_forecast(runtime):
+        table = forecast_table(architecture, parse_target(runtime, precision, batch), runtime)
+    else:
+        table = latency_table(architecture, *checked_runtime(runtime, precision), batch)
     say(table.model_dump(mode="json"), as_markdown(table), as_json)
 
 

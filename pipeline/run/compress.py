@@ -1,5 +1,7 @@
 """From a recipe to a finished run: search or apply a table, keep what was decided, measure."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +10,16 @@ from torch import nn
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import remove_parts, write_bytes
 from lowpass.pipeline.data.datasets import Batches, len_of, made_batches
-from lowpass.pipeline.model.classes import save_classes
+from lowpass.pipeline.model.classes import CLASSES_FILE, save_classes
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, SlimViT
-from lowpass.pipeline.run.dense_check import check_dense
+from lowpass.pipeline.run.dense_check import INPUTS_FILE, Provenance, check_dense
 from lowpass.pipeline.run.evaluate import best_device, measured_top1
 from lowpass.pipeline.run.images import MADE_IMAGES
 from lowpass.pipeline.run.inputs import Inputs, check_budget, claim, read_inputs
 from lowpass.pipeline.run.metrics import Figures, Metrics, count_parameters, slim_figures
-from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.run.recipe import RECIPE_FILE, Recipe
 from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB
+from lowpass.pipeline.search.log import SEARCH_FILE
 from lowpass.pipeline.search.search import CostTargetOf, logged_search
 from lowpass.pipeline.search.state import SearchState
 from lowpass.pipeline.search.table import apply_table
@@ -47,7 +50,8 @@ def compress(
         check: refuse a dense model that is suspiciously bad, see `dense_check.py`; otherwise it is only said.
 
     Raises:
-        InputError: some input cannot be used, found before anything is written.
+        InputError: some input cannot be used; nothing was decided yet, and nothing is left in `directory`, but where
+            every table was found too dear only after the losses of all cuts had been measured.
     """
     check_budget(budget_gib)
     finished = claim(recipe, directory, resume)
@@ -58,6 +62,36 @@ def compress(
     provenance = check_dense(inputs, go_on=not check)
     if resume:
         remove_parts(directory)  # what a kill left half-written
+    with _nothing_left_if_refused(directory, resume):
+        return _compress(recipe, directory, inputs, provenance, cost_target_of, budget_gib, dense_top1)
+
+
+@contextmanager
+def _nothing_left_if_refused(directory: Path, resume: bool) -> Iterator[None]:
+    """Take away what was written where input is refused before anything was decided, so that other input may be given
+    with the same directory."""
+    there = directory.exists()
+    try:
+        yield
+    except InputError:
+        if not resume and not (directory / SEARCH_FILE).exists():
+            for name in (RECIPE_FILE, DENSE_WEIGHTS_FILE, INPUTS_FILE, CLASSES_FILE):
+                (directory / name).unlink(missing_ok=True)
+            if not there:
+                with suppress(OSError):  # it never was, or holds something of somebody else
+                    directory.rmdir()
+        raise
+
+
+def _compress(
+    recipe: Recipe,
+    directory: Path,
+    inputs: Inputs,
+    provenance: Provenance,
+    cost_target_of: CostTargetOf | None,
+    budget_gib: float,
+    dense_top1: float | None,
+) -> Metrics:
     recipe.save(directory)
     _keep_dense(inputs.dense, directory)
     provenance.save(directory)

@@ -24,6 +24,7 @@ from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB
 from lowpass.pipeline.search.search import CostTargetOf
 from lowpass.pipeline.search.shaping import Shaping, TunedFor, make_shaping
 from lowpass.pipeline.train.finetune import SAVE_MINUTES
+from lowpass.pipeline.train.settings import Tracker
 
 if TYPE_CHECKING:  # runtimes are imported once they are used
     from lowpass.benchmarks.latency.compare import Benchmark
@@ -225,20 +226,22 @@ class Run:
         resume: bool = False,
         restart: bool = False,
         save_minutes: float = SAVE_MINUTES,
+        track: Tracker | None = None,
         **settings: Any,
     ) -> Metrics:
-        """Distil the dense model into the slim one, which takes its place: `epochs`, `lr`, `batch_size`,
+        """Distil the dense model (or `teacher`) into the slim one, which takes its place: `epochs`, `lr`, `batch_size`,
         `distill_weight`, `mixed_precision` and so on as `settings`.
 
         `resume` goes on with a training that was interrupted, begins one where none was, and leaves one alone that has
         ended; `restart` begins from the searched weights. Within an epoch the state is saved every `save_minutes`.
+        `track`: `tensorboard`, `wandb` or `mlflow` are told of each epoch, too.
 
         Raises:
             InputError: a setting is out of range, the data does not fit, or an interrupted training is in the way.
             RunError: training diverged, or its state cannot be saved; the run is as it was.
         """
         with report_to(self.progress):
-            return finetune_run(self.path, data or self.data, settings, seed, resume, restart, save_minutes)
+            return finetune_run(self.path, data or self.data, settings, seed, resume, restart, save_minutes, track)
 
     def evaluate(self, data: DataSource = None) -> Metrics:
         """Top-1 of dense and slim on the test images of `data`; nothing is written.

@@ -1,6 +1,7 @@
 """A run's slim model, trained further and measured: `finetune` and `evaluate`."""
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,10 +27,18 @@ def finetune(
     effective_batch: Annotated[
         int | None, typer.Option(min=1, help="Images a step learns from; gradients of several batches are summed.")
     ] = None,
-    distill_weight: Annotated[float | None, typer.Option(help="Share of the dense model's label in the loss.")] = None,
+    distill_weight: Annotated[float | None, typer.Option(help="Share of the teacher's label in the loss.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Another teacher than the dense model: any model of timm's of the same classes."
+        ),
+    ] = None,
+    teacher_weights: Annotated[Path | None, typer.Option(help="Checkpoint of --teacher.")] = None,
     mixup: Annotated[float | None, typer.Option(help="timm's mixup alpha; DeiT has 0.8.")] = None,
     cutmix: Annotated[float | None, typer.Option(help="timm's cutmix alpha; DeiT has 1.0.")] = None,
     smoothing: Annotated[float | None, typer.Option(help="Label smoothing; DeiT has 0.1.")] = None,
+    drop_path: Annotated[float | None, typer.Option(help="Stochastic depth; DeiT has 0.1.")] = None,
     keep_best: Annotated[
         int | None,
         typer.Option(min=1, help="Measure held-in top-1 every so many epochs, and keep the best. Default: the last."),
@@ -47,6 +56,10 @@ def finetune(
     save_minutes: Annotated[
         float, typer.Option(min=0, help="Save the state so often within an epoch; after each it is saved anyway.")
     ] = 10.0,
+    track: Annotated[
+        Literal["tensorboard", "wandb", "mlflow"] | None,
+        typer.Option(help="Show each epoch there, too; tensorboard writes to DIR/tracking."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train the slim model with the dense one as its teacher.
@@ -65,6 +78,9 @@ def finetune(
         "mixup": mixup,
         "cutmix": cutmix,
         "smoothing": smoothing,
+        "teacher": teacher,
+        "teacher_weights": teacher_weights,
+        "drop_path": drop_path,
         "keep_best": keep_best,
         "mixed_precision": mixed_precision,
     }
@@ -74,6 +90,7 @@ def finetune(
         resume=resume,
         restart=restart,
         save_minutes=save_minutes,
+        track=track,
         **{name: value for name, value in given.items() if value is not None},
     )
     if processes().is_main_process:

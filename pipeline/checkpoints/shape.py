@@ -13,8 +13,11 @@ State = dict[str, Tensor]
 
 
 def classes_of(state: State) -> int | None:
-    """Rows of the classifier."""
-    head = state.get("head.weight")
+    """Rows of the classifier; teachers may be other models than ViTs."""
+    named = [
+        state[name] for name in ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight") if name in state
+    ]
+    head = named[0] if named else None
     return len(head) if head is not None and head.ndim == 2 else None
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import remove_parts, write_bytes
@@ -16,11 +17,13 @@ from lowpass.pipeline.run.evaluate import measured_top1
 from lowpass.pipeline.run.images import DataSource, run_data
 from lowpass.pipeline.run.metrics import Metrics, slim_figures
 from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.run.teacher import foreign_teacher
+from lowpass.pipeline.run.tracking import both, tracker
 from lowpass.pipeline.train.evaluate import top1
 from lowpass.pipeline.train.finetune import SAVE_MINUTES, DivergedError, finetune
 from lowpass.pipeline.train.log import TrainingLog
 from lowpass.pipeline.train.processes import processes
-from lowpass.pipeline.train.settings import FinetuneSettings, finetune_settings
+from lowpass.pipeline.train.settings import FinetuneSettings, Tracker, finetune_settings
 from lowpass.pipeline.train.state import TrainingState
 
 PRUNED_WEIGHTS_FILE = "pruned.safetensors"  # what the search left
@@ -49,9 +52,10 @@ def finetune_run(
     resume: bool = False,
     restart: bool = False,
     save_minutes: float = SAVE_MINUTES,
+    track: Tracker | None = None,
 ) -> Metrics:
-    """Distil the dense model into the slim one and save it in its place. A run imported without its dense model is
-    trained on the labels alone.
+    """Distil the dense model, or the settings' `teacher`, into the slim one and save it in its place. A run imported
+    without its dense model, and given no other teacher, is trained on the labels alone.
 
     Args:
         directory: a run.
@@ -61,10 +65,11 @@ def finetune_run(
         resume: go on with a training that was interrupted; begin one where none was; leave alone one that has ended.
         restart: begin from the searched weights, whatever was trained since.
         save_minutes: between two states within an epoch.
+        track: where epochs are shown, too; None: in `training.csv` alone.
 
     Raises:
-        InputError: a setting is out of range, the data does not fit, or there is an interrupted training of which
-            nothing was said, or that was asked for something else.
+        InputError: a setting is out of range, the data or the teacher does not fit, the tracker is not installed, or
+            there is an interrupted training of which nothing was said, or that was asked for something else.
         RunError: training diverged, or its state cannot be saved; the run is as it was.
     """
     if resume and restart:
@@ -84,9 +89,12 @@ def finetune_run(
         return trained
     recipe = Recipe.load(directory)
     dense = SlimViT.load(directory, DENSE_WEIGHTS_FILE) if has_dense(directory) else None
-    if dense is None:
+    has_teacher = (changes.get("teacher") or (recipe.finetune and recipe.finetune.teacher)) is not None
+    if dense is None and not has_teacher:
         if changes.get("distill_weight"):
-            raise InputError(f"{directory} has no dense model to distil; import it again with --dense CHECKPOINT")
+            raise InputError(
+                f"{directory} has no dense model to distil; import it with --dense CHECKPOINT, or give a --teacher"
+            )
         logger.info("no dense model to distil: training on the labels alone")
         changes = changes | {"distill_weight": 0.0}
     images = run_data(directory, data)
@@ -105,10 +113,13 @@ def finetune_run(
             weights=weights,
             before=_on_these_images(metrics, dense, slim, images, recipe.batch_size),
         )
+    teacher = _teacher(asked, slim, dense, images, recipe.batch_size)
+    tracked = tracker(track, directory, asked.settings) if track is not None and together.is_main_process else None
+    if not begun:
         if together.is_main_process:
             remove_parts(directory)
-            if not metrics.finetuned_epochs:
-                write_bytes(directory / PRUNED_WEIGHTS_FILE, (directory / weights).read_bytes())
+            if not asked.before.finetuned_epochs:
+                write_bytes(directory / PRUNED_WEIGHTS_FILE, (directory / asked.weights).read_bytes())
             state.begin(asked)
         together.wait_for_everyone()
     log = TrainingLog(directory, asked.settings.epochs)
@@ -119,11 +130,15 @@ def finetune_run(
         return top1(model, images.loader(held_in, recipe.batch_size), "measuring")
 
     try:
-        slim = finetune(slim, dense, images, asked.settings, asked.seed, state, save_minutes, log, measure)
+        on_epoch = log if tracked is None else both(log, tracked)
+        slim = finetune(slim, teacher, images, asked.settings, asked.seed, state, save_minutes, on_epoch, measure)
     except DivergedError:
         if together.is_main_process:
             state.remove()  # it would diverge again
         raise
+    finally:
+        if tracked is not None:
+            tracked.finish()
     accuracy = measured_top1(slim, images, recipe.batch_size, "testing slim")
     if together.is_main_process:
         slim.save(directory)
@@ -137,6 +152,16 @@ def finetune_run(
         state.remove()
     together.wait_for_everyone()
     return Metrics.load(directory)
+
+
+def _teacher(asked: Asked, slim: SlimViT, dense: SlimViT | None, images: Data, batch_size: int) -> nn.Module | None:
+    """What is distilled."""
+    settings = asked.settings
+    if settings.teacher is None or not settings.distill_weight:
+        return dense
+    return foreign_teacher(
+        settings.teacher, settings.teacher_weights, slim.architecture, images, batch_size, asked.seed
+    )
 
 
 def _held_in(images: Data, recipe: Recipe) -> list[int]:

@@ -12,12 +12,14 @@ from accelerate.utils import DataLoaderConfiguration, broadcast
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.progress import logger, quiet, track
 from lowpass.pipeline.data.datasets import Data, len_of
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.train.batches import Batch, batches_from
+from lowpass.pipeline.train.drop_path import dropped_paths
 from lowpass.pipeline.train.log import Clock, EpochListener
 from lowpass.pipeline.train.loss import Mixing, answer_of, distillation_loss, mixing
 from lowpass.pipeline.train.processes import on_cpus
@@ -45,14 +47,14 @@ class _Training:
     schedule: CosineLRScheduler
     ema: ModelEmaV3
     best: Best
-    teacher: SlimViT | None
+    teacher: nn.Module | None
     mix: Mixing | None
     accumulated: int  # batches a step
 
 
 def finetune(
     slim: SlimViT,
-    dense: SlimViT | None,
+    teacher: nn.Module | None,
     data: Data,
     settings: FinetuneSettings,
     seed: int,
@@ -63,13 +65,14 @@ def finetune(
 ) -> SlimViT:
     """The fine-tuned copy of `slim` (moving average of its weights, on the CPU, in evaluation mode).
 
-    The loss is `distillation_loss`, with the share `distill_weight` for the dense model's answers. AdamW with layer
+    The loss is `distillation_loss`, with the share `distill_weight` for the teacher's answers. AdamW with layer
     decay (timm), cosine schedule, one process or several (accelerate). What is drawn depends on seed, epoch and step
     alone, so that a training that goes on after a kill ends as if there had been none.
 
     Args:
         slim: what the search left; it is trained in place, too.
-        dense: the teacher; None needs a `distill_weight` of 0.
+        teacher: the dense model or another, from images as `slim` takes them to logits; None needs a `distill_weight`
+            of 0.
         data: its `train` split is drawn anew each epoch.
         settings: epochs, rates and weights.
         seed: of the order of images and of what augmentation draws.
@@ -85,12 +88,35 @@ def finetune(
         DivergedError: the loss stopped being finite.
         RunError: the state cannot be saved.
     """
-    if dense is None and settings.distill_weight:
+    if teacher is None and settings.distill_weight:
         raise ValueError("distillation needs a teacher")
     if settings.keep_best and measure is None:
         raise ValueError("the best needs a measure")
     settings = _clamped(settings, len_of(data.train))
-    training = _prepared(slim, dense, data, settings, seed)
+    training = _prepared(slim, teacher, data, settings, seed)
+    with dropped_paths(slim, settings.drop_path):
+        unreadable = _train(training, data, settings, seed, state, save_minutes, on_epoch, measure)
+    if unreadable:
+        logger.info(
+            "fine-tuning: passed over %d images that cannot be read, in %d epochs",
+            unreadable,
+            settings.epochs,
+        )
+    training.best.restore(training.ema)
+    return cast(SlimViT, training.ema.module).cpu().eval()
+
+
+def _train(
+    training: _Training,
+    data: Data,
+    settings: FinetuneSettings,
+    seed: int,
+    state: TrainingState | None,
+    save_minutes: float,
+    on_epoch: EpochListener,
+    measure: Measure | None,
+) -> int:
+    """From wherever it stands to its end; how many images could not be read."""
     accelerator, loader, best = training.accelerator, training.loader, training.best
 
     def save(progress: Progress) -> None:
@@ -133,17 +159,10 @@ def finetune(
             clock.minutes_since_saved() >= save_minutes, accelerator
         ):
             save(progress)
-    if progress.unreadable:
-        logger.info(
-            "fine-tuning: passed over %d images that cannot be read, in %d epochs",
-            progress.unreadable,
-            settings.epochs,
-        )
-    best.restore(training.ema)
-    return cast(SlimViT, training.ema.module).cpu().eval()
+    return progress.unreadable
 
 
-def _prepared(slim: SlimViT, dense: SlimViT | None, data: Data, settings: FinetuneSettings, seed: int) -> _Training:
+def _prepared(slim: SlimViT, teacher: nn.Module | None, data: Data, settings: FinetuneSettings, seed: int) -> _Training:
     # One configuration a process is all that accelerate allows, unless its state is reset.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -168,7 +187,7 @@ def _prepared(slim: SlimViT, dense: SlimViT | None, data: Data, settings: Finetu
         layer_decay=settings.layer_decay,
     )
     model, optimiser, loader = accelerator.prepare(slim, optimiser, loader)
-    teacher = dense.to(accelerator.device).eval() if dense is not None and settings.distill_weight else None
+    teacher = teacher.to(accelerator.device).eval() if teacher is not None and settings.distill_weight else None
     ema, best = ModelEmaV3(accelerator.unwrap_model(model), decay=settings.ema_decay, use_warmup=True), Best()
     accelerator.register_for_checkpointing(EmaState(ema), best)
     steps = settings.epochs * len(loader)

@@ -1,13 +1,15 @@
 """How fine-tuning is done."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lowpass.pipeline.base.errors import InputError, first_problem
 from lowpass.pipeline.method.block_shape import Positive
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class FinetuneSettings(BaseModel):
@@ -30,12 +32,21 @@ class FinetuneSettings(BaseModel):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path: Annotated[float, Field(ge=0, lt=1, description="stochastic depth, of the last block")] = 0.0
+    teacher: str | None = Field(None, description="whose answers are distilled; None: the dense model's")
+    teacher_weights: Path | None = None
     keep_best: Positive | None = Field(
         None, description="every so many epochs measure top-1 on held-in images, and keep the best; None: the last"
     )
     mixed_precision: MixedPrecision | None = Field(
         None, description="no, bf16 or fp16; None: bf16 on a GPU that has it, otherwise no"
     )
+
+    @model_validator(mode="after")
+    def _weights_of_a_teacher(self) -> Self:
+        if self.teacher_weights is not None and self.teacher is None:
+            raise ValueError("teacher_weights are of a teacher: name it with --teacher")
+        return self
 
     @classmethod
     def for_digits(cls) -> Self:

@@ -16,6 +16,7 @@ from lowpass.cli import main
 from lowpass.pipeline.data.datasets import made_batches
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.estimate import estimate
+from lowpass.pipeline.run.measure import Rates, hours, measure
 from lowpass.pipeline.run.recipe import Recipe, read_recipe
 from lowpass.pipeline.search.settings import TOLD_BY
 from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS
@@ -107,6 +108,31 @@ def test_a_recipe_is_run_and_remembers_how_to_be_fine_tuned(
     assert "already holds a run" in capsys.readouterr().err
     again = answer(capsys, "compress", "--recipe", str(file), "--out", str(run), "--resume", "--dry-run")
     assert again | {"least_bytes": 0} == told | {"least_bytes": 0}
+
+
+def test_hours_follow_from_rates() -> None:
+    """A step of fine-tuning is four forwards of the dense model; what it reads comes on top on a CPU alone."""
+    rates = Rates(device="cpu", seconds=1, forward=100, trained=25, read=50, peak_bytes=1)
+    macs = {"dense_macs": 10, "search_macs": 3600 * 1000, "test_macs": 1000, "finetune_macs": 3600 * 1000}
+    one = hours(rates, **macs, images=3600 * 50)
+    assert (one.search, one.test, one.finetune) == pytest.approx((1.0, 1 / 3600, 2.0))
+    assert one.total == pytest.approx(one.search + one.test + one.finetune)
+    gpu = hours(rates.model_copy(update={"device": "cuda"}), **macs, images=3600 * 50)
+    assert gpu.finetune == pytest.approx(1.0)
+
+
+def test_a_dry_run_that_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowpass.pipeline.run.dry_run.measure", partial(measure, seconds=1.0))
+    words = ("compress", "--recipe", str(_write(tmp_path / "recipe.yaml")), "--out", str(tmp_path / "run"))
+    assert "--measure is for --dry-run" in refusal(capsys, *words, "--measure")
+    told = answer(capsys, *words, "--dry-run", "--measure")
+    rates = told["hours"]["rates"]
+    assert min(rates["forward"], rates["trained"], rates["read"], rates["peak_bytes"]) > 0
+    assert rates["trained"] < rates["forward"]
+    assert told["hours"]["search"] == pytest.approx(told["search_macs"] / told["dense_macs"] / rates["forward"] / 3600)
+    assert answer(capsys, *words, "--dry-run")["hours"] is None and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # What `compress --recipe` takes beside the file.
 BESIDE_RECIPE = (
     "recipe_file", "weights", "data", "out", "resume", "ship", "dry_run", "epochs", "memory_budget", "as_json", "yes",
+    "timed",
 )  # fmt: skip
 # Arguments of the function that are no settings of a recipe by that name.
 RENAMED = {"batch": "latency_batch", "precision": "latency_precision"}
@@ -192,6 +193,12 @@ def compress(
             "--dry-run", help="Check every input and say what it would cost; nothing is written.", rich_help_panel=RUN
         ),
     ] = False,
+    timed: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="With --dry-run: time the parts for a minute, and say hours.", rich_help_panel=RUN
+        ),
+    ] = False,
     yes: Yes = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn at random.", rich_help_panel=RUN)] = 0,
     as_json: Annotated[
@@ -313,7 +320,9 @@ def compress(
         settings = {RENAMED.get(name, name): value for name, value in context.params.items() if name not in beside}
         settings |= {name: numbers(f"--{name}", settings[name]) for name in ("mean", "std")}
         recipe = recipe_of(model, data, tune_for, as_published, **settings)
-    _start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run, yes)
+    if timed and not dry_run:
+        raise InputError("--measure is for --dry-run")
+    _start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run, yes, timed)
 
 
 def _refuse_beside_recipe(context: typer.Context) -> None:
@@ -334,6 +343,7 @@ def _start(
     memory_budget: float = 8.0,
     dry_run: bool = False,
     yes: bool = False,
+    timed: bool = False,
 ) -> None:
     """Compress, or say what that would take; with `ship` take the result all the way to timed engines."""
     from lowpass.api import Run, cost_target_of, run_recipe
@@ -343,7 +353,7 @@ def _start(
     out = out or Path("runs") / Path(recipe.model.rpartition(":")[2]).name
     if dry_run:
         cost_target_of(recipe)  # refuses a runtime that is not here
-        estimate = estimated(recipe, out, resume, epochs, memory_budget, check=not yes)
+        estimate = estimated(recipe, out, resume, epochs, memory_budget, check=not yes, timed=timed)
         say(estimate.model_dump(mode="json"), as_table(estimate), as_json)
         return
     metrics, measured = run_recipe(recipe, out, resume, memory_budget, yes=yes), None

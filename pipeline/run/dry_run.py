@@ -9,12 +9,19 @@ from lowpass.pipeline.data.datasets import len_of
 from lowpass.pipeline.run.dense_check import check_dense
 from lowpass.pipeline.run.estimate import Estimate, estimate
 from lowpass.pipeline.run.inputs import check_budget, claim, read_inputs
+from lowpass.pipeline.run.measure import hours, measure
 from lowpass.pipeline.run.recipe import Recipe
 from lowpass.pipeline.train.settings import finetune_settings
 
 
 def dry_run(
-    recipe: Recipe, directory: Path, resume: bool, epochs: int | None, budget_gib: float, check: bool
+    recipe: Recipe,
+    directory: Path,
+    resume: bool,
+    epochs: int | None,
+    budget_gib: float,
+    check: bool,
+    timed: bool = False,
 ) -> Estimate:
     """Check a recipe as `compress` would, and say what it would take.
 
@@ -27,6 +34,7 @@ def dry_run(
         epochs: of fine-tuning, in place of the recipe's.
         budget_gib: memory for activations.
         check: refuse a dense model that is suspiciously bad, see `dense_check.py`; otherwise it is only said.
+        timed: time the parts for a minute, and say hours.
 
     Raises:
         InputError: some input cannot be used.
@@ -43,6 +51,10 @@ def dry_run(
     settings = finetune_settings(recipe.data or "", changes, recipe.finetune)
     found = None if weights is None else str(weights)
     done = estimate(inputs.settings, inputs.dense.architecture, inputs.blocks, train, test, settings, found)
+    if timed:
+        rates = measure(inputs.dense, data, recipe.batch_size, settings, recipe.seed)
+        macs = (done.dense_macs, done.search_macs, done.test_macs, done.finetune_macs)
+        done = done.model_copy(update={"hours": hours(rates, *macs, done.finetune_images)})
     # What it took to come so far, passes of the dense model among it, beside what a search holds. What it computes with
     # comes on top: on the digits the peak was 2.1 to 2.2 times this, with a budget of 0.1 GiB 1.4 times.
     taken = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -8,6 +8,7 @@ from rich.table import Table
 from lowpass.pipeline.data.datasets import image_bytes
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.run.measure import Hours
 from lowpass.pipeline.run.recipe import Recipe
 from lowpass.pipeline.search.channel_criteria import SEE_LOW_PASSED
 from lowpass.pipeline.search.error_metric import METRIC_IMAGES
@@ -33,6 +34,7 @@ class Estimate(BaseModel):
     `search_image_forwards`, in forwards of one image through the dense model, is an estimate within a factor of two.
     `search_bytes` are of the images and activations that a search holds; past the memory budget they are files.
     `least_bytes` is what the process takes at its peak, at the least: what a search computes with comes on top.
+    `hours` are what it would take at rates that were measured, where that was asked for.
     `checked_top1` is the dense model's, in percent, on `checked_images` of the test split; None: without weights or
     images there is nothing to check.
     """
@@ -60,6 +62,7 @@ class Estimate(BaseModel):
     finetune_images: int
     finetune_macs: int
     total_macs: int
+    hours: Hours | None = None
 
 
 def estimate(
@@ -146,10 +149,22 @@ def as_table(done: Estimate) -> Table:
     epochs = f"fine-tuning ({done.finetune_epochs} epochs of {done.train_images:,} images)"
     table.add_row(epochs, f"{done.finetune_images:,}", _macs(done.finetune_macs))
     table.add_row("in all", "", _macs(done.total_macs))
+    if done.hours is not None:
+        _add_hours(table, done.hours)
     table.add_row(f"weights: {done.weights or 'none yet, give --weights'}", "", "")
     if done.checked_top1 is not None:
         table.add_row(f"dense top-1: {done.checked_top1:.1f} %", f"{done.checked_images:,}", "")
     return table
+
+
+def _add_hours(table: Table, hours: Hours) -> None:
+    rates = hours.rates
+    read = "" if rates.read is None else f", {rates.read:,.1f} read"
+    table.add_row(
+        f"images a second on {rates.device}: {rates.forward:,.1f} forward, {rates.trained:,.1f} trained{read}", "", ""
+    )
+    for what in ("search", "test", "finetune", "total"):
+        table.add_row(f"hours of {what}" if what != "total" else "hours in all", "", f"{getattr(hours, what):,.2f}")
 
 
 def _held(recipe: Recipe, dense: Architecture, scored: int, measured: int) -> int:

@@ -167,7 +167,7 @@ def _prepared(slim: SlimViT, teacher: nn.Module | None, data: Data, settings: Fi
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=on_cpus(),
-        mixed_precision=settings.mixed_precision or _suitable_precision(),
+        mixed_precision=settings.mixed_precision or suitable_precision(),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
     )
     at_once = settings.batch_size * accelerator.num_processes
@@ -242,7 +242,7 @@ def _clamped(settings: FinetuneSettings, images: int) -> FinetuneSettings:
     return settings.model_copy(update={"batch_size": images})
 
 
-def _suitable_precision() -> MixedPrecision:
+def suitable_precision() -> MixedPrecision:
     """BF16 where a GPU has it. CPUs gain little on models of this size, and lose where they have no units for it."""
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 

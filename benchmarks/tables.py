@@ -11,6 +11,7 @@ import typer
 from lowpass.benchmarks.lookups import different, number, one, over_seeds, study
 from lowpass.benchmarks.rows import RESULTS, markdown
 from lowpass.benchmarks.serving.tables import serving, serving_floods, serving_pictures, serving_soak
+from lowpass.benchmarks.training.arithmetic import training_arithmetic
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_text
@@ -291,6 +292,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "search-cost": search_cost,
     "targets": targets,
     "compatibility": compatibility,
+    "training": training_arithmetic,
 }
 
 

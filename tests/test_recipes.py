@@ -71,6 +71,21 @@ def test_imagenet_recipes_agree_with_the_paper() -> None:
         assert recipe.finetune is not None and 0.1 <= recipe.finetune.distill_weight <= 0.25
 
 
+@pytest.mark.parametrize(("name", "top1", "macs"), [("2.6g", "81.13%", 2.61e9), ("1.2g", "77.50%", 1.21e9)])
+def test_recipes_after_the_records(
+    name: str, top1: str, macs: float, imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = RECIPES / f"deit_base_to_{name}_imagenet.yaml"
+    heading = path.read_text().partition("\n\n")[0]
+    assert f"--recipe recipes/{path.name}" in heading and top1 in heading and "not been run" in heading
+    words = ("compress", "--recipe", str(path), "--data", str(imagenet), "--out", str(tmp_path / "run"))
+    told = answer(capsys, *words, "--dry-run")
+    assert told["slim_macs"] == pytest.approx(macs, rel=0.01) and told["finetune_epochs"] == 300
+    line = refusal(capsys, *words, "--ship")
+    assert "regnety_160.safetensors, the teacher's weights of the recipe, is no file" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("goal", [{"allowable_drop": 30}, {"target_macs": 0.5}])
 def test_the_search_is_estimated_within_a_factor_of_two(goal: dict[str, float], make_vit: MakeViT) -> None:
     model = SlimViT.from_timm(make_vit(img_size=24, embed_dim=48, depth=3))

@@ -356,6 +356,9 @@ def _start(
         estimate = estimated(recipe, out, resume, epochs, memory_budget, check=not yes, timed=timed)
         say(estimate.model_dump(mode="json"), as_table(estimate), as_json)
         return
+    wanted = recipe.finetune.teacher_weights if ship and recipe.finetune is not None else None
+    if wanted is not None and not wanted.is_file():  # not after a search of hours
+        raise InputError(f"{wanted}, the teacher's weights of the recipe, is no file")
     metrics, measured = run_recipe(recipe, out, resume, memory_budget, yes=yes), None
     if ship:
         run = Run(out)

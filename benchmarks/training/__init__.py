@@ -1,0 +1,1 @@
+"""What trainings on ImageNet would take: arithmetic, not measurements."""

@@ -1,1 +1,1 @@
-"""What trainings on ImageNet would take: arithmetic, not measurements."""
+"""What trainings take, and what they survive."""

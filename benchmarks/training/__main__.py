@@ -1,9 +1,14 @@
-"""`python -m lowpass.benchmarks.training`, see `arithmetic.py`."""
+"""`python -m lowpass.benchmarks.training arithmetic|week`."""
 
 import typer
 
-from lowpass.benchmarks.training.arithmetic import main
+from lowpass.benchmarks.training import arithmetic, week
 from lowpass.pipeline.base.exits import exit_codes
 
-with exit_codes():
-    typer.run(main)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command("arithmetic")(arithmetic.main)
+app.command("week")(week.main)
+
+if __name__ == "__main__":  # `week` starts processes, which read this file again
+    with exit_codes():
+        app()

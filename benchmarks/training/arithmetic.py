@@ -1,6 +1,6 @@
 """What the recipes' trainings on ImageNet would take on several GPUs: arithmetic with one measured part.
 
-    python -m lowpass.benchmarks.training
+    python -m lowpass.benchmarks.training arithmetic
 
 Known: MACs of the models (a training step is three forwards of the student and one of the teacher), the GPUs' peaks by
 their makers' word, the number and the bytes of ImageNet's images. Measured here: how many JPEGs a second one core reads

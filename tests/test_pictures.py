@@ -7,6 +7,7 @@ import re
 import resource
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -22,7 +23,7 @@ import tritonclient.http
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from served import Running, exported, served
+from served import Running, exported, served, until
 from tritonclient.utils import InferenceServerException
 
 from lowpass.benchmarks.serving.pictures import make_pictures, measure, rows
@@ -336,3 +337,33 @@ def test_a_bad_picture_spoils_no_other_request(running: Running) -> None:
     assert said[::2] == ["answered"] * 40
     assert all("picture 0 of the request: it " in message for message in said[1::2]), said[1::2]
     assert is_ready(running.address)
+
+
+@pytest.mark.slow
+def test_more_pictures_than_there_is_place_for_are_refused(running: Running, tuned_run: Path) -> None:
+    """Else they would wait in memory, as large as they were sent."""
+    exported(tuned_run, "fp32")
+    deploy(
+        tuned_run,
+        running.repository,
+        "narrow",
+        DeployOptions(instances=1, threads=1, queue_limit=2, decode=DecodeLimits()),
+    )
+    large = encoded(picture_of("RGB", 2000, 2000, 0), "PNG")
+    outcomes = Counter[str]()
+
+    def ready() -> bool:
+        with closing(tritonclient.http.InferenceServerClient(running.url("http"))) as client:
+            return bool(client.is_model_ready("narrow-pictures"))
+
+    def ask(_: int) -> None:
+        try:
+            outcomes["right" if asked(running, "narrow", "grpc", [large])["labels"].shape == (1, 5) else "wrong"] += 1
+        except InferenceServerException as error:
+            outcomes["refused" if error.status() == "StatusCode.UNAVAILABLE" else str(error)] += 1
+
+    until(ready)
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(ask, range(48)))
+    assert outcomes["right"] and outcomes["refused"] and set(outcomes) == {"right", "refused"}, outcomes
+    assert asked(running, "narrow", "grpc", [large])["labels"].shape == (1, 5)

@@ -83,6 +83,12 @@ def _metadata(slim: SlimViT, options: ExportOptions, weights: str) -> dict[str, 
     }
 
 
+def command_of(path: Path) -> str:
+    """What writes a file of `onnx_path`."""
+    kind, precision, *_ = path.name.split(".")
+    return f"lowpass export {path.parent} --precision {precision}{' --dense' * (kind == 'dense')}"
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of an ONNX file written by `serialise`.
 
@@ -92,11 +98,11 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; run `lowpass export {path.parent}` first") from None
+        raise InputError(f"cannot read {path}: {error.strerror}; run `{command_of(path)}` first") from None
     except Exception as error:  # protobuf's decoding errors share no base that is public
         raise InputError(f"{path} is not an ONNX file: {error}") from None
     if model.producer_name != PRODUCER:
-        raise InputError(f"{path} was not exported by lowpass; run `lowpass export {path.parent}`")
+        raise InputError(f"{path} was not exported by lowpass; run `{command_of(path)}`")
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
@@ -118,7 +124,6 @@ def current_onnx(directory: Path, precision: Precision, dense: bool = False) -> 
     made_from = read_metadata(path).get("weights_sha256")
     if made_from != sha256(weights):
         raise InputError(
-            f"{path} was exported from other weights than {weights.name} holds now; "
-            f"run `lowpass export {directory} --precision {precision}`"
+            f"{path} was exported from other weights than {weights.name} holds now; run `{command_of(path)}`"
         )
     return path

@@ -51,6 +51,8 @@ def check_free(address: Address) -> None:
         InputError: two are the same, one is taken or not for this user, or the host is not this machine's.
     """
     try:
+        if not address.host.strip():
+            raise OSError
         socket.gethostbyname(address.host)
     except (OSError, UnicodeError):
         known = f"such as {LOOPBACK} or {EVERYWHERE}"

@@ -24,6 +24,7 @@ from lowpass.export.triton.repository import (
     served,
 )
 from lowpass.export.triton.version import (
+    CONFIG_FILE,
     ModelVersion,
     locked,
     remove_version,
@@ -60,7 +61,12 @@ def start_canary(directory: Path, repository: Path, name: str, options: DeployOp
     )
     with locked(repository):
         if canary.exists():
-            raise InputError(f"{name} has a canary, version {served_version(canary)}; --promote or --abort it first")
+            tried = served_version(canary) if _is_canary(canary) else None
+            raise InputError(
+                f"{canary} is no canary of {name}, and in its place; rename or remove it first"
+                if tried is None
+                else f"{name} has a canary, version {tried}; --promote or --abort it first"
+            )
         if _interface(served_config(model)) != _interface(config_of(prepared.settings, 1)):
             raise InputError(
                 f"{name} takes other inputs or has other classes than the new version, so that requests cannot be "
@@ -115,10 +121,15 @@ def abort_canary(repository: Path, name: str) -> Deployed:
 
 def _tried(repository: Path, name: str) -> tuple[Path, Path, int]:
     model, canary = existing(repository, name), repository / canary_name(name)
-    version = served_version(canary)
+    version = served_version(canary) if _is_canary(canary) else None
     if version is None:
         raise InputError(f"{name} has no canary in {repository}; --canary PERCENT starts one")
     return model, canary, version
+
+
+def _is_canary(canary: Path) -> bool:
+    """Whether it was made by `start_canary`: a model of somebody's may have such a name."""
+    return (canary / CONFIG_FILE).is_file() and CANARY_SHARE in served_config(canary).parameters
 
 
 def _remove_model(canary: Path, model: Path) -> None:

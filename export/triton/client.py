@@ -66,6 +66,8 @@ class Client:
             InputError: no such address can be, the model is not there, or it was not deployed by lowpass.
             RunError: nobody answers, or not in this protocol.
         """
+        if not re.fullmatch(r"[\w.-]+", model):
+            raise InputError(f"--model {model!r} is no name of a model")
         self.url, self.model, self.protocol, self.timeout_s = url, model, protocol, timeout_s
         self.library: Any = tritonclient.http if protocol == "http" else tritonclient.grpc
         self._address = _address(url)
@@ -131,7 +133,12 @@ class Client:
             if not logits:
                 scores = np.exp(scores - scores.max())
                 scores /= scores.sum()
-            fields = [entry.decode().split(":", 2) for entry in row[:top]]
+            fields = [entry.decode(errors="backslashreplace").split(":", 2) for entry in row[:top]]
+            if any(len(field) != 3 for field in fields):
+                raise RunError(
+                    f"{self.url}: {self.model} answers without labels; its labels.txt is damaged: `lowpass deploy "
+                    "--rollback`, or deploy it again"
+                )
             guesses.append(
                 [Guess(int(field[1]), field[2], float(score)) for field, score in zip(fields, scores, strict=False)]
             )
@@ -228,6 +235,8 @@ def _served(model: str, config: dict[str, Any]) -> tuple[int, Served]:
     try:
         channels, height, width = json.loads(parameters["input_size"])
         (version,) = config["version_policy"]["specific"]["versions"]
+        if [one["name"] for one in config["output"]] != ["logits"]:
+            raise LookupError
         served = Served(
             name=model,
             max_batch=int(config.get("max_batch_size", 0)),
@@ -239,4 +248,7 @@ def _served(model: str, config: dict[str, Any]) -> tuple[int, Served]:
         )
         return int(version), served
     except (LookupError, ValueError):
-        raise InputError(f"{model} was not deployed by `lowpass deploy`: it does not say its preprocessing") from None
+        raise InputError(
+            f"{model} cannot be asked by `predict`: it was not deployed by `lowpass deploy`, or stands around a model "
+            "that was; its configuration does not say what a client must know"
+        ) from None

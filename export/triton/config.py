@@ -13,6 +13,10 @@ from lowpass.pipeline.base.errors import InputError
 
 Backend = Literal["python", "onnxruntime", "tensorrt"]
 Accelerator = Literal["cuda", "tensorrt"]
+CONFIG_REMEDY = (
+    "`lowpass deploy --repository REPO --name NAME --rollback --version N` writes that of a version that is there, or "
+    "deploy under another --name"
+)
 MODEL_FILES: dict[Backend, str] = {"python": "model.onnx", "onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 LABELS_FILE = "labels.txt"
 # Sizes at which a launch costs more than the arithmetic of a few images too many: a batch between two of them is filled
@@ -72,11 +76,7 @@ def config_of(settings: ModelSettings, version: int) -> Any:
     )
     config.dynamic_batching.preferred_batch_size.extend(settings.preferred)
     config.dynamic_batching.max_queue_delay_microseconds = settings.delay_us
-    queue = config.dynamic_batching.default_queue_policy
-    queue.max_queue_size = settings.queue_limit
-    queue.timeout_action = model_config_pb2.ModelQueuePolicy.REJECT
-    queue.default_timeout_microseconds = 1000 * settings.queue_timeout_ms
-    queue.allow_timeout_override = True  # a client that gives up earlier may say so
+    bound_queue(config, settings)
     group = model_config_pb2.ModelInstanceGroup
     place = group.KIND_CPU if settings.backend == "python" else group.KIND_AUTO
     instances = config.instance_group.add(count=settings.instances, kind=place)
@@ -143,6 +143,15 @@ def as_text(config: Any) -> str:
     return str(text_format.MessageToString(config))
 
 
+def bound_queue(config: Any, settings: ModelSettings) -> None:
+    """Let so many requests wait for so long, and refuse what comes on top."""
+    queue = config.dynamic_batching.default_queue_policy
+    queue.max_queue_size = settings.queue_limit
+    queue.timeout_action = model_config_pb2.ModelQueuePolicy.REJECT
+    queue.default_timeout_microseconds = 1000 * settings.queue_timeout_ms
+    queue.allow_timeout_override = True  # a client that gives up earlier may say so
+
+
 def parse_config(text: str, where: str) -> Any:
     """The other way round.
 
@@ -152,7 +161,4 @@ def parse_config(text: str, where: str) -> Any:
     try:
         return text_format.Parse(text, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
-        raise InputError(
-            f"{where} is not a Triton configuration: {error}; `lowpass deploy --rollback --version N` writes that of a "
-            "version that is there, or deploy under another --name"
-        ) from None
+        raise InputError(f"{where} is not a Triton configuration: {error}; {CONFIG_REMEDY}") from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from tritonclient.grpc import model_config_pb2
 
-from lowpass.export.triton.config import LABELS_FILE, ModelSettings
+from lowpass.export.triton.config import LABELS_FILE, ModelSettings, bound_queue
 from lowpass.export.triton.version import CONFIG_FILE, ModelVersion, served_config
 from lowpass.pipeline.base.errors import InputError
 
@@ -104,7 +104,15 @@ def check_pictures(model: Path, config: Any, labels: str) -> None:
     pictures = model.with_name(f"{model.name}-pictures")
     if not (pictures / CONFIG_FILE).is_file():
         return
-    prepare, names = (served_config(model.with_name(f"{model.name}-{what}")) for what in ("prepare", "labels"))
+    if served_config(pictures).platform != "ensemble":  # somebody's own model of that name
+        return
+    around = [model.with_name(f"{model.name}-{what}") for what in AROUND]
+    if lost := [one.name for one in around if not (one / CONFIG_FILE).is_file()]:
+        raise InputError(
+            f"of {', '.join(one.name for one in around)}, which stand around {model.name} together, {lost[0]} is gone; "
+            "remove the others, or deploy with --decode under another --name"
+        )
+    prepare, names = (served_config(one) for one in around[:2])
     (named,) = names.version_policy.specific.versions
     differ = [key for key in PREPARED if prepare.parameters[key] != config.parameters[key]]
     if (model.with_name(names.name) / str(named) / LABELS_FILE).read_text(encoding="utf-8") != labels:
@@ -114,7 +122,7 @@ def check_pictures(model: Path, config: Any, labels: str) -> None:
     if differ:
         raise InputError(
             f"{pictures.name} stands around {model.name}, and this version differs in {', '.join(differ)}; deploy it "
-            f"under another --name, or remove {pictures.name} first"
+            f"under another --name, or remove {', '.join(one.name for one in around)} first"
         )
 
 
@@ -126,6 +134,7 @@ def _python(settings: ModelSettings, what: str, instances: int) -> Any:
         max_batch_size=settings.profile.most,
     )
     config.instance_group.add(count=instances, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    bound_queue(config, settings)  # else pictures that wait would grow without end, each as large as it was sent
     return config
 
 

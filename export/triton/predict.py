@@ -49,6 +49,8 @@ def find_pictures(named: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for name in named:
+        if not name:
+            raise InputError("an empty name is no picture; '.' is this folder")
         path = Path(name)
         if path.is_dir():
             own = pictures_below(path)

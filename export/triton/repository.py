@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import cast
 
 from lowpass.export.triton.client import CANARY_SHARE
-from lowpass.export.triton.config import MODEL_FILES, Backend, config_of
+from lowpass.export.triton.config import CONFIG_REMEDY, MODEL_FILES, Backend, config_of
 from lowpass.export.triton.decode import AROUND, check_pictures, label_text
 from lowpass.export.triton.prepared import LAST_VERSION, DeployOptions, Prepared, prepare
 from lowpass.export.triton.version import (
     CONFIG_FILE,
     VersionFacts,
+    check_whole,
     checked_name,
     facts_of,
     locked,
@@ -158,7 +159,8 @@ def roll_back_models(repository: Path, names: Sequence[str], version: int | None
         InputError: see `roll_back`.
     """
     for name in names:
-        existing(repository, name)
+        if version is None or not versions_of(repository / checked_name(name)):  # else even without a configuration
+            existing(repository, name)
     with locked(repository):
         chosen = {repository / name: _earlier(repository / name, version) for name in names}
         for model, one in chosen.items():
@@ -191,19 +193,24 @@ def existing(repository: Path, name: str) -> Path:
 
 
 def check_version(model: Path, version: int) -> None:
-    """That a version that is there can be served: its file loaded when it was deployed, and has not changed since.
+    """That a version that is there can be served: it loaded when it was deployed, and none of its files has changed.
 
     Raises:
-        InputError: it has no configuration of its own, its file is damaged, or it does not go with what stands around
+        InputError: it has no configuration of its own, a file is damaged, or it does not go with what stands around
             the model.
     """
     config = own_config(model, version)
+    check_whole(model, version)
     if (facts := facts_of(model, version)) is not None:
         file = model / str(version) / MODEL_FILES[facts.backend]
         if not file.is_file() or sha256(file) != facts.sha256:
             raise InputError(f"{file} is not what was deployed: it was damaged or replaced; give another --version")
     if labels := config.output[0].label_filename:  # what stands around a model has none
-        check_pictures(model, config, (model / labels).read_text(encoding="utf-8"))
+        try:
+            text = (model / labels).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{model / labels} cannot be read ({error}); give another --version") from None
+        check_pictures(model, config, text)
 
 
 def served(model: Path, version: int) -> Deployed:
@@ -238,7 +245,8 @@ def list_versions(repository: Path, name: str | None = None) -> list[Listed]:
     if name is not None:
         models = [existing(repository, name)]
     elif repository.is_dir():
-        models = sorted(path.parent for path in repository.glob(f"*/{CONFIG_FILE}"))
+        found = [*repository.glob(f"*/{CONFIG_FILE}"), *repository.glob(f"*/*/{CONFIG_FILE}")]
+        models = sorted({repository / path.relative_to(repository).parts[0] for path in found})
     else:
         raise InputError(f"there is no repository {repository}")
     return [
@@ -262,13 +270,15 @@ def prune_versions(repository: Path, names: Sequence[str], keep: int) -> list[Li
         What was removed.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or nothing says which of its versions serves.
     """
     models = [existing(repository, name) for name in names]
     models += [around for model in models for around in _around(model)]
     removed = []
     with locked(repository):
         for model in models:
+            if served_version(model) is None:
+                raise InputError(f"{model / CONFIG_FILE} does not say which version serves; {CONFIG_REMEDY}")
             used = {served_version(model), served_version(model.with_name(canary_name(model.name)))}
             used.add(max((one for one in versions_of(model) if one < (served_version(model) or 0)), default=None))
             for version in versions_of(model)[:-keep]:

@@ -4,6 +4,7 @@
     REPO/NAME/VERSION/config.pbtxt    how this version is served
     REPO/NAME/VERSION/labels.txt      its classes
     REPO/NAME/VERSION/version.json    what it is, for people
+    REPO/NAME/VERSION/SHA256SUMS      of all these files, as sha256sum reads it
     REPO/NAME/VERSION/model.*         its file
 
 A version is written aside and renamed into place. Which one is served is `NAME/config.pbtxt`, replaced in one rename:
@@ -25,11 +26,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tritonclient.grpc import model_config_pb2
 
 from lowpass.export.options import Precision
-from lowpass.export.triton.config import Backend, as_text, parse_config
+from lowpass.export.triton.config import CONFIG_REMEDY, Backend, as_text, parse_config
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.files import PART, write_text
+from lowpass.pipeline.base.files import PART, sha256, write_text
 
 CONFIG_FILE, FACTS_FILE, LOCK_FILE = "config.pbtxt", "version.json", ".lowpass.lock"
+SUMS_FILE = "SHA256SUMS"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # with what is put beside it, less than a file system takes
 VERSION = re.compile(r"[1-9][0-9]*")
 # A file of this name keeps Python from writing a folder there, which Triton would take for a change of the version: it
@@ -143,6 +145,9 @@ def write_version(repository: Path, version: int, one: ModelVersion) -> None:
             target.chmod(READABLE)
             with target.open("rb") as handle:
                 os.fsync(handle.fileno())
+        sums = "".join(f"{sha256(aside / name)}  {name}\n" for name in sorted(files))
+        write_text(aside / SUMS_FILE, sums)
+        (aside / SUMS_FILE).chmod(READABLE)
         aside.chmod(ENTERABLE)
         aside.rename(model / str(version))
     except OSError as error:
@@ -154,20 +159,58 @@ def write_version(repository: Path, version: int, one: ModelVersion) -> None:
             model.rmdir()
 
 
+def check_whole(model: Path, version: int) -> None:
+    """That all files of a version are those that were deployed. One without sums was deployed by something else.
+
+    Raises:
+        InputError: one is damaged, replaced or gone.
+    """
+    folder = model / str(version)
+    try:
+        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / SUMS_FILE} cannot be read: {error}; give another --version") from None
+    for sum_, _, name in (line.partition("  ") for line in lines):
+        file = folder / Path(name).name
+        if not file.is_file() or sha256(file) != sum_:
+            raise InputError(f"{file} is not what was deployed: it was damaged or replaced; give another --version")
+
+
 def own_config(model: Path, version: int) -> Any:
     """The configuration that would serve a version that is there.
 
     Raises:
-        InputError: it has none of its own.
+        InputError: the version is not there, or has no configuration of its own.
     """
-    path = model / str(version) / CONFIG_FILE
-    try:
-        return parse_config(path.read_text(encoding="utf-8"), str(path))
-    except OSError:
+    folder = model / str(version)
+    if not folder.is_dir():
+        raise InputError(f"{model} has no version {version}; there are {', '.join(map(str, versions_of(model)))}")
+    if not (folder / CONFIG_FILE).exists():
         raise InputError(
-            f"{model / str(version)} has no {CONFIG_FILE}: lowpass deployed it before versions had their own; deploy "
-            "it again"
-        ) from None
+            f"{folder} has no {CONFIG_FILE}: it was taken away, or lowpass deployed it before versions had their own; "
+            "deploy it again, or give another --version"
+        )
+    config = read_config(folder / CONFIG_FILE)
+    if list(config.version_policy.specific.versions) != [version] or not config.output:
+        raise InputError(f"{folder / CONFIG_FILE} does not serve version {version}; give another --version")
+    return config
+
+
+def read_config(path: Path) -> Any:
+    """A configuration of a model or of a version.
+
+    Raises:
+        InputError: it cannot be read, is empty, or none of Triton's.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); {CONFIG_REMEDY}") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty; {CONFIG_REMEDY}")
+    return parse_config(text, str(path))
 
 
 def serve_version(model: Path, version: int) -> None:
@@ -185,8 +228,7 @@ def served_config(model: Path) -> Any:
     Raises:
         InputError: it is none of Triton's.
     """
-    path = model / CONFIG_FILE
-    return parse_config(path.read_text(encoding="utf-8"), str(path))
+    return read_config(model / CONFIG_FILE)
 
 
 def served_version(model: Path) -> int | None:
@@ -201,15 +243,25 @@ def served_version(model: Path) -> int | None:
 
 
 def unreadable_configs(repository: Path) -> dict[Path, str]:
-    """The models' configurations that Triton cannot read, and says so in its log alone; why."""
+    """The models' configurations that Triton cannot follow, and says so in its log alone; why."""
     found = {}
-    for path in sorted(repository.glob(f"*/{CONFIG_FILE}")):
+    for model in sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        path = model / CONFIG_FILE
+        if not path.is_file():
+            if any((model / str(version) / CONFIG_FILE).is_file() for version in versions_of(model)):
+                found[path] = f"{path} is gone, {model.name} is not served; {CONFIG_REMEDY}"
+            continue
         try:
-            parse_config(path.read_text(encoding="utf-8"), str(path))
+            config = read_config(path)
         except InputError as error:
             found[path] = str(error)
-        except (OSError, ValueError) as error:
-            found[path] = f"{path} cannot be read: {error}"
+            continue
+        gone = [version for version in config.version_policy.specific.versions if not (model / str(version)).is_dir()]
+        labels = [model / one.label_filename for one in config.output if one.label_filename]
+        if gone:
+            found[path] = f"{path} serves version {gone[0]}, which is not there; {CONFIG_REMEDY}"
+        elif missing := [file for file in labels if not file.is_file()]:
+            found[path] = f"{missing[0]} is not there, which {path} names; {CONFIG_REMEDY}"
     return found
 
 

@@ -13,6 +13,8 @@ from lowpass.pipeline.base.errors import InputError
 if TYPE_CHECKING:
     from lowpass.export.triton.repository import Deployed, Listed
 
+MOST = 2**31 - 1  # that a configuration holds
+MOST_SESSIONS = 1024
 VERSIONS, SERVING, TRIAL = "Versions that are there", "How it is served", "A trial first"
 PICTURES = "Pictures in, labels out"
 
@@ -46,18 +48,28 @@ def deploy(
     ] = None,
     instances: Annotated[
         int | None,
-        typer.Option(min=1, help="Sessions side by side. Default: 2 in python, else 1.", rich_help_panel=SERVING),
+        typer.Option(
+            min=1,
+            max=MOST_SESSIONS,
+            help="Sessions side by side. Default: 2 in python, else 1.",
+            rich_help_panel=SERVING,
+        ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a session. Default: its share of the cores.", rich_help_panel=SERVING),
+        typer.Option(
+            min=1, max=MOST_SESSIONS, help="Of a session. Default: its share of the cores.", rich_help_panel=SERVING
+        ),
     ] = None,
     queue_limit: Annotated[
-        int, typer.Option(min=1, help="Requests that may wait; more are refused (503).", rich_help_panel=SERVING)
+        int,
+        typer.Option(min=1, max=MOST, help="Requests that may wait; more are refused (503).", rich_help_panel=SERVING),
     ] = 256,
     queue_timeout_ms: Annotated[
         int,
-        typer.Option(min=0, help="How long one may wait before it is refused; 0: for ever.", rich_help_panel=SERVING),
+        typer.Option(
+            min=0, max=MOST, help="How long one may wait before it is refused; 0: for ever.", rich_help_panel=SERVING
+        ),
     ] = 5000,
     accelerator: Annotated[
         Literal["cuda", "tensorrt"],
@@ -180,7 +192,9 @@ def deploy(
 def _say_done(repository: Path, done: Sequence["Deployed"], as_json: bool) -> None:
     say(
         {"repository": str(repository), "models": [asdict(one) | {"path": str(one.path)} for one in done]},
-        "\n".join(f"{one.path}: version {one.version} ({one.backend}), of {list(one.versions)}" for one in done),
+        "\n".join(
+            f"{one.path}: version {one.version} ({one.backend or 'ensemble'}), of {list(one.versions)}" for one in done
+        ),
         as_json,
     )
 

@@ -112,6 +112,8 @@ def _table(path: Path | None) -> Iterator[Any]:
     path = path.resolve()  # a link stays one
     if path.exists() and not path.is_file():
         raise InputError(f"--csv {path} is no regular file; a table is made whole, and then put in the place of one")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise InputError(f"--csv {path}: {path.parent} is no folder")
     with replacing(path) as file:
         # A name that is no text is written byte by byte, as it is.
         text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
@@ -128,12 +130,17 @@ def _object(fields: dict[str, str]) -> str:
 
 def _line(found: "Prediction", logits: bool) -> str:
     scores = (
-        f"{guess.label} {guess.score:.2f}" if logits else f"{guess.label} {guess.score:.1%}" for guess in found.guesses
+        f"{_printable(guess.label)} {guess.score:.2f}" if logits else f"{_printable(guess.label)} {guess.score:.1%}"
+        for guess in found.guesses
     )
     return f"{_shown(found.file)}: {', '.join(scores)}"
 
 
 def _shown(file: Path) -> str:
     """A name that any terminal can print, also where it is no text, or more than a line."""
-    text = str(file).encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return _printable(str(file).encode(errors="surrogateescape").decode(errors="backslashreplace"))
+
+
+def _printable(text: str) -> str:
+    """Without what moves a terminal's cursor, or ends a line."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

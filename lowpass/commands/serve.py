@@ -50,7 +50,8 @@ def serve(
         console.print(message, soft_wrap=True)
 
     supervisor = Supervisor(find_server(triton), repository, address, where, tell)
-    signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
+        signal.signal(ending, lambda *_: supervisor.stop())
     try:
         with supervisor, ExitStack() as beside:
             if supervisor.stopping:

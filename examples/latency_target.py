@@ -3,7 +3,7 @@
 Shows:  `target_latency` plans by what the parts of a block take on this machine, and measures the planned model as a
         whole before anything is cut. Here: ONNX Runtime on this CPU, batches of 32.
 Prints: milliseconds of the dense model and of the target, what was planned and measured, and the shape that came of it.
-Takes:  a minute on two cores, without a network. The times are this machine's, and differ from run to run.
+Takes:  two to three minutes on two cores, without a network. The times are this machine's, and differ from run to run.
 Run:    make .venv/.lowpass-ready && .venv/bin/python examples/latency_target.py
 """
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from lowpass.export.graph.deployable import deployable
 from lowpass.export.onnx.export import export
 from lowpass.export.onnx.file import current_onnx, kept_fp32, onnx_path, read_metadata, weights_path
+from lowpass.export.onnx.optimum import optimum_path, processor_of, write_optimum
 from lowpass.export.onnx.quantize import Quantization
 from lowpass.export.onnx.verify import Verification
 from lowpass.export.options import QUANTISED, USUAL, ExportOptions, Precision
@@ -26,20 +27,27 @@ def export_run(directory: Path, options: ExportOptions, data: DataSource = None,
     """Write a run's slim (or dense) model, verified, and INT8 calibrated, on the run's images or on `data`.
 
     Raises:
-        InputError: the run holds no such model.
+        InputError: the run holds no such model, or the format is not for it.
         RunError: the file disagrees with PyTorch; it is not written.
     """
+    if options.format == "optimum":
+        processor_of(SlimViT.load(directory).architecture)  # refused before there is work
     batches, made = verification_batches(directory, data)
     if options.format == "torch-export":
         return export_program(directory, batches, made, dense)
     quantization = quantization_of(directory, options.precision, data)
-    return export(directory, options, batches, made, dense, quantization, partial(image_name, directory, data))
+    done = export(directory, options, batches, made, dense, quantization, partial(image_name, directory, data))
+    if options.format == "optimum":
+        write_optimum(directory, options.precision, dense)
+    return done
 
 
 def exported_path(directory: Path, options: ExportOptions, dense: bool = False) -> Path:
-    """The file that `export_run` writes."""
+    """What `export_run` writes: a file, or the folder for Optimum."""
     if options.format == "torch-export":
         return program_path(directory, dense)
+    if options.format == "optimum":
+        return optimum_path(directory, options.precision, dense)
     return onnx_path(directory, options.precision, dense)
 
 

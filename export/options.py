@@ -14,7 +14,8 @@ OPSETS: tuple[Opset, ...] = get_args(Opset)
 OPSET: Opset = 23  # the first with `Attention`, and the newest that every runtime here reads
 Selection = Literal["gather", "onehot"]  # how token selection is lowered, see `graph/selection.py`
 Input = Literal["float32", "uint8"]  # normalised images, or pixels, see `graph/pixels.py`
-Format = Literal["onnx", "torch-export"]  # of the file: ONNX, or a program of `torch.export`
+# What is written: an ONNX file; that and the folder of `onnx/optimum.py`; or a program of `torch.export`.
+Format = Literal["onnx", "optimum", "torch-export"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # What the graph computes in, or is quantised from: `int8` for CPUs, `int8-fp16` and `fp8` for TensorRT.
@@ -75,6 +76,8 @@ def export_options(
     if format == "torch-export" and changed:
         option = "batch" if changed[0] == "profile" else changed[0].replace("_", "-")
         raise InputError(f"--{option} is for ONNX: --format torch-export writes the FP32 model as it is, for any batch")
+    if format == "optimum" and input != "float32":
+        raise InputError(f"--format optimum takes images that Transformers has normalised, not --input {input}")
     return options
 
 

@@ -262,7 +262,7 @@ class Run:
         input: Literal["float32", "uint8"] = "float32",
         opset: int = 23,
         keep_fp32: Sequence[str] = (),
-        format: Literal["onnx", "torch-export"] = "onnx",
+        format: Literal["onnx", "optimum", "torch-export"] = "onnx",
         data: DataSource = None,
     ) -> Path:
         """Write `model.<precision>.onnx` (or `dense.<precision>.onnx`), once it agrees with PyTorch on real images.
@@ -276,11 +276,12 @@ class Run:
             opset: of ONNX, 17 to 23; below 23 attention is written out, for runtimes that do not read the newest.
             keep_fp32: layers of an FP16 file that stay FP32, such as `blocks.3.mlp.fc1`; where few overflow, they do so
                 unasked.
-            format: `torch-export` writes `model.fp32.pt2` instead, which plain PyTorch loads; it has no other options.
+            format: `optimum` writes the folder `model.<precision>.optimum` as well, which Hugging Face's Optimum opens;
+                `torch-export` writes `model.fp32.pt2` instead, which plain PyTorch loads; it has no other options.
             data: images to verify on, and to quantise by; None: the run's own.
 
         Returns:
-            The file.
+            The file, or the folder for Optimum.
 
         Raises:
             InputError: the run holds no such model, or an option is out of range.

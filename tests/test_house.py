@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import venv
 import zipfile
 from functools import cache
@@ -13,6 +15,9 @@ from pathlib import Path
 import grimp
 import pytest
 from conftest import SLIM_BLOCKS
+from packaging.metadata import Metadata
+
+from lowpass.pipeline.base.version import __version__
 
 ROOT = Path(__file__).parent.parent
 USE = """
@@ -29,16 +34,50 @@ print(json.dumps({"lowpass": lowpass.__file__, "logits": shape, "file": file}))
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as a release would be, from the files that git tracks."""
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     tar = subprocess.run(["tar", "c", "--null", "-T", "-"], cwd=ROOT, input=tracked, capture_output=True, check=True)
     subprocess.run(["tar", "x"], cwd=source, input=tar.stdout, check=True)
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    ran = [sys.executable, "-c", build, str(built)]
+    done = subprocess.run(ran, cwd=source, check=True, capture_output=True, text=True)
+    assert "warning" not in (done.stdout + done.stderr).lower()
+    (file,) = built.glob("lowpass_vit-*.tar.gz")
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist alone."""
+    built = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--wheel-dir", str(built), str(source)], check=True, capture_output=True)
+    subprocess.run([*pip, "--wheel-dir", str(built), str(sdist)], check=True, capture_output=True)
     (file,) = built.glob("lowpass_vit-*.whl")
     return file
+
+
+def test_what_a_release_says_of_itself_is_valid(sdist: Path, wheel: Path) -> None:
+    """As an index would judge it: metadata, readme and licence, the same in both."""
+    name = f"lowpass_vit-{__version__}"
+    with zipfile.ZipFile(wheel) as opened:
+        assert opened.testzip() is None
+        told = opened.read(f"{name}.dist-info/METADATA")
+        assert f"{name}.dist-info/licenses/LICENSE" in opened.namelist()
+    with tarfile.open(sdist) as archive:
+        files = set(archive.getnames())
+        inside = archive.extractfile(f"{name}/PKG-INFO")
+        assert inside is not None and inside.read() == told
+    metadata = Metadata.from_email(told, validate=True)
+    assert (metadata.name, str(metadata.version)) == ("lowpass-vit", __version__)
+    assert metadata.license_expression == "Apache-2.0" and metadata.description_content_type == "text/markdown"
+    assert metadata.description == (ROOT / "README.md").read_text()
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(metadata.provides_extra or ()) == set(wanted["optional-dependencies"])
+    beside = {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "constraints.txt", "pyproject.toml"}
+    assert {f"{name}/{file}" for file in beside} <= files
+    assert not [file for file in files if file.startswith((f"{name}/tests", f"{name}/pipeline"))]
 
 
 def test_the_wheel_holds_one_name(wheel: Path) -> None:

@@ -10,8 +10,11 @@ from lowpass.commands.common import AsJson, DataOption, PrecisionOption, RunDire
 def export(
     directory: RunDirectory,
     format: Annotated[
-        Literal["onnx", "torch-export"],
-        typer.Option(help="torch-export: a .pt2 in FP32 that plain PyTorch loads; the other options are for ONNX."),
+        Literal["onnx", "optimum", "torch-export"],
+        typer.Option(
+            help="optimum: ONNX, and a folder that Hugging Face's Optimum opens. torch-export: a .pt2 in FP32 that "
+            "plain PyTorch loads; the other options are for ONNX."
+        ),
     ] = "onnx",
     precision: Annotated[
         PrecisionOption,
@@ -48,15 +51,19 @@ def export(
     data: DataOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write DIR/model.<precision>.onnx, or DIR/model.fp32.pt2, verified on real images."""
+    """Write DIR/model.<precision>.onnx, or DIR/model.fp32.pt2, verified on real images.
+
+    With --format optimum also the folder DIR/model.<precision>.optimum."""
     from lowpass.export.artefacts import export_run, exported_path
     from lowpass.export.options import export_options
 
     options = export_options(precision, batch, selection, input, opset, keep_fp32 or (), format)
     done = export_run(directory, options, data, dense)
     path = exported_path(directory, options, dense)
-    told = {"onnx": str(path), "opset": opset} if format == "onnx" else {"program": str(path)}
-    what = f"opset {opset}" if format == "onnx" else "torch.export"
+    told: dict[str, object] = {{"torch-export": "program"}.get(format, format): str(path)}
+    if format != "torch-export":
+        told["opset"] = opset
+    what = f"opset {opset}" if format != "torch-export" else "torch.export"
     kept = f"; in FP32: {', '.join(done.kept_fp32)}" if done.kept_fp32 else ""
     kind = "made" if done.made_images else "real"
     say(

@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from served import exported
 
 from lowpass.export.triton.canary import abort_canary, promote_canary, start_canary
+from lowpass.export.triton.decode import DecodeLimits
 from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.repository import deploy, list_versions, prune_versions, roll_back
 from lowpass.export.triton.version import CONFIG_FILE, SUMS_FILE, served_version, unreadable_configs, versions_of
@@ -111,3 +113,14 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(run: Path, repos
     for dense, precision, said in ((True, "fp32", "--precision fp32 --dense"), (False, "fp16", "--precision fp16")):
         with pytest.raises(InputError, match=f"run `lowpass export {bare} {said}` first"):
             deploy(bare, repository, "digits", DeployOptions(precision=precision), dense=dense)  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_called_like_what_takes_pictures_is_somebodys(run: Path, repository: Path) -> None:
+    for name in ("digits", "digits-prepare", "digits-prepare", "digits-pictures", "digits-pictures"):
+        deploy(run, repository, name, ONE)
+    before = {name: snapshot(repository / name) for name in ("digits-prepare", "digits-pictures")}
+    with pytest.raises(InputError, match="is in the place of what --decode puts around digits; give another --name"):
+        deploy(run, repository, "digits", replace(ONE, decode=DecodeLimits()))
+    assert prune_versions(repository, ["digits"], 1) == []
+    deploy(run, repository, "digits", ONE)
+    assert {name: snapshot(repository / name) for name in before} == before

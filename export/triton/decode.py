@@ -90,6 +90,28 @@ def label_text(labels: Sequence[str]) -> str:
     return "".join(f"{label}\n" for label in labels)
 
 
+def takes_pictures(model: Path) -> bool:
+    """Whether `NAME-pictures` stands around a model; somebody's own model may have that name."""
+    pictures = model.with_name(f"{model.name}-pictures")
+    return (pictures / CONFIG_FILE).is_file() and served_config(pictures).platform == "ensemble"
+
+
+def check_place(model: Path) -> None:
+    """That what is to stand around a model takes nobody's place.
+
+    Raises:
+        InputError: there are models of these names that are somebody's own.
+    """
+    for one in (model.with_name(f"{model.name}-{what}") for what in AROUND):
+        if (one / CONFIG_FILE).is_file() and not _stands_around(served_config(one)):
+            raise InputError(f"{one} is in the place of what --decode puts around {model.name}; give another --name")
+
+
+def _stands_around(config: Any) -> bool:
+    """Whether `picture_models` made it; a deploy that was killed may have left some of them."""
+    return config.platform == "ensemble" or "decode_bytes" in config.parameters or "top" in config.parameters
+
+
 def check_pictures(model: Path, config: Any, labels: str) -> None:
     """That a version may be served where pictures are prepared and classes named around the model, if they are.
 
@@ -102,9 +124,7 @@ def check_pictures(model: Path, config: Any, labels: str) -> None:
         InputError: it wants other pictures or names other classes than `NAME-pictures` gives, or takes fewer at once.
     """
     pictures = model.with_name(f"{model.name}-pictures")
-    if not (pictures / CONFIG_FILE).is_file():
-        return
-    if served_config(pictures).platform != "ensemble":  # somebody's own model of that name
+    if not takes_pictures(model):
         return
     around = [model.with_name(f"{model.name}-{what}") for what in AROUND]
     if lost := [one.name for one in around if not (one / CONFIG_FILE).is_file()]:

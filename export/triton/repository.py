@@ -10,7 +10,7 @@ from typing import cast
 
 from lowpass.export.triton.client import CANARY_SHARE
 from lowpass.export.triton.config import CONFIG_REMEDY, MODEL_FILES, Backend, config_of
-from lowpass.export.triton.decode import AROUND, check_pictures, label_text
+from lowpass.export.triton.decode import AROUND, check_pictures, check_place, label_text, takes_pictures
 from lowpass.export.triton.prepared import LAST_VERSION, DeployOptions, Prepared, prepare
 from lowpass.export.triton.version import (
     CONFIG_FILE,
@@ -98,6 +98,8 @@ def add_versions(repository: Path, prepared: Sequence[Prepared], wanted: int | N
     versions = [_free_version(repository, [each.name for each in one.models(1)], wanted) for one in prepared]
     for one, version in zip(prepared, versions, strict=True):
         settings = one.settings
+        if one.decode is not None:
+            check_place(repository / settings.name)
         check_pictures(repository / settings.name, config_of(settings, version), label_text(one.labels))
     written: list[tuple[Path, int]] = []
     try:
@@ -200,8 +202,8 @@ def check_version(model: Path, version: int) -> None:
             the model.
     """
     config = own_config(model, version)
-    check_whole(model, version)
-    if (facts := facts_of(model, version)) is not None:
+    if not check_whole(model, version) and (facts := facts_of(model, version)) is not None:
+        # Deployed before versions had sums. An engine is large: it is read once.
         file = model / str(version) / MODEL_FILES[facts.backend]
         if not file.is_file() or sha256(file) != facts.sha256:
             raise InputError(f"{file} is not what was deployed: it was damaged or replaced; give another --version")
@@ -258,6 +260,8 @@ def list_versions(repository: Path, name: str | None = None) -> list[Listed]:
 
 def _around(model: Path) -> list[Path]:
     """What of `decode.py` stands around a model."""
+    if not takes_pictures(model):
+        return []
     models = [model.with_name(f"{model.name}-{what}") for what in AROUND]
     return [one for one in models if (one / CONFIG_FILE).is_file()]
 

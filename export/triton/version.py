@@ -159,8 +159,8 @@ def write_version(repository: Path, version: int, one: ModelVersion) -> None:
             model.rmdir()
 
 
-def check_whole(model: Path, version: int) -> None:
-    """That all files of a version are those that were deployed. One without sums was deployed by something else.
+def check_whole(model: Path, version: int) -> bool:
+    """That all files of a version are those that were deployed; False: it has no sums to see that by.
 
     Raises:
         InputError: one is damaged, replaced or gone.
@@ -169,13 +169,14 @@ def check_whole(model: Path, version: int) -> None:
     try:
         lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return
+        return False
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / SUMS_FILE} cannot be read: {error}; give another --version") from None
     for sum_, _, name in (line.partition("  ") for line in lines):
         file = folder / Path(name).name
         if not file.is_file() or sha256(file) != sum_:
             raise InputError(f"{file} is not what was deployed: it was damaged or replaced; give another --version")
+    return True
 
 
 def own_config(model: Path, version: int) -> Any:

@@ -5,9 +5,11 @@
 The digits model and DeiT-Small (random weights), both at the share of MACs that the paper leaves of DeiT-Small. The
 runs and exports it needs are made in `--work` and used again. Dense and slim take turns point by point. The bare
 session is ONNX Runtime with all cores in a process that does nothing else; the server's cost beside it is at the same
-batch, from two clients.
+batch, from two clients. What one model came to is kept in `--work` until all are measured: ended before, the same
+command goes on with the next model.
 """
 
+import json
 import os
 import shlex
 import socket
@@ -15,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -27,7 +29,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lowpass.benchmarks.figures import write_figure
 from lowpass.benchmarks.latency.machine import Machine, describe, in_a_line
-from lowpass.benchmarks.rows import RESULTS, Row, write_rows
+from lowpass.benchmarks.rows import RESULTS, Origin, Row, origin_of, write_rows
 from lowpass.benchmarks.serving.load import Point, closed_loop, open_loop
 from lowpass.benchmarks.serving.overload import TURNS, Overload, overload
 from lowpass.benchmarks.speed.candidates import RECIPES
@@ -40,6 +42,7 @@ from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.repository import deploy
 from lowpass.export.triton.server import Supervisor, find_server
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.files import write_json
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.data.datasets import made_batches
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -275,18 +278,41 @@ def run_benchmark(
             model = model_name(name, kind)
             deploy(run, repository, model, replace(PATIENT, precision=precision), dense)
             deploy(run, repository, model + BOUNDED_SUFFIX, replace(BOUNDED, precision=precision), dense)
-    address = free_address()
+    address, results = free_address(), dict[str, Result]()
     with Supervisor(find_server(triton), repository, address, work / "triton.log") as supervisor:
         threading.Thread(target=supervisor.watch, daemon=True).start()
         url = f"127.0.0.1:{address.grpc}"
         assert supervisor.process is not None
         server = supervisor.process.pid
-        results = {name: measure(run, url, name, concurrencies, seconds, server) for name, run in runs.items()}
+        for name, run in runs.items():
+            origin = origin_of(describe(), f"{name} {concurrencies} {seconds}")
+            if (found := _measured(work, name, origin)) is None:
+                found = measure(run, url, name, concurrencies, seconds, server)
+                write_json(_kept(work, name), {"origin": asdict(origin), "result": found.model_dump()})
+            results[name] = found
     command = shlex.join(["python", "-m", "lowpass.benchmarks.serving", *sys.argv[1:]])
     done = Serving(command=command, seconds=time.monotonic() - began, machine=describe(), models=results)
     write_rows(out / "serving.csv", rows(done), done.machine, command)
     plot(done, out / "serving.png")
+    for name in runs:
+        _kept(work, name).unlink()
     return done
+
+
+def _kept(work: Path, name: str) -> Path:
+    """Where the figures of a model wait for those of the others."""
+    return work / f"{name}-measured.json"
+
+
+def _measured(work: Path, name: str, origin: Origin) -> Result | None:
+    """What a call of the same origin that was ended has measured."""
+    if not _kept(work, name).exists():
+        return None
+    kept = json.loads(_kept(work, name).read_text())
+    if kept["origin"] != asdict(origin):
+        return None
+    console.print(f"{name}: measured before", soft_wrap=True)
+    return Result.model_validate(kept["result"])
 
 
 def main(

@@ -18,7 +18,12 @@ MOST_REQUESTS = 20_000  # of one point
 TIMEOUT_S = 120.0  # of a request
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
+REFUSED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 Send = Callable[[], object]
+
+
+class RefusedError(RunError):
+    """A bounded queue was full, or a request waited in it for too long."""
 
 
 class Point(BaseModel):
@@ -47,7 +52,8 @@ def closed_loop(url: str, model: str, images: NDArray[Any], clients: int, second
     """`clients` at once, each sending `images` [B, ...] again and again.
 
     Raises:
-        RunError: a request failed.
+        RefusedError: a request was refused.
+        RunError: a request failed otherwise.
     """
     end = time.perf_counter() + seconds
 
@@ -123,7 +129,9 @@ def _measured(
     lasted, after = time.perf_counter() - began, _statistics(observer)
     observer.close()
     if failures:
-        raise RunError(f"{model} under {kind} load of {offered:g}: {failures[0]}")
+        refused = isinstance(failures[0], grpc.RpcError) and failures[0].code() in REFUSED
+        kind_of_error = RefusedError if refused else RunError
+        raise kind_of_error(f"{model} under {kind} load of {offered:g}: {failures[0]}")
     every = 1000 * np.concatenate([np.asarray(times) for times in took])
     p50, p95, p99 = (float(value) for value in np.percentile(every, [50, 95, 99]))
     (inferences, runs, queue, compute, sizes), (i0, r0, q0, c0, s0) = after, before

@@ -59,11 +59,11 @@ def test_a_model_that_was_measured_is_not_measured_again(tmp_path: Path, monkeyp
         overhead = Overhead(batch=8, bare_ms=1, served_ms=1, percent=0)
         return Result(
             macs_saved=2,
-            points=dict.fromkeys(KINDS, [point]),
+            points={kind: [point] for kind in KINDS},
             overhead=dict.fromkeys(KINDS, overhead),
             gain=2,
             gain_int8=2,
-            floods=dict.fromkeys(KINDS, [flood]),
+            floods={kind: [flood] for kind in KINDS},
         )
 
     supervisor = SimpleNamespace(process=SimpleNamespace(pid=1), watch=lambda: None)

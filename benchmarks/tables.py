@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lowpass.benchmarks.forecast.efficiency import forecast_efficiency
 from lowpass.benchmarks.lookups import different, number, one, over_seeds, study
 from lowpass.benchmarks.rows import RESULTS, markdown
 from lowpass.benchmarks.serving.tables import serving, serving_floods, serving_pictures, serving_soak
@@ -283,6 +284,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "speed-base": speed("deit_base"),
     "kernels": kernels,
     "forecast": forecasts,
+    "forecast-efficiency": forecast_efficiency,
     "gains": gains,
     "agreement": agreement,
     "serving": serving,

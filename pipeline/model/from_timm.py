@@ -1,4 +1,5 @@
-"""What makes up a dense timm ViT, and what a ViT may have that stands in the way. Those with rotary positions: `from_eva.py`."""
+"""What makes up a dense timm ViT, and what a ViT may have that stands in the way. `from_eva.py` has those with rotary
+positions."""
 
 from collections.abc import Iterator
 from typing import cast

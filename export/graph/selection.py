@@ -23,10 +23,15 @@ def gather_tokens(tokens: Tensor, scores: Tensor, keep: int, ordered: bool = Tru
     """
     batch, length, width = tokens.shape
     num_prefix_tokens = length - scores.shape[1]
-    prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(batch, -1)
-    kept = torch.cat([prefix, kept_indices(scores, keep, ordered) + num_prefix_tokens], 1)
+    kept = kept_rows(scores, num_prefix_tokens, keep, ordered)
     rows = kept + torch.arange(batch, device=tokens.device)[:, None] * length
     return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(batch, num_prefix_tokens + keep, width)
+
+
+def kept_rows(scores: Tensor, num_prefix_tokens: int, keep: int, ordered: bool) -> Tensor:
+    """Which of all tokens stay, prefix tokens first: [B, N] -> [B, P + keep]."""
+    prefix = torch.arange(num_prefix_tokens, device=scores.device).expand(scores.shape[0], -1)
+    return torch.cat([prefix, kept_indices(scores, keep, ordered) + num_prefix_tokens], 1)
 
 
 def one_hot_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:

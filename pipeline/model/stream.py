@@ -65,7 +65,7 @@ class PlacedStream:
         index = torch.arange(rows * columns, device=tokens.device)
         image = torch.stack([index // columns, index % columns], 1)
         prefix = torch.tensor([[0, -1]], device=tokens.device).expand(self.num_prefix_tokens, -1)
-        places = torch.cat([prefix, image]).to(tokens.dtype).expand(len(tokens), -1, -1)
+        places = torch.cat([prefix, image]).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         return torch.cat([tokens, places], -1)
 
     def tokens(self, stream: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ class SlimViT(nn.Module, ModelHubMixin):
         return self._description.model_copy(update={"blocks": tuple(block.shape for block in self.blocks)})
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classify(self.vit.blocks(self.embed(images)))
+        if self._description.dense.rotary is None:
+            return cast(Tensor, self.vit(images))
+        return self.classify(self.vit.blocks(self.embed(images)))  # timm's own pass knows of no places
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] -> the tokens [B, P + N, C] that enter the first block, with their places where positions

@@ -89,8 +89,10 @@ def _attention(block: SlimBlock, precision: Precision) -> nn.Module:
     padded = DTYPES[precision] != torch.float32 and not whole_matrix
     head_dim = fused_head_dim(block.attn) if padded else None
     products: Products = "three"
-    if precision in QUANTISED:
-        products = "one, heads first" if padded else "one"
+    if padded and (precision in QUANTISED or block.attn.rotary):
+        products = "one, heads first"  # what turns or narrows heads moves them: all three in one kernel
+    elif precision in QUANTISED:
+        products = "one"
     gives_logits = precision in FOR_TENSORRT and block.reads_attention == "cls"
     kind = RotaryAttention if block.attn.rotary else FusedAttention
     return kind(block.attn, head_dim, products, gives_logits)

@@ -23,8 +23,9 @@ def drop_biases(block: SlimBlock) -> None:
     channel of n, and nothing else.
 
     Only the query's need be replaced as above. A key's adds the same to all logits of a query, which softmax does not
-    see, unless rotary positions turn it by each token's angle. A value's reaches the projection as it is, for the weights of attention sum to one, and goes into its bias,
-    unless a norm stands between. What need not be replaced costs no rounding.
+    see, unless rotary positions turn it by each token's angle. A value's reaches the projection as it is, for the
+    weights of attention sum to one, and goes into its bias, unless a norm stands between. What need not be replaced
+    costs no rounding.
     """
     attention, norm = block.attn, block.norm1
     with torch.no_grad():

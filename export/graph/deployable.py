@@ -44,8 +44,9 @@ def deployable(
     if dense.rotary is not None:
         if selection != "gather":
             raise InputError(f"--selection {selection} is not there for rotary positions, whose places go by an index")
-        for part in (model, *whole):
-            part.stream = RowsStream()
+        model.stream = rows = RowsStream()
+        for block in whole:
+            block.stream = rows
     if DTYPES[precision] != torch.float32 and not dense.differential:
         for block in whole:
             drop_biases(block)
@@ -83,8 +84,8 @@ def _attention(block: SlimBlock, precision: Precision) -> nn.Module:
     if isinstance(block.attn, DifferentialAttention | WideAttention):
         return block.attn  # it reads its matrices anyway
     whole_matrix = block.reads_attention == "full"
-    rows = not (whole_matrix or block.attn.rotary or isinstance(block.attn.norm, nn.LayerNorm))
-    if precision == "fp32" and rows:
+    by_row = not (whole_matrix or block.attn.rotary or isinstance(block.attn.norm, nn.LayerNorm))
+    if precision == "fp32" and by_row:
         return RowAttention(block.attn)
     padded = DTYPES[precision] != torch.float32 and not whole_matrix
     head_dim = fused_head_dim(block.attn) if padded else None

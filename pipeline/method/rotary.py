@@ -15,8 +15,8 @@ from torch import Tensor
 class Rotary(BaseModel):
     """The angles of an image's tokens, each pair of numbers for rows and columns.
 
-    Of the D/2 pairs of a head the first half turns along one axis, the second along the other. Pair k of q along an
-    axis turns by `step * (index + offset) * temperature^(-k / q)` radians. `columns_first`: columns turn the first half.
+    Of the D/2 pairs of a head the first half turns along one axis, the second along the other; `columns_first`: along
+    columns first. Pair k of the q along an axis turns by `step * (index + offset) * temperature^(-k / q)` radians.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

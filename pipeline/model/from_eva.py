@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from timm.layers import AttentionRope, Mlp
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
-from timm.models import Eva
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import Tensor, nn
 
@@ -110,7 +109,8 @@ def _layers(attention: Any) -> list[tuple[Tensor, Tensor | None]]:
     weights = attention.qkv.weight.chunk(3)
     if attention.qkv.bias is not None:
         return list(zip(weights, attention.qkv.bias.chunk(3), strict=True))
-    return list(zip(weights, (getattr(attention, "q_bias", None), None, getattr(attention, "v_bias", None)), strict=True))
+    biases = [getattr(attention, name, None) for name in ("q_bias", "k_bias", "v_bias")]  # the key's is a buffer of 0
+    return list(zip(weights, biases, strict=True))
 
 
 def _has_bias(attention: Any) -> bool:

@@ -95,8 +95,8 @@ class SlimAttention(nn.Module):
     def traceable(self, x: Tensor) -> Tensor:
         """`forward` with the attention matrix written out, as the dependency graph has to see it. Turning, which works
         inside a head, is left out."""
-        parts = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
-        return self.proj(self._mixed(*parts, "full")[0])
+        query, key, value = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
+        return self.proj(self._mixed(query, key, value, "full")[0])
 
     def _heads(self, rows: Tensor) -> Tensor:
         """[B, T, H * d] -> [B, H, T, d]."""

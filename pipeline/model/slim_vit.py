@@ -19,6 +19,7 @@ from lowpass.pipeline.model.from_timm import describe_dense, slim_state
 from lowpass.pipeline.model.hub import download
 from lowpass.pipeline.model.readout import embedding_and_head
 from lowpass.pipeline.model.slim_block import SlimBlock, stream_of
+from lowpass.pipeline.model.stream import Stream
 
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "slim.safetensors"
@@ -47,7 +48,7 @@ class SlimViT(nn.Module, ModelHubMixin):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self._description = architecture
-        self.stream = stream_of(architecture.dense)  # deployment has another
+        self.stream: Stream = stream_of(architecture.dense)  # deployment has another
         self.vit = embedding_and_head(architecture.dense)
         self.vit.blocks = nn.Sequential(*(SlimBlock(architecture, i) for i in range(architecture.dense.depth)))
 

@@ -1,6 +1,6 @@
 """Parts of timm's models, by what they are."""
 
-from typing import cast
+from typing import Any, cast
 
 from timm.layers import GELU, GELUTanh, PatchEmbed, QuickGELU
 from torch import nn
@@ -26,7 +26,7 @@ def is_layer_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
 
 
-def is_whole_patches(embedding: nn.Module) -> bool:
+def is_whole_patches(embedding: Any) -> bool:
     """Whether a patch embedding is a convolution over whole patches and nothing else."""
     return (
         type(embedding) is PatchEmbed

@@ -44,9 +44,9 @@ def deployable(
     if dense.rotary is not None:
         if selection != "gather":
             raise InputError(f"--selection {selection} is not there for rotary positions, whose places go by an index")
-        model.stream = rows = RowsStream()
+        model.stream = placed = RowsStream()
         for block in whole:
-            block.stream = rows
+            block.stream = placed
     if DTYPES[precision] != torch.float32 and not dense.differential:
         for block in whole:
             drop_biases(block)

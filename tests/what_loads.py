@@ -51,6 +51,8 @@ def rotary_agrees() -> bool:
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        sys.exit(0 if agrees() and rotary_agrees() else f"{DOCUMENT} differs from the tests: python tests/what_loads.py")
+        sys.exit(
+            0 if agrees() and rotary_agrees() else f"{DOCUMENT} differs from the tests: python tests/what_loads.py"
+        )
     written = BLOCK.sub(lambda block: block[1] + table() + block[3], DOCUMENT.read_text())
     DOCUMENT.write_text(ROTARY_BLOCK.sub(lambda block: block[1] + rotary_table() + block[3], written))

@@ -100,7 +100,7 @@ def rotary_models() -> list[str]:
 
 
 def refused_rotary() -> tuple[int, dict[str, list[str]]]:
-    """How many of them there are, and by reason those that are refused. They are given a classifier: most are pretrained
+    """How many of them there are, and by reason those that are refused. They are given a classifier: most are trained
     without one."""
     reasons = defaultdict(list)
     names = rotary_models()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from command_line import answer, refusal
+from command_line import answer
 from conftest import MakeViT
 from safetensors.torch import save_file
 from test_rotary import families, pictures, rotary_vit
@@ -19,6 +19,7 @@ from torch import Tensor
 from lowpass.benchmarks.latency.parts import measure_table
 from lowpass.benchmarks.peers.corp import prune_by_corp
 from lowpass.benchmarks.peers.evit import evit
+from lowpass.cli import main
 from lowpass.export.batch import BatchProfile
 from lowpass.export.graph.bias_free import drop_biases
 from lowpass.export.graph.deployable import deployable
@@ -144,12 +145,14 @@ def test_obs_scores_what_a_pair_adds_to_the_logits(make_vit: MakeViT) -> None:
 @pytest.mark.parametrize("score", ["cls", "full"])
 def test_exports_run(family: str, score: Any, make_vit: MakeViT) -> None:
     dense = slim_of(family, make_vit, score)
-    tolerances: dict[Precision, float] = {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.05}
+    tolerances: dict[Precision, float] = {"fp32": 1e-5, "fp16": 0.01}
     for model in (dense, cut(dense)):
         images = pictures(model)
         with torch.no_grad():
             wanted = model(images).numpy()
             np.testing.assert_allclose(deployable(model)(images).numpy(), wanted, atol=1e-5)
+            narrow = deployable(model, "bf16")(images).numpy()  # which ONNX Runtime does not run on a CPU
+            assert np.median(np.abs(narrow - wanted)) < 0.02 * np.abs(wanted).max()  # of near ties, other tokens stay
         for precision, tolerance in tolerances.items():
             traced = to_onnx(model, ExportOptions(precision=precision))
             found = logits_of(OnnxRuntime(traced.SerializeToString()), images.numpy())
@@ -205,14 +208,14 @@ def test_biases_go_and_nothing_changes(family: str, make_vit: MakeViT) -> None:
 
 def test_the_last_block_is_exact(make_vit: MakeViT) -> None:
     """It turns keys alone: the classifier reads CLS, whose query is not turned."""
-    slim = slim_of("RoPE-ViT", make_vit).double()
+    slim = slim_of("RoPE-ViT", make_vit)
     slim.set_keep(0, 7)
     for whole_query in (True, False):
         last = LastBlock(copy.deepcopy(slim.blocks[1]), 1, whole_query)
         with torch.no_grad():
-            entering = slim.blocks[0](slim.embed(pictures(slim).double()))
+            entering = slim.blocks[0](slim.embed(pictures(slim)))
             wanted = slim.stream.tokens(slim.blocks[1](entering))[:, :1]
-            torch.testing.assert_close(last(entering), wanted, atol=1e-12, rtol=0)
+            torch.testing.assert_close(last(entering), wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["DINOv3", "RoPE-ViT with learned positions"])
@@ -251,6 +254,7 @@ def test_what_does_not_take_them_says_so(make_vit: MakeViT) -> None:
         evit(vit, 0.7)
 
 
+@pytest.mark.slow
 def test_from_the_command_to_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tokens dropped and heads thinned, trained, in every precision, built; weights under the names of `Eva`."""
     torch.manual_seed(0)
@@ -276,10 +280,11 @@ def test_from_the_command_to_an_engine(tmp_path: Path, capsys: pytest.CaptureFix
     answer(capsys, "finetune", run, "--epochs", "1")
     assert [block.shape.model_dump() for block in SlimViT.load(run).blocks] == blocks
     for precision in get_args(Precision):
-        told = answer(capsys, "export", run, "--precision", precision)
+        told = answer(capsys, "export", run, "--precision", precision, "--batch", "1:2:4")
         assert told["same_top1"] >= 97, precision
-    built = answer(capsys, "build", run, "--precision", "fp16", "--runtime", "tensorrt-rtx", "--batch", "1:2:4")
+    built = answer(capsys, "build", run, "--precision", "fp16", "--runtime", "tensorrt-rtx")
     assert Path(built["plan"]).stat().st_size > 1e5
-    timed = ("--target-latency", "0.01", "--runtime", "onnxruntime", *few)
-    line = refusal(capsys, "compress", *source, *timed, "--out", str(tmp_path / "other"))
-    assert "has rotary positions" in line and "--target-macs" in line
+    with pytest.raises(SystemExit) as stop:
+        main(["compress", *source, "--target-latency", "0.01", "--runtime", "onnxruntime", *few, "--out", f"{run}-2"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "has rotary positions" in said and "--target-macs" in said

@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import MakeViT
 from families import ROTARY, refused_rotary
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from timm.layers import apply_keep_indices_nlc
 from timm.models import Eva
 from torch import Tensor, nn
 from what_loads import rotary_agrees
 
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice, choose_channels, choose_for_shape
 from lowpass.pipeline.method.frequency import lowpass_images
@@ -25,6 +28,7 @@ from lowpass.pipeline.model.architecture import check_blocks
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.show_tokens import kept_tokens
 from lowpass.pipeline.search.channel_criteria import low_frequency_sensitivity
 
 families = pytest.mark.parametrize("family", ROTARY)
@@ -272,6 +276,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attention alone scaled": ({"attn_only_layer_scale": True}, "not both scaled"),
     "norms before and behind the pool": ({"use_fc_norm": True, "use_post_transformer_norm": True}, "and one behind"),
     "an image cut short": ({"img_size": 18, "dynamic_img_size": False}, "patch"),
+    "a huge image": ({"img_size": (1028, 4)}, "more than 256 rows"),
     "odd halves": ({"embed_dim": 30}, "whole pairs on both axes"),
 }
 
@@ -320,6 +325,30 @@ def test_saved_and_loaded(make_vit: MakeViT, tmp_path: Path) -> None:
     images = pictures(slim)
     with torch.no_grad():
         assert torch.equal(again(images), slim(images))
+
+
+@pytest.mark.parametrize("size", [None, "48", "16x40"])
+def test_loaded_by_name_at_any_size(size: str | None, tmp_path: Path) -> None:
+    """Weights under `Eva`'s names, in a file of its own; the angles are those that timm has for the size."""
+    torch.manual_seed(0)
+    dense = timm.create_model("tiny_dinov3").eval()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_file({name: tensor.contiguous() for name, tensor in dense.state_dict().items()}, tmp_path / "w.safetensors")
+    slim = SlimViT.from_timm(load_model("tiny_dinov3", tmp_path / "w.safetensors", img_size=size))
+    assert slim.architecture.dense.img_size == {None: (32, 32), "48": (48, 48), "16x40": (16, 40)}[size]
+    images = pictures(slim)
+    with torch.no_grad():
+        torch.testing.assert_close(slim(images), dense(images), rtol=0, atol=1e-5)  # it takes any size
+
+
+def test_tokens_are_shown(make_vit: MakeViT) -> None:
+    slim = SlimViT.from_timm(rotary_vit("RoPE-ViT", make_vit))
+    slim.set_keep(0, 7)
+    ((block, mask),) = kept_tokens(slim, pictures(slim))
+    (places,) = slim.stream.places(slim.blocks[0](slim.embed(pictures(slim))))
+    assert block == 0 and mask.nonzero()[:, 1].view(3, 7).tolist() == (places[:, 1:] - 1).tolist()
 
 
 @pytest.mark.slow

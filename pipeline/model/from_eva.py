@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.rotary import Rotary, rotary_table
 from lowpass.pipeline.model.architecture import Activation, DenseViT
+from lowpass.pipeline.model.stream import MOST
 from lowpass.pipeline.model.timm_parts import activation_of, alike, is_identity, is_layer_norm, is_whole_patches
 
 # Every part that is looked at here, or that does nothing in evaluation mode.
@@ -151,6 +152,7 @@ def _obstacles(vit: Any) -> Iterator[tuple[str, bool]]:
     )
     yield "its classifier has no bias", vit.head.bias is None
     yield "its patch embedding is not a convolution over whole patches", not is_whole_patches(vit.patch_embed)
+    yield f"its grid of tokens has more than {MOST} rows or columns", max(vit.patch_embed.grid_size) > MOST
     yield "it has a norm before pooling and one behind", not (is_identity(vit.norm) or is_identity(vit.fc_norm))
     attentions = [block.attn for block in blocks]
     yield (

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PLACE = 2  # channels
+MOST = 256  # rows or columns: up to there BF16 is exact
 
 
 class Stream(Protocol):
@@ -54,7 +55,7 @@ class PlainStream:
 @dataclass(frozen=True)
 class PlacedStream:
     """Tokens with their places: [B, P + N, C + 2]. A prefix token's is one in front of the image's first: the last row
-    of the table that turns nothing."""
+    of the table that turns nothing. The grid has at most `MOST` rows and columns."""
 
     num_prefix_tokens: int
     grid: tuple[int, int]

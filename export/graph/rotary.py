@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowpass.export.graph.attention import FusedAttention, Products, stacked
-from lowpass.export.graph.selection import kept_rows
+from lowpass.export.graph.selection import kept_rows, take_rows
 from lowpass.pipeline.method.rotary import rotate
 from lowpass.pipeline.model.slim_attention import SlimAttention
 
@@ -38,12 +38,8 @@ class RowsStream:
 def gather_with_rows(stream: Any, scores: Tensor, keep: int, ordered: bool = True) -> tuple[Tensor, Tensor]:
     """`gather_tokens` for a `RowsStream`: tokens and their rows go by the same index."""
     tokens, rows = stream if isinstance(stream, tuple) else (stream, None)
-    batch, length, width = tokens.shape
-    kept = kept_rows(scores, length - scores.shape[1], keep, ordered)
-    flat = (kept + torch.arange(batch, device=tokens.device)[:, None] * length).flatten()
-    left = length - scores.shape[1] + keep
-    stay = tokens.flatten(0, 1).index_select(0, flat).view(batch, left, width)
-    return stay, kept if rows is None else rows.flatten().index_select(0, flat).view(batch, left)
+    kept = kept_rows(tokens, scores, keep, ordered)
+    return take_rows(tokens, kept), kept if rows is None else rows.gather(1, kept)
 
 
 class Turning(nn.Module):

@@ -1,4 +1,5 @@
-"""One small model of every family of plain ViTs, and the count of timm's pretrained classifiers that are plain."""
+"""One small model of every family of plain ViTs and of those with rotary positions, and the count of timm's models that
+are taken."""
 
 from collections import defaultdict
 from functools import cache, partial
@@ -7,7 +8,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import DiffAttention, GELUTanh, QuickGELU
-from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
+from timm.models import Eva, get_pretrained_cfg, model_entrypoint, split_model_name_tag
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
@@ -47,7 +48,66 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "any size, fixed at one": ({"dynamic_img_size": True}, "test_vit"),
     "DINOv2's linear head: CLS and average": ({"kind": TokenAndMeanViT, "init_values": 0.5}, "(Hugging Face)"),
 }
+AXIAL = {"kind": Eva, "use_rot_pos_emb": True}
+ROPE_VIT = AXIAL | {
+    "attn_type": "rope",
+    "init_values": 0.5,
+    "global_pool": "token",
+    "rope_grid_indexing": "xy",
+    "rope_temperature": 100.0,
+}
+DINOV3 = AXIAL | {
+    "rope_type": "dinov3",
+    "rope_temperature": 100.0,
+    "rope_rotate_half": True,
+    "use_abs_pos_emb": False,
+    "num_reg_tokens": 3,
+    "use_fc_norm": False,
+    "init_values": 0.5,
+    "dynamic_img_size": True,
+    "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+}
+# The same for timm's `Eva` with rotary positions.
+ROTARY: dict[str, tuple[dict[str, Any], str]] = {
+    "DINOv3": (DINOV3 | {"qkv_bias": False}, "vit_small_patch16_dinov3"),
+    "DINOv3 with biases, reads CLS": (DINOV3 | {"global_pool": "token"}, "vit_small_patch16_dinov3_qkvb"),
+    "RoPE-ViT": (ROPE_VIT | {"use_abs_pos_emb": False}, "vit_small_patch16_rope_224"),
+    "RoPE-ViT with learned positions": (ROPE_VIT | {"no_embed_class": True}, "vit_small_patch16_rope_ape_224"),
+    "rotary, averages, registers, no CLS": (
+        AXIAL | GAP | {"num_reg_tokens": 2, "init_values": 0.5, "use_abs_pos_emb": False, "ref_feat_shape": (3, 5)},
+        "vit_medium_patch16_rope_reg1_gap_256",
+    ),
+    "Perception Encoder: spatial, language": (
+        AXIAL
+        | {"attn_type": "rope", "use_pre_transformer_norm": True, "use_post_transformer_norm": False}
+        | {"use_fc_norm": False, "ref_feat_shape": (8, 8), "rope_grid_offset": 1.0, "rope_grid_indexing": "xy"},
+        "vit_pe_spatial_small_patch16_512",
+    ),
+    "rotary, query, key and value apart": (AXIAL | {"qkv_fused": False}, "(none)"),
+}
 FILES = ("timm.models.vision_transformer", "timm.models.deit")
+
+
+def rotary_models() -> list[str]:
+    """timm's architectures of its `eva` file that have rotary positions."""
+    names = []
+    for name in timm.list_models(module="eva"):
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, num_classes=1000)
+        if getattr(model, "rope", None) is not None:
+            names.append(name)
+    return names
+
+
+def refused_rotary() -> tuple[int, dict[str, list[str]]]:
+    """How many of them there are, and by reason those that are refused. They are given a classifier: most are trained
+    without one."""
+    reasons = defaultdict(list)
+    names = rotary_models()
+    for name in names:
+        if reason := reason_against(name):
+            reasons[reason].append(name)
+    return len(names), dict(reasons)
 
 
 def pretrained_classifiers() -> list[str]:
@@ -84,7 +144,7 @@ def reason_against(architecture: str) -> str:
 
 
 if __name__ == "__main__":
-    count, reasons = refused()
-    print(f"accepted: {count - sum(map(len, reasons.values()))} of {count}")
-    for reason, models in reasons.items():
-        print(f"  {reason}: {', '.join(models)}")
+    for what, (count, reasons) in {"pretrained classifiers": refused(), "rotary": refused_rotary()}.items():
+        print(f"{what}: {count - sum(map(len, reasons.values()))} of {count} are accepted")
+        for reason, models in reasons.items():
+            print(f"  {reason}: {len(models)}, {', '.join(models)}")

@@ -33,6 +33,7 @@ from lowpass.export.options import Precision
 from lowpass.export.runtimes.pytorch import TORCH, torch_session
 from lowpass.export.runtimes.registry import RuntimeName
 from lowpass.export.runtimes.session import Session
+from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture, DenseViT
@@ -74,6 +75,10 @@ def measure_table(
         RunError: it cannot run a part.
     """
     refuse(runtime, precision)
+    if architecture.dense.rotary is not None:
+        raise InputError(
+            f"{architecture.dense.name} has rotary positions, of whose parts no latency is measured; give --target-macs"
+        )
     whole = architecture.dense.blocks()[0]
     tokens, heads, hidden = grids(architecture.dense)
     outermost = (heads[0], heads[-1])

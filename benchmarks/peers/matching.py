@@ -20,6 +20,8 @@ def describe_with_cls(model: VisionTransformer) -> DenseViT:
         InputError: `model` is another.
     """
     dense = describe_dense(model)
+    if dense.rotary is not None:
+        raise InputError(f"{dense.name} has rotary positions; the rivals take a ViT with a table of them")
     if dense.num_prefix_tokens != 1:
         raise InputError(
             f"{dense.name} has {dense.num_prefix_tokens} prefix tokens; the rivals take a ViT with CLS alone"
@@ -53,8 +55,12 @@ def check_channels(model: SlimViT, rival: str) -> None:
         InputError: something stands between a channel and the layer that reads it.
     """
     dense = model.architecture.dense
-    if dense.mlp_norm or dense.differential:
-        what = "differential attention" if dense.differential else "a norm before its second MLP layer"
+    has = {
+        "differential attention": dense.differential,
+        "rotary positions": dense.rotary is not None,
+        "a norm before its second MLP layer": dense.mlp_norm,
+    }
+    if what := next((what for what, present in has.items() if present), None):
         raise InputError(f"{dense.name} has {what}, which {rival} is not defined for")
 
 

@@ -34,7 +34,7 @@ OF_MLP: dict[Engine, tuple[tuple[str, int], ...]] = {
     "pytorch-compiled": (("e", 2 * (FULL + HALF)), ("m", 2 * HALF), ("e", 2 * FULL + HALF)),
     "pytorch-eager": (("e", 2 * FULL), ("e", FULL + HALF), ("e", 2 * FULL + HALF), ("m", 2 * HALF)),
 }
-MOVES = 2  # of query, key and value, where their product has a bias
+MOVES = 2  # of query, key and value, where their product has a bias or rotary positions turn them
 SCORING = 5  # kernels more in a block that chooses tokens (counted in TensorRT-RTX's engines)
 
 
@@ -154,7 +154,10 @@ def block_of(dense: DenseViT, shape: BlockShape, image_tokens: int, is_last: boo
     short = is_last and not dense.reads_image_tokens
     kept = image_tokens if short else shape.keep
     read = 1 + dense.distilled if short else None
-    return Block(image_tokens + prefix, kept + prefix, read, width, qk, v, layers, shape.hidden, kept < image_tokens)
+    moves = 0 if dense.rotary is None or short else MOVES
+    return Block(
+        image_tokens + prefix, kept + prefix, read, width, qk, v, layers, shape.hidden, kept < image_tokens, moves
+    )
 
 
 def kernels(work: Work, engine: Engine, batch: int, layer_bytes: int = HALF) -> Iterator[Kernel]:

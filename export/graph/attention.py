@@ -53,9 +53,9 @@ class FusedAttention(nn.Module):
             self.proj.weight.copy_(padded(source.weight.T, self.num_heads, self.own).T)
             self.proj.bias.copy_(source.bias)
 
-    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, score: TokenScore | None = None, *places: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `SlimAttention.forward`, but for `gives_logits`."""
-        query, key, value = self._heads(x)
+        query, key, value = self._heads(x, *places)
         mixed, weights = attend(query, key, value, self.weights, score if score == "full" else None)
         if score == "cls":
             weights = cls_logits(query, key, self.weights.scale)
@@ -65,8 +65,8 @@ class FusedAttention(nn.Module):
             mixed = mixed[..., : self.own]
         return self.proj(self.norm(mixed.transpose(1, 2).flatten(2))), weights
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value [B, H, T, d]."""
+    def _heads(self, x: Tensor, places: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Query, key and value [B, H, T, d]; here no place turns them."""
         if self.products == "one, heads first":
             return by_head(self.qkv(x), 3 * self.num_heads).split(self.num_heads, 1)
         if self.products == "three":

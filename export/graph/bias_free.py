@@ -23,13 +23,15 @@ def drop_biases(block: SlimBlock) -> None:
     channel of n, and nothing else.
 
     Only the query's need be replaced as above. A key's adds the same to all logits of a query, which softmax does not
-    see. A value's reaches the projection as it is, for the weights of attention sum to one, and goes into its bias,
-    unless a norm stands between. What need not be replaced costs no rounding.
+    see, unless rotary positions turn it by each token's angle. A value's reaches the projection as it is, for the
+    weights of attention sum to one, and goes into its bias, unless a norm stands between. What need not be replaced
+    costs no rounding.
     """
     attention, norm = block.attn, block.norm1
     with torch.no_grad():
         attention.query = behind_shift(attention.query, norm, bias_behind(attention.query, norm))
-        attention.key = behind_shift(attention.key, norm, None)
+        turned = bias_behind(attention.key, norm) if attention.rotary else None
+        attention.key = behind_shift(attention.key, norm, turned)
         value = bias_behind(attention.value, norm)
         into_projection = isinstance(attention.norm, nn.Identity)
         if into_projection:

@@ -1,10 +1,12 @@
 """The deployment graph: the same arithmetic with fewer, larger operations."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowpass.export.graph.attention import FusedAttention, Products, RowAttention, fused_head_dim
@@ -13,8 +15,10 @@ from lowpass.export.graph.cls_score import SeenLogits
 from lowpass.export.graph.keep_fp32 import WideAttention, keep_in_fp32
 from lowpass.export.graph.last_block import LastBlock
 from lowpass.export.graph.precision import AtPrecision, WideLinear
+from lowpass.export.graph.rotary import RotaryAttention, RowsStream, gather_with_rows
 from lowpass.export.graph.selection import lowering
 from lowpass.export.options import DTYPES, FOR_TENSORRT, QUANTISED, Precision, Selection
+from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.model.slim_attention import DifferentialAttention
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -37,6 +41,12 @@ def deployable(
     model = copy.deepcopy(slim).eval().requires_grad_(False)
     dense = slim.architecture.dense
     whole = model.blocks
+    if dense.rotary is not None:
+        if selection != "gather":
+            raise InputError(f"--selection {selection} is not there for rotary positions, whose places go by an index")
+        model.stream = placed = RowsStream()
+        for block in whole:
+            block.stream = placed
     if DTYPES[precision] != torch.float32 and not dense.differential:
         for block in whole:
             drop_biases(block)
@@ -55,7 +65,8 @@ def deployable(
             block.seen_tokens = SeenLogits
         if len(block.lowpass):
             block.lowpass = F.pad(block.lowpass, (0, 0, dense.num_prefix_tokens, 0))
-        block.keep_tokens = lowering(selection, ordered=index < last_lowpass)
+        ordered = index < last_lowpass
+        block.keep_tokens = lowering(selection, ordered) if dense.rotary is None else _with_rows(ordered)
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return model
@@ -65,16 +76,24 @@ def deployable(
     return AtPrecision(model, dtype)
 
 
+def _with_rows(ordered: bool) -> Callable[[Any, Tensor, int], Any]:
+    return partial(gather_with_rows, ordered=ordered)
+
+
 def _attention(block: SlimBlock, precision: Precision) -> nn.Module:
     if isinstance(block.attn, DifferentialAttention | WideAttention):
         return block.attn  # it reads its matrices anyway
     whole_matrix = block.reads_attention == "full"
-    if precision == "fp32" and not whole_matrix and not isinstance(block.attn.norm, nn.LayerNorm):
+    by_row = not (whole_matrix or block.attn.rotary or isinstance(block.attn.norm, nn.LayerNorm))
+    if precision == "fp32" and by_row:
         return RowAttention(block.attn)
     padded = DTYPES[precision] != torch.float32 and not whole_matrix
     head_dim = fused_head_dim(block.attn) if padded else None
     products: Products = "three"
-    if precision in QUANTISED:
-        products = "one, heads first" if padded else "one"
+    if padded and (precision in QUANTISED or block.attn.rotary):
+        products = "one, heads first"  # what turns or narrows heads moves them: all three in one kernel
+    elif precision in QUANTISED:
+        products = "one"
     gives_logits = precision in FOR_TENSORRT and block.reads_attention == "cls"
-    return FusedAttention(block.attn, head_dim, products, gives_logits)
+    kind = RotaryAttention if block.attn.rotary else FusedAttention
+    return kind(block.attn, head_dim, products, gives_logits)

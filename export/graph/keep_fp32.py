@@ -38,9 +38,9 @@ class WideAttention(Wide):
         super().__init__()
         self.attention = attention
 
-    def forward(self, x: Tensor, score: TokenScore | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, score: TokenScore | None = None, *places: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `SlimAttention.forward`, FP32 out."""
-        features, matrix = self.attention.features(x.float(), "full")
+        features, matrix = self.attention.features(x.float(), "full", *places)
         assert matrix is not None
         seen = {"full": matrix, "cls": matrix[:, :, :1]}
         return self.attention.proj(features), None if score is None else seen[score]

@@ -30,11 +30,18 @@ class AtPrecision(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        wide = [(part, copy.deepcopy(part.state_dict())) for part in model.modules() if isinstance(part, Wide)]
+        wide = [(part, copy.deepcopy(_tensors(part))) for part in model.modules() if isinstance(part, Wide)]
         self.model = model.to(dtype)
-        for part, weights in wide:
-            part.float().load_state_dict(weights)
+        with torch.no_grad():
+            for part, before in wide:
+                for name, tensor in _tensors(part.float()).items():
+                    tensor.copy_(before[name])
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.model(images.to(self.dtype))).float()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those included that are not saved."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())

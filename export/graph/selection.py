@@ -21,12 +21,21 @@ def gather_tokens(tokens: Tensor, scores: Tensor, keep: int, ordered: bool = Tru
     Whole rows are copied, prefix tokens with the rest; `keep_tokens` itself would export an index as large as its
     output, and a concatenation.
     """
+    return take_rows(tokens, kept_rows(tokens, scores, keep, ordered))
+
+
+def kept_rows(tokens: Tensor, scores: Tensor, keep: int, ordered: bool) -> Tensor:
+    """Which of all tokens stay, prefix tokens first: [B, P + N, C], [B, N] -> [B, P + keep]."""
+    num_prefix_tokens = tokens.shape[1] - scores.shape[1]
+    prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(tokens.shape[0], -1)
+    return torch.cat([prefix, kept_indices(scores, keep, ordered) + num_prefix_tokens], 1)
+
+
+def take_rows(tokens: Tensor, kept: Tensor) -> Tensor:
+    """Whole rows: [B, T, C], [B, n] -> [B, n, C]."""
     batch, length, width = tokens.shape
-    num_prefix_tokens = length - scores.shape[1]
-    prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(batch, -1)
-    kept = torch.cat([prefix, kept_indices(scores, keep, ordered) + num_prefix_tokens], 1)
     rows = kept + torch.arange(batch, device=tokens.device)[:, None] * length
-    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(batch, num_prefix_tokens + keep, width)
+    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(batch, kept.shape[1], width)
 
 
 def one_hot_tokens(tokens: Tensor, scores: Tensor, keep: int) -> Tensor:

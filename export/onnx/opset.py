@@ -74,10 +74,16 @@ def _reduce(of: Replacement) -> None:
     of.add(of.node.op_type, value, axes=of.known[axes].tolist(), keepdims=of.attributes.get("keepdims", 1))
 
 
+def _split(of: Replacement) -> None:
+    """Into equal parts, one an output."""
+    if "num_outputs" in of.attributes:
+        of.add("Split", of.node.input[0], axis=of.attributes.get("axis", 0))
+
+
 # What came with an opset, latest first, and what said the same before.
 CAME: tuple[tuple[int, dict[str, Rule]], ...] = (
     (23, {"Attention": products_and_softmax, "RMSNormalization": _rms_norm}),
     (22, {"Conv": _conv}),  # in BF16
     (20, {"Gelu": _gelu}),
-    (18, dict.fromkeys(("ReduceMean", "ReduceL2"), _reduce)),
+    (18, {"ReduceMean": _reduce, "ReduceL2": _reduce, "Split": _split}),
 )

@@ -92,6 +92,11 @@ def timm_key(name: str) -> str:
     return name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma")
 
 
+def eva_key(name: str) -> str:
+    """The name in timm's `Eva`, whose layer scale is called as DeiT-III's own was."""
+    return name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2")
+
+
 def _models(content: Any) -> Iterator[tuple[str, tuple[dict[str, Tensor], str]]]:
     """Every model in a checkpoint: a key, its table of tensors, and the prefix of its names there."""
     for key, table in _tables(content, "", DEPTH):

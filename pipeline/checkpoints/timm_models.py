@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import ImageNetInfo
-from timm.models import get_pretrained_cfg, list_pretrained, split_model_name_tag
+from timm.models import Eva, get_pretrained_cfg, list_pretrained, split_model_name_tag
 from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
@@ -16,7 +16,7 @@ from lowpass.pipeline.checkpoints.digits_deit import DIGITS_MODEL, DIGITS_WEIGHT
 from lowpass.pipeline.checkpoints.misfit import load_strictly
 from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, set_preprocessing
 from lowpass.pipeline.checkpoints.shape import channels_of, classes_of, fit_positions
-from lowpass.pipeline.checkpoints.state_dict import Tensors, read_weights
+from lowpass.pipeline.checkpoints.state_dict import Tensors, eva_key, read_weights
 
 IMAGENET_CLASSES = 1000
 CONFIG = "config.json"
@@ -85,6 +85,8 @@ def _built(
         sizes: dict[str, Any] = {"img_size": choices.img_size, "in_chans": choices.in_chans}
         return _created(name, settings | sizes).eval()
     state = tensors.state
+    if isinstance(plain, Eva):
+        state = {eva_key(name): tensor for name, tensor in state.items()}
     settings = settings | {
         "num_classes": classes_of(state),
         "in_chans": channels_of(state, weights, choices.in_chans),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowpass.pipeline.method.block_shape import BlockShape
+from lowpass.pipeline.method.rotary import whole_pairs
 from lowpass.pipeline.method.sensitivity import ChannelScores
 
 TINY = torch.finfo(torch.float32).tiny
@@ -42,7 +43,8 @@ def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
     The n smallest scores over query, key, value and hidden rows lie below the threshold. Hidden channels at or above it
     stay. For attention, with `Sq = Sk` and `Sv` rows at or above it, every head count h that can hold them is tried at
     `round((Sq + Sk) / h / 2)` query/key and `round(Sv / h)` value channels a head (at least one each); the h best heads
-    with their best channels are taken, and the h that loses least score wins, the lower one at a tie.
+    with their best channels are taken, and the h that loses least score wins, the lower one at a tie. Where positions
+    are rotary, query and key channels go by twos, which count for four rows.
 
     Raises:
         ValueError: `n` is negative or leaves nothing.
@@ -62,7 +64,7 @@ def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
     best: ChannelChoice | None = None
     best_worth = -math.inf
     for heads in range(fewest, len(pairs) + 1):
-        qk_dim, v_dim = max(round(num_pairs / heads), 1), max(round(num_values / heads), 1)
+        qk_dim, v_dim = scores.step * max(round(num_pairs / heads), 1), max(round(num_values / heads), 1)
         choice, worth = best_heads(scores, heads, qk_dim, v_dim, tuple(stays.tolist()))
         if worth > best_worth:  # what the threshold would keep is the same for every h: most worth loses least
             best, best_worth = choice, worth
@@ -74,12 +76,14 @@ def choose_for_shape(scores: ChannelScores, shape: BlockShape) -> ChannelChoice:
     """The best-scored channels that give a block of the shape asked for.
 
     Raises:
-        ValueError: the block is smaller than `shape` in some dimension.
+        ValueError: the block is smaller than `shape` in some dimension, or positions are rotary and `qk_dim` is odd.
     """
-    have = (*scores.query_key.shape, scores.value.shape[1], len(scores.hidden))
+    have = (len(scores.query_key), scores.qk_dim, scores.value.shape[1], len(scores.hidden))
     want = (shape.heads, shape.qk_dim, shape.v_dim, shape.hidden)
     if any(w > h for w, h in zip(want, have, strict=True)):
         raise ValueError(f"heads, qk_dim, v_dim, hidden = {want} cannot be cut out of {have}")
+    if shape.qk_dim % scores.step:
+        raise ValueError(f"rotary positions turn query and key channels by pairs: {shape.qk_dim} cannot stay")
     hidden = best_channels(scores.hidden, shape.hidden)
     return best_heads(scores, shape.heads, shape.qk_dim, shape.v_dim, hidden)[0]
 
@@ -87,7 +91,7 @@ def choose_for_shape(scores: ChannelScores, shape: BlockShape) -> ChannelChoice:
 def score_threshold(scores: ChannelScores, n: int) -> Tensor:
     """The score below which `n` rows lie, a pair counted for its query and its key."""
     pairs = scores.query_key.flatten()
-    everything = torch.cat([pairs, pairs, scores.value.flatten(), scores.hidden]).sort().values
+    everything = torch.cat([*(2 * scores.step * [pairs]), scores.value.flatten(), scores.hidden]).sort().values
     if not 0 <= n < len(everything):
         raise ValueError(f"cannot drop {n} of {len(everything)} channels")
     return everything[n]
@@ -99,13 +103,17 @@ def best_heads(
     """The `heads` heads worth most at the given sizes, and their worth (a pair scores for its query and its key). Where
     the scores say what whole heads are worth, a thin one is worth its channels' share of that."""
     pairs, values = scores.query_key.double(), scores.value.double()
-    worth = 2 * pairs.topk(qk_dim).values.sum(1) + values.topk(v_dim).values.sum(1)
+    rows, most = 2 * scores.step, qk_dim // scores.step
+    worth = rows * pairs.topk(most).values.sum(1) + values.topk(v_dim).values.sum(1)
     if scores.heads is not None:
-        worth = scores.heads.double() * worth / (2 * pairs.sum(1) + values.sum(1)).clamp_min(TINY)
+        worth = scores.heads.double() * worth / (rows * pairs.sum(1) + values.sum(1)).clamp_min(TINY)
     kept = best_channels(worth, heads)
+    query_key = tuple(best_channels(pairs[h], most) for h in kept)
+    if scores.step > 1:
+        query_key = tuple(whole_pairs(chosen, scores.qk_dim) for chosen in query_key)
     choice = ChannelChoice(
         heads=kept,
-        query_key=tuple(best_channels(pairs[h], qk_dim) for h in kept),
+        query_key=query_key,
         value=tuple(best_channels(values[h], v_dim) for h in kept),
         hidden=hidden,
     )

@@ -21,6 +21,9 @@ class ChannelScores:
     `value` [H, Dv] and `hidden` [M] stand alone. `heads` [H] is what whole heads are worth, where the criterion says;
     otherwise their channels do. `cumulative`: a score is what is lost once its channel and all below it are gone;
     otherwise it is the channel's own. All on the CPU, FP32.
+
+    `step` 2: positions are rotary, and `query_key` [H, Dqk / 2] scores pairs of channels (i, i + Dqk / 2), of both
+    queries and keys, for they go together.
     """
 
     query_key: Tensor
@@ -28,6 +31,17 @@ class ChannelScores:
     hidden: Tensor
     heads: Tensor | None = None
     cumulative: bool = False
+    step: int = 1
+
+    @property
+    def qk_dim(self) -> int:
+        """Query channels of a head."""
+        return self.query_key.shape[1] * self.step
+
+    @property
+    def rows(self) -> int:
+        """Rows of query, key, value and hidden."""
+        return 2 * self.step * self.query_key.numel() + self.value.numel() + len(self.hidden)
 
 
 def sensitivity_loss(
@@ -49,14 +63,15 @@ def sensitivity_loss(
     return weight * F.cross_entropy(low_logits, labels) + (1 - weight) * divergence
 
 
-def channel_scores(saliency: Iterable[Tensor], num_heads: int) -> ChannelScores:
+def channel_scores(saliency: Iterable[Tensor], num_heads: int, step: int = 1) -> ChannelScores:
     """The sum of squares over each row (eq. 5).
 
     Args:
         saliency: a matrix for each of query [H * Dqk, C], key [H * Dqk, C], value [H * Dv, C] and hidden [M, C]. For
             LFS and Taylor it is gradient times weight; biases are left out.
         num_heads: H.
+        step: of `ChannelScores`.
     """
     query, key, value, hidden = (matrix.square().sum(1).float().cpu() for matrix in saliency)
-    heads = (num_heads, -1)
-    return ChannelScores((query + key).unflatten(0, heads), value.unflatten(0, heads), hidden)
+    pairs = (query + key).unflatten(0, (num_heads, step, -1)).sum(1)
+    return ChannelScores(pairs, value.unflatten(0, (num_heads, -1)), hidden, step=step)

@@ -10,6 +10,7 @@ from torch import nn
 from lowpass.pipeline.base.errors import InputError, first_problem
 from lowpass.pipeline.method.block_shape import BlockShape, Positive
 from lowpass.pipeline.method.recovery import Readout
+from lowpass.pipeline.method.rotary import Rotary
 from lowpass.pipeline.method.token_choices import READING_ENERGY, EnergyNorm, TokenCriterion, TokenScore
 
 
@@ -30,7 +31,9 @@ class DenseViT(_Frozen):
 
     `pre_norm`: a norm before the blocks (CLIP). `final_norm`: one behind them; `fc_norm`: that one comes after pooling.
     `attn_norm`, `mlp_norm`: one before each block's projection and second MLP layer (BEiT-3). `differential`: attention
-    is the difference of two softmaxes (Ye et al., 2024), whose heads go whole or not at all.
+    is the difference of two softmaxes (Ye et al., 2024), whose heads go whole or not at all. `rotary`: angles by which
+    each block turns queries and keys (None: it does not), whose channels go by pairs. `learned_positions`: a table of
+    them is added to the tokens.
     """
 
     name: str
@@ -59,11 +62,23 @@ class DenseViT(_Frozen):
     attn_norm: bool = False
     mlp_norm: bool = False
     differential: bool = False
+    rotary: Rotary | None = None
+    learned_positions: bool = True
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the image's tokens."""
+        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
 
     @property
     def num_tokens(self) -> int:
         """Image tokens that enter the first block."""
-        return (self.img_size[0] // self.patch_size[0]) * (self.img_size[1] // self.patch_size[1])
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def qk_step(self) -> int:
+        """How many query and key channels of a head go together: two where positions are rotary."""
+        return 1 if self.rotary is None else 2
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -194,6 +209,11 @@ def check_blocks(blocks: tuple[BlockShape, ...], dense: DenseViT) -> None:
             raise InputError(f"block {index}: keep is {block.keep}, but only {tokens} image tokens enter it")
         if dense.differential and (block.qk_dim, block.v_dim) != (limits.qk_dim, limits.v_dim):
             raise InputError(f"block {index}: {dense.name} has differential attention, whose heads cannot be thinned")
+        if block.qk_dim % dense.qk_step:
+            raise InputError(
+                f"block {index}: qk_dim is {block.qk_dim}, but {dense.name} has rotary positions, which turn channels "
+                "by pairs"
+            )
         tokens = block.keep
 
 

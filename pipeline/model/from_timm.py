@@ -1,20 +1,28 @@
-"""What makes up a dense timm ViT, and what a ViT may have that stands in the way."""
+"""What makes up a dense timm ViT, and what a ViT may have that stands in the way. `from_eva.py` has those with rotary
+positions."""
 
 from collections.abc import Iterator
 from typing import cast
 
-from timm.layers import GELU, Attention, DiffAttention, GELUTanh, LayerScale, Mlp, PatchEmbed, QuickGELU
-from timm.models import VisionTransformer
+from timm.layers import Attention, DiffAttention, LayerScale, Mlp
+from timm.models import Eva, VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.model.architecture import Activation, DenseViT
+from lowpass.pipeline.model.from_eva import describe_eva, eva_state
 from lowpass.pipeline.model.readout import TokenAndMeanViT
+from lowpass.pipeline.model.timm_parts import activation_of, alike, is_identity, is_layer_norm, is_whole_patches
 
 
-def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def slim_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a timm model that `describe_dense` takes, under a `SlimViT`'s names."""
+    return eva_state(model) if isinstance(model, Eva) else _split_qkv(model.state_dict())
+
+
+def _split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's state dict with each fused `qkv` layer as `query`, `key` and `value`."""
     split: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -34,6 +42,8 @@ def describe_dense(model: nn.Module) -> DenseViT:
         InputError: it is not a plain ViT, which is all the method is defined for.
     """
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    if type(model) is Eva and model.rope is not None:
+        return describe_eva(model, name)
     if type(model) not in (VisionTransformer, VisionTransformerDistilled, TokenAndMeanViT):
         raise InputError(
             f"{name} is a {type(model).__name__}, not a plain ViT; use a DeiT or ViT such as deit_small_patch16_224"
@@ -64,45 +74,21 @@ def describe_dense(model: nn.Module) -> DenseViT:
         class_token=vit.cls_token is not None,
         global_pool="token+avg" if isinstance(vit, TokenAndMeanViT) else vit.global_pool,
         pool_prefix=vit.pool_include_prefix,
-        pre_norm=not _is_identity(vit.norm_pre),
-        final_norm=not (_is_identity(vit.norm) and _is_identity(vit.fc_norm)),
-        fc_norm=not _is_identity(vit.fc_norm),
+        pre_norm=not is_identity(vit.norm_pre),
+        final_norm=not (is_identity(vit.norm) and is_identity(vit.fc_norm)),
+        fc_norm=not is_identity(vit.fc_norm),
         activation=cast(Activation, activation_of(block.mlp.act)),
-        attn_norm=not _is_identity(block.attn.norm),
-        mlp_norm=not _is_identity(block.mlp.norm),
+        attn_norm=not is_identity(block.attn.norm),
+        mlp_norm=not is_identity(block.mlp.norm),
         differential=isinstance(block.attn, DiffAttention),
     )
-
-
-def activation_of(module: nn.Module) -> Activation | None:
-    """The name of an activation; None: it is none of those that a slim block has."""
-    if isinstance(module, nn.GELU):
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    kinds: dict[type[nn.Module], Activation] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
-    return kinds.get(type(module))
-
-
-def _is_identity(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity)
-
-
-def _is_layer_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
 
 
 def _norms(vit: VisionTransformer) -> list[nn.Module]:
     """Every norm there is, in and around the blocks."""
     around = [vit.norm_pre, vit.norm, vit.fc_norm]
     inside = [part for block in vit.blocks for part in (block.norm1, block.norm2, block.attn.norm, block.mlp.norm)]
-    return [norm for norm in (*around, *inside) if not _is_identity(norm)]
-
-
-def _alike(vit: VisionTransformer) -> bool:
-    """Whether all blocks have the same parts of the same sizes, and all norms one epsilon."""
-    shapes = [{name: tensor.shape for name, tensor in block.state_dict().items()} for block in vit.blocks]
-    kinds = [[type(module) for module in block.modules()] for block in vit.blocks]
-    epsilons = {cast(nn.LayerNorm, norm).eps for norm in _norms(vit)}
-    return all(s == shapes[0] for s in shapes) and all(k == kinds[0] for k in kinds) and len(epsilons) == 1
+    return [norm for norm in (*around, *inside) if not is_identity(norm)]
 
 
 def obstacles(vit: VisionTransformer) -> Iterator[tuple[str, bool]]:
@@ -122,13 +108,7 @@ def obstacles(vit: VisionTransformer) -> Iterator[tuple[str, bool]]:
     )
     yield "its classifier has no bias", any(head.bias is None for head in heads)
     yield "its position embedding is not a learned table", vit.pos_embed is None
-    patch = vit.patch_embed
-    yield (
-        "its patch embedding is not a convolution over whole patches",
-        type(patch) is not PatchEmbed
-        or not _is_identity(patch.norm)
-        or any(size % step for size, step in zip(patch.img_size, patch.patch_size, strict=True)),
-    )
+    yield "its patch embedding is not a convolution over whole patches", not is_whole_patches(vit.patch_embed)
     yield (
         "it is distilled and has register tokens, which timm leaves out",
         isinstance(vit, VisionTransformerDistilled) and vit.num_reg_tokens > 0,
@@ -141,15 +121,15 @@ def obstacles(vit: VisionTransformer) -> Iterator[tuple[str, bool]]:
     yield (
         "its differential attention has a dual lambda or a norm before its projection",
         any(
-            isinstance(block.attn, DiffAttention) and (block.attn.dual_lambda or not _is_identity(block.attn.norm))
+            isinstance(block.attn, DiffAttention) and (block.attn.dual_lambda or not is_identity(block.attn.norm))
             for block in blocks
         ),
     )
     yield (
         "the queries and keys of its attention are normalised, or its output gated",
         any(
-            not _is_identity(block.attn.q_norm)
-            or not _is_identity(block.attn.k_norm)
+            not is_identity(block.attn.q_norm)
+            or not is_identity(block.attn.k_norm)
             or getattr(block.attn, "gate", None) is not None
             for block in blocks
         ),
@@ -159,5 +139,5 @@ def obstacles(vit: VisionTransformer) -> Iterator[tuple[str, bool]]:
         "its MLP is not two linear layers with a GELU between",
         any(type(block.mlp) is not Mlp or activation_of(block.mlp.act) is None for block in blocks),
     )
-    yield "its norm is not a LayerNorm", not all(map(_is_layer_norm, _norms(vit)))
-    yield "its blocks, or the epsilons of its norms, are not all alike", not _alike(vit)
+    yield "its norm is not a LayerNorm", not all(map(is_layer_norm, _norms(vit)))
+    yield "its blocks, or the epsilons of its norms, are not all alike", not alike(vit.blocks, _norms(vit))

@@ -53,6 +53,7 @@ def embedding_and_head(dense: DenseViT) -> VisionTransformer:
         "class_token": dense.class_token,
         "reg_tokens": dense.reg_tokens,
         "no_embed_class": dense.no_embed_class,
+        "pos_embed": "learn" if dense.learned_positions else "none",
         "pre_norm": dense.pre_norm,
         "final_norm": dense.final_norm,
         "fc_norm": dense.fc_norm,

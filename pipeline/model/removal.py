@@ -7,6 +7,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.channels import ChannelChoice
+from lowpass.pipeline.method.rotary import pairs_of
 from lowpass.pipeline.model.slim_attention import AttentionWeights, DifferentialAttention
 from lowpass.pipeline.model.slim_block import SlimBlock
 
@@ -62,9 +63,16 @@ def dependency_graph(block: SlimBlock) -> tp.DependencyGraph:
 
 
 def remove_channels(block: SlimBlock, choice: ChannelChoice) -> None:
-    """Cut `block` down to `choice`, in place, one dependency group a kind of channel."""
+    """Cut `block` down to `choice`, in place, one dependency group a kind of channel.
+
+    Raises:
+        ValueError: positions are rotary, and a channel would stay without the other of its pair.
+    """
     training = block.training
     attention = block.attn
+    if attention.rotary:
+        turned = [pairs_of(kept, attention.qk_dim) for kept in choice.query_key]
+        pairs_left = torch.stack([attention.pairs[h][list(kept)] for h, kept in zip(choice.heads, turned, strict=True)])
     frozen = {name for name, parameter in block.named_parameters() if not parameter.requires_grad}
     graph = dependency_graph(block.requires_grad_(True))  # it is traced through gradient functions
     pairs = [h * attention.qk_dim + i for h, kept in zip(choice.heads, choice.query_key, strict=True) for i in kept]
@@ -73,6 +81,8 @@ def remove_channels(block: SlimBlock, choice: ChannelChoice) -> None:
     _prune(graph, attention.value, values)
     _prune(graph, block.mlp.fc1, choice.hidden)
     attention.num_heads = len(choice.heads)
+    if attention.rotary:
+        attention.pairs = pairs_left
     block.train(training)  # tracing leaves evaluation mode behind
     block.zero_grad(set_to_none=True)
     for name, parameter in block.named_parameters():

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.frequency import token_lowpass_matrix
+from lowpass.pipeline.method.rotary import rotary_table
 from lowpass.pipeline.method.token_choices import READING_ENERGY, EnergyNorm, TokenScore
 from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, SeenTokens, keep_tokens
 from lowpass.pipeline.model.architecture import ACTIVATIONS, Architecture, DenseViT
 from lowpass.pipeline.model.slim_attention import DifferentialAttention, SlimAttention
+from lowpass.pipeline.model.stream import PlacedStream, PlainStream, Stream
 
 
 class SlimBlock(nn.Module):
@@ -24,7 +26,8 @@ class SlimBlock(nn.Module):
 
     def __init__(self, architecture: Architecture, index: int) -> None:
         super().__init__()
-        # Deployment has other lowerings of the same scores and the same selection.
+        # Deployment has other lowerings of the same stream, the same scores and the same selection.
+        self.stream: Stream = stream_of(architecture.dense)
         self.seen_tokens: type[SeenTokens] = SeenTokens
         self.keep_tokens: Callable[[Tensor, Tensor, int], Tensor] = keep_tokens
         dense, shape = architecture.dense, architecture.blocks[index]
@@ -81,23 +84,41 @@ class SlimBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, P + tokens_in, C] -> [B, P + keep, C]."""
-        x, weights = self.mix(x)
-        if self.scores_tokens:
-            x = self.keep_tokens(x, self.scores(x, weights), self.keep)
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        """[B, P + tokens_in, C] -> [B, P + keep, C], with places where positions are rotary (see `stream.py`)."""
+        return self.feed(self.select(*self.mix(x)))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What query, key and value read [B, T, C]."""
+        return cast(Tensor, self.norm1(self.stream.tokens(x)))
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the projection reads [B, T, H * v_dim], and the attention that the tokens' scores read."""
+        return self.attn.features(self.normed(x), self.reads_attention, *self.stream.places(x))
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Attention with its residual, all tokens still there, and the attention that their scores read."""
-        mixed, weights = self.attn(self.norm1(x), self.reads_attention)
-        return x + self.ls1(mixed), weights
+        mixed, weights = self.attn(self.normed(x), self.reads_attention, *self.stream.places(x))
+        return self.stream.add(x, self.ls1(mixed)), weights
+
+    def select(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """The tokens that stay, of those that `mix` gives."""
+        return self.keep_tokens(x, self.scores(x, weights), self.keep) if self.scores_tokens else x
+
+    def hidden_input(self, x: Tensor) -> Tensor:
+        """What the MLP reads [B, T, C]."""
+        return cast(Tensor, self.norm2(self.stream.tokens(x)))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The MLP with its residual."""
+        return cast(Tensor, self.stream.add(x, self.ls2(self.mlp(self.hidden_input(x)))))
 
     def scores(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Token scores [B, tokens_in] from the tokens as they leave the attention residual and the attention."""
-        attention = x.new_empty(0) if weights is None else weights
+        tokens = self.stream.tokens(x)
+        attention = tokens.new_empty(0) if weights is None else weights
         return self.criterion.score(
             self.seen_tokens(
-                x,
+                tokens,
                 attention,
                 self.num_prefix_tokens,
                 self.lowpass,
@@ -113,7 +134,15 @@ def _attention(dense: DenseViT, shape: BlockShape, scale: float, index: int) -> 
     if dense.differential:
         return DifferentialAttention(dense.embed_dim, shape, scale, dense.qkv_bias, index)
     norm = nn.LayerNorm(shape.heads * shape.v_dim, eps=dense.norm_eps) if dense.attn_norm else None
-    return SlimAttention(dense.embed_dim, shape, scale, dense.qkv_bias, norm)
+    table = None
+    if dense.rotary is not None:
+        table = rotary_table(dense.rotary, dense.grid, dense.blocks()[0].qk_dim // 2, dense.num_prefix_tokens)
+    return SlimAttention(dense.embed_dim, shape, scale, dense.qkv_bias, norm, table)
+
+
+def stream_of(dense: DenseViT) -> Stream:
+    """How a model's tokens run from block to block."""
+    return PlainStream() if dense.rotary is None else PlacedStream(dense.num_prefix_tokens, dense.grid)
 
 
 def layer_scale(scale: nn.Module) -> Tensor | None:

@@ -15,10 +15,11 @@ from lowpass.pipeline.method.token_choices import EnergyNorm, TokenCriterion, To
 from lowpass.pipeline.model.architecture import Architecture, Preprocessing, read_architecture
 from lowpass.pipeline.model.card import CARD_FILE, CardFacts, model_card
 from lowpass.pipeline.model.classes import CLASSES_FILE, has_classes, load_classes, save_classes
-from lowpass.pipeline.model.from_timm import describe_dense, split_qkv
+from lowpass.pipeline.model.from_timm import describe_dense, slim_state
 from lowpass.pipeline.model.hub import download
 from lowpass.pipeline.model.readout import embedding_and_head
-from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.slim_block import SlimBlock, stream_of
+from lowpass.pipeline.model.stream import Stream
 
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "slim.safetensors"
@@ -47,6 +48,7 @@ class SlimViT(nn.Module, ModelHubMixin):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self._description = architecture
+        self.stream: Stream = stream_of(architecture.dense)  # deployment has another
         self.vit = embedding_and_head(architecture.dense)
         self.vit.blocks = nn.Sequential(*(SlimBlock(architecture, i) for i in range(architecture.dense.depth)))
 
@@ -61,21 +63,25 @@ class SlimViT(nn.Module, ModelHubMixin):
         return self._description.model_copy(update={"blocks": tuple(block.shape for block in self.blocks)})
 
     def forward(self, images: Tensor) -> Tensor:
-        return cast(Tensor, self.vit(images))
+        if self._description.dense.rotary is None:
+            return cast(Tensor, self.vit(images))
+        return self.classify(self.vit.blocks(self.embed(images)))  # timm's own pass knows of no places
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> the tokens [B, P + N, C] that enter the first block."""
-        return cast(Tensor, self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images))))
+        """Images [B, C, H, W] -> the tokens [B, P + N, C] that enter the first block, with their places where positions
+        are rotary (see `stream.py`)."""
+        tokens = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images)))
+        return cast(Tensor, self.stream.begin(tokens))
 
     def summary(self, tokens: Tensor) -> Tensor:
         """What stands for the image in tokens [B, P + N, C] between blocks, [B, C]: CLS, or the mean of the image
         tokens where that is read in its place. It is T of LFS (eq. 4)."""
-        dense = self._description.dense
+        dense, tokens = self._description.dense, self.stream.tokens(tokens)
         return tokens[:, dense.num_prefix_tokens :].mean(1) if dense.mean_readout else tokens[:, 0]
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Tokens as they leave the last block -> logits [B, classes]."""
-        return cast(Tensor, self.vit.forward_head(self.vit.norm(tokens)))
+        return cast(Tensor, self.vit.forward_head(self.vit.norm(self.stream.tokens(tokens))))
 
     @property
     def classifiers(self) -> dict[str, nn.Linear]:
@@ -128,7 +134,7 @@ class SlimViT(nn.Module, ModelHubMixin):
             blocks=dense.blocks(),
         )
         slim = cls(architecture)
-        slim.vit.load_state_dict(split_qkv(model.state_dict()))
+        slim.vit.load_state_dict(slim_state(model))
         parameter = next(model.parameters())
         return slim.to(parameter.device, parameter.dtype).train(model.training)
 

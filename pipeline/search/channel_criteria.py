@@ -103,7 +103,7 @@ def sensitivity_from(slim: SlimViT, streams: Iterable[ScoringBatch], block: int,
     if not count:
         raise ValueError("channel sensitivity needs at least one batch")
     products = (gradient / count * layer.weight.detach() for gradient, layer in zip(total, layers, strict=True))
-    return channel_scores(products, slim.blocks[block].attn.num_heads)
+    return channel_scores(products, slim.blocks[block].attn.num_heads, slim.architecture.dense.qk_step)
 
 
 def taylor(slim: SlimViT, streams: Iterable[ScoringBatch], block: int) -> ChannelScores:
@@ -115,16 +115,18 @@ def taylor(slim: SlimViT, streams: Iterable[ScoringBatch], block: int) -> Channe
 
 def magnitude(slim: SlimViT, block: int) -> ChannelScores:
     """The squared L2 norm of each weight row."""
-    return channel_scores((layer.weight.detach() for layer in _layers(slim, block)), slim.blocks[block].attn.num_heads)
+    weights = (layer.weight.detach() for layer in _layers(slim, block))
+    return channel_scores(weights, slim.blocks[block].attn.num_heads, slim.architecture.dense.qk_step)
 
 
 def random_scores(slim: SlimViT, block: int, seed: int) -> ChannelScores:
     """Uniform noise: the floor for any criterion."""
     generator = torch.Generator().manual_seed(seed * len(slim.blocks) + block)
     attention, hidden = slim.blocks[block].attn, cast(nn.Linear, slim.blocks[block].mlp.fc1)
-    sizes = ((attention.num_heads, attention.qk_dim), (attention.num_heads, attention.v_dim), (hidden.out_features,))
+    heads, step = attention.num_heads, slim.architecture.dense.qk_step
+    sizes = ((heads, attention.qk_dim // step), (heads, attention.v_dim), (hidden.out_features,))
     pairs, values, rows = (torch.rand(size, generator=generator) for size in sizes)
-    return ChannelScores(pairs, values, rows)
+    return ChannelScores(pairs, values, rows, step=step)
 
 
 CHANNEL_CRITERIA: dict[

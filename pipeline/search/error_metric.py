@@ -44,7 +44,7 @@ def block_metrics(model: SlimViT, entering: Sequence[Tensor], seed: int) -> list
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draw)[:, 0]
             loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
         for number, gradient in enumerate(torch.autograd.grad(loss, stream)):
-            rows = gradient.flatten(0, 1)
+            rows = model.stream.tokens(gradient).flatten(0, 1)
             sums[number // 2, number % 2] += rows.T @ rows
     return [BlockMetric(_root(middle), _root(leaving)) for middle, leaving in sums]
 
@@ -61,8 +61,7 @@ def _chunks(entering: Sequence[Tensor]) -> Iterator[Tensor]:
 def _both(block: SlimBlock, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The stream behind attention, and behind the MLP."""
     middle, weights = block.mix(tokens)
-    kept = block.keep_tokens(middle, block.scores(middle, weights), block.keep) if block.scores_tokens else middle
-    return middle, kept + block.ls2(block.mlp(block.norm2(kept)))
+    return middle, block.feed(block.select(middle, weights))
 
 
 def _root(moments: Tensor) -> Tensor:

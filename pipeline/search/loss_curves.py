@@ -130,10 +130,10 @@ def _left_behind(ascending: Tensor, kept: int) -> float:
 
 def thin_shapes(whole: BlockShape, scores: ChannelScores) -> list[BlockShape]:
     """What the paper's head search makes of thresholds."""
-    have = 2 * scores.query_key.numel() + scores.value.numel() + len(scores.hidden)
+    have = scores.rows
     found = {
         whole: None,
-        whole.model_copy(update={"qk_dim": 1, "v_dim": 1}): None,
+        whole.model_copy(update={"qk_dim": scores.step, "v_dim": 1}): None,
     }
     for step in range(1, THRESHOLDS + 1):
         choice = choose_channels(scores, min(have - 1, have * step // THRESHOLDS))

@@ -49,28 +49,25 @@ def obs(slim: SlimViT, entering: Iterable[Tensor], block: int, metric: BlockMetr
     value_weight, hidden_weight = _with_bias(attention.proj, part.ls1), _with_bias(reader, part.ls2)
     if metric is not None:
         value_weight, hidden_weight = metric.middle @ value_weight.double(), metric.leaving @ hidden_weight.double()
-    ones = torch.ones(1, logits.shape[-1], device=logits.device)
-    pairs = torch.stack([removal_costs(gram, ones) for gram in logits])
+    ones, step = torch.ones(1, logits.shape[-1], device=logits.device), dense.qk_step
+    pairs = torch.stack([removal_costs(gram, ones, group=step) for gram in logits])
     values = removal_costs(mixed, value_weight, always=1).unflatten(0, (heads, size))
     whole = removal_costs(mixed, value_weight, group=size, always=1)
     scores = (pairs, values, removal_costs(hidden, hidden_weight, always=1), whole)
     pairs, values, hidden, whole = ((score / score.mean().clamp_min(1e-300)).float().cpu() for score in scores)
-    return ChannelScores(pairs, values, hidden, whole, cumulative=True)
+    return ChannelScores(pairs, values, hidden, whole, cumulative=True, step=step)
 
 
 def _moments(block: SlimBlock, tokens: Tensor, readout: Readout, last: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Of a batch, FP64: of the logits of each head [H, Dqk, Dqk], and of what the projection [H * Dv + 1, ...] and the
-    second MLP layer read [M + 1, ...], a constant 1 at the end."""
-    normed = block.norm1(tokens)
-    query, key = (
-        layer(normed).unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
-        for layer in (block.attn.query, block.attn.key)
-    )
-    mixed, attention = block.attn.features(normed, block.reads_attention)
-    middle = tokens + block.ls1(block.attn.proj(mixed))
-    if block.scores_tokens:
-        middle = block.keep_tokens(middle, block.scores(middle, attention), block.keep)
-    hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.norm2(middle))))
+    second MLP layer read [M + 1, ...], a constant 1 at the end. Channels that rotary positions turn into each other lie
+    side by side."""
+    query, key = block.attn.query_key(block.normed(tokens), *block.stream.places(tokens))
+    if block.attn.rotary:
+        query, key = (side.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for side in (query, key))
+    mixed, attention = block.features(tokens)
+    middle = block.select(block.stream.add(tokens, block.ls1(block.attn.proj(mixed))), attention)
+    hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.hidden_input(middle))))
 
     def weights(like: Tensor) -> Tensor:
         return token_weights(like.shape[1], block.num_prefix_tokens, readout, last, like)

@@ -64,7 +64,7 @@ class RecoveryTargets:
             with torch.no_grad():
                 middle, _ = block.mix(tokens.to(self.device))
                 self.middle.append(self.store(middle))
-                self.leaving.append(self.store(middle + block.ls2(block.mlp(block.norm2(middle)))))
+                self.leaving.append(self.store(block.feed(middle)))
 
     def ascend(self, block: SlimBlock, clean: Sequence[Tensor]) -> None:
         """Move past the block at hand, which the pruned model has as `block`; `clean` is what enters that."""
@@ -100,8 +100,9 @@ class RecoveryTargets:
         if choice is None and not self.deviates:
             return ()  # the dense model's block, which reads the dense model's stream
         done = []
-        if choice is not None and block.attn.qk_dim < before.attn.qk_dim:
-            inputs = (block.norm1(tokens) for tokens in self._visiting(clean))
+        # Thinned heads of rotary positions are left as they are: their logits depend on where tokens are as well.
+        if choice is not None and block.attn.qk_dim < before.attn.qk_dim and not block.attn.rotary:
+            inputs = (block.normed(tokens) for tokens in self._visiting(clean))
             done.append(refit_query_key(query_key_of(block), inputs, query_key_of(before), choice.heads))
         done.append(
             refit(block.attn.proj, "attn.proj", *moments(self._attention_rows(block, clean)), layer_scale(block.ls1))
@@ -146,23 +147,23 @@ class RecoveryTargets:
         dense = self.dense[self.index]
         layers = (dense.attn.query, dense.attn.key, dense.attn.value)
         for tokens, alive, entering in zip(self._visiting(clean), self.alive, self.entering, strict=True):
-            wanted = dense.norm1(_pick(entering.to(self.device), alive.to(self.device)))
+            wanted = dense.normed(_pick(entering.to(self.device), alive.to(self.device)))
             target = torch.cat([layer(wanted) for layer in layers], 2)
-            yield block.norm1(tokens), target, self._weights(block, tokens, last=False)  # attention reads all tokens
+            yield block.normed(tokens), target, self._weights(block, tokens, last=False)  # attention reads all tokens
 
     def _mlp_input_rows(self, block: SlimBlock, clean: Sequence[Tensor], hidden: list[int]) -> Iterator[Rows]:
         """What the first MLP layer reads, and what it should give; it has the dense one's channels `hidden`."""
         dense = self.dense[self.index]
         for tokens, alive, middle in zip(self._visiting(clean), self.alive, self.middle, strict=True):
             now, left = self._selected(block, tokens, alive.to(self.device))
-            wanted = dense.norm2(_pick(middle.to(self.device), left))
-            yield block.norm2(now), dense.mlp.fc1(wanted)[..., hidden], self._weights(block, now)
+            wanted = dense.hidden_input(_pick(middle.to(self.device), left))
+            yield block.hidden_input(now), dense.mlp.fc1(wanted)[..., hidden], self._weights(block, now)
 
     def _attention_rows(self, block: SlimBlock, clean: Sequence[Tensor]) -> Iterator[Rows]:
         """What the projection reads, and what it should give."""
         for tokens, alive, middle in zip(self._visiting(clean), self.alive, self.middle, strict=True):
-            features, _ = block.attn.features(block.norm1(tokens), block.reads_attention)
-            wanted = _pick(middle.to(self.device), alive.to(self.device)) - tokens
+            features, _ = block.features(tokens)
+            wanted = block.stream.tokens(_pick(middle.to(self.device), alive.to(self.device)) - tokens)
             target = unscaled(wanted, layer_scale(block.ls1), block.attn.proj, features)
             yield features, target, self._weights(block, tokens)
 
@@ -170,8 +171,8 @@ class RecoveryTargets:
         """What the second MLP layer reads, and what it should give."""
         for tokens, alive, leaving in zip(self._visiting(clean), self.alive, self.leaving, strict=True):
             middle, left = self._selected(block, tokens, alive.to(self.device))
-            hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.norm2(middle))))
-            wanted = _pick(leaving.to(self.device), left) - middle
+            hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.hidden_input(middle))))
+            wanted = block.stream.tokens(_pick(leaving.to(self.device), left) - middle)
             target = unscaled(wanted, layer_scale(block.ls2), block.mlp.fc2, hidden)
             yield hidden, target, self._weights(block, middle)
 

@@ -66,7 +66,7 @@ class Shaping(BaseModel):
         """The smallest table there is, when block 0 keeps at least `first_keep` tokens."""
         head = dense.blocks()[0]
         # Thinned, the head search prefers many heads of one channel to one head.
-        shape = {"heads": 1} if self.whole_heads else {"qk_dim": 1, "v_dim": 1}
+        shape = {"heads": 1} if self.whole_heads else {"qk_dim": dense.qk_step, "v_dim": 1}
         least = head.model_copy(update={**shape, "hidden": self.width(1, head.hidden)}) if prune != "tokens" else head
         tokens, table = dense.num_tokens, []
         for block in range(dense.depth):
@@ -102,9 +102,9 @@ def choose_shaped(scores: ChannelScores, n: int, shaping: Shaping) -> ChannelCho
         width = shaping.width(len(choice.hidden), len(scores.hidden))
         return replace(choice, hidden=best_channels(scores.hidden, width))
     threshold = score_threshold(scores, n)
-    qk_dim = scores.query_key.shape[1]
+    qk_dim = scores.qk_dim
     v_dim = scores.value.shape[1]
-    rows = 2 * int((scores.query_key >= threshold).sum()) + int((scores.value >= threshold).sum())
+    rows = 2 * scores.step * int((scores.query_key >= threshold).sum()) + int((scores.value >= threshold).sum())
     heads = max(1, math.ceil(rows / (2 * qk_dim + v_dim)))
     width = shaping.width(max(1, int((scores.hidden >= threshold).sum())), len(scores.hidden))
     return best_heads(scores, heads, qk_dim, v_dim, best_channels(scores.hidden, width))[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowpass.pipeline.base.errors import RunError
+from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.data.datasets import Batches
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.frequency import lowpass_images
@@ -68,6 +69,8 @@ class SearchState:
         if settings.channel_criterion == "obs" and not self.metrics:
             self.metrics = block_metrics(model, self.clean, settings.seed)
         self.measured_labels = [labels for _, labels in ordered]
+        if settings.recovery and dense.rotary is not None and not settings.shaping.whole_heads:
+            logger.info("recovery: queries and keys of thinned heads stay as they are, for positions are rotary")
         blocks = copy.deepcopy(model.blocks) if settings.recovery else []
         entering = first_images(self.clean, refitted)
         self.targets = RecoveryTargets(blocks, dense, entering, self.store, self.device, self._precision)

@@ -1,0 +1,43 @@
+"""Parts of timm's models, by what they are."""
+
+from typing import Any, cast
+
+from timm.layers import GELU, GELUTanh, PatchEmbed, QuickGELU
+from torch import nn
+
+from lowpass.pipeline.model.architecture import Activation
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """The name of an activation; None: it is none of those that a slim block has."""
+    if isinstance(module, nn.GELU):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    kinds: dict[type[nn.Module], Activation] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
+    return kinds.get(type(module))
+
+
+def is_identity(module: nn.Module) -> bool:
+    """Whether it gives what it takes."""
+    return isinstance(module, nn.Identity)
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether it is a LayerNorm with weight and bias."""
+    return isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
+
+
+def is_whole_patches(embedding: Any) -> bool:
+    """Whether a patch embedding is a convolution over whole patches and nothing else."""
+    return (
+        type(embedding) is PatchEmbed
+        and is_identity(embedding.norm)
+        and not any(size % step for size, step in zip(embedding.img_size, embedding.patch_size, strict=True))
+    )
+
+
+def alike(blocks: nn.Sequential | nn.ModuleList, norms: list[nn.Module]) -> bool:
+    """Whether all blocks have the same parts of the same sizes, and all norms one epsilon."""
+    shapes = [{name: tensor.shape for name, tensor in block.state_dict().items()} for block in blocks]
+    kinds = [[type(module) for module in block.modules()] for block in blocks]
+    epsilons = {cast(nn.LayerNorm, norm).eps for norm in norms}
+    return all(s == shapes[0] for s in shapes) and all(k == kinds[0] for k in kinds) and len(epsilons) == 1

@@ -230,7 +230,7 @@ class Run:
         **settings: Any,
     ) -> Metrics:
         """Distil the dense model (or `teacher`) into the slim one, which takes its place: `epochs`, `lr`, `batch_size`,
-        `distill_weight`, `mixed_precision` and so on as `settings`.
+        `distill_weight`, `token_distillation`, `mixed_precision` and so on as `settings`.
 
         `resume` goes on with a training that was interrupted, begins one where none was, and leaves one alone that has
         ended; `restart` begins from the searched weights. Within an epoch the state is saved every `save_minutes`.

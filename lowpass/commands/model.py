@@ -28,6 +28,12 @@ def finetune(
         int | None, typer.Option(min=1, help="Images a step learns from; gradients of several batches are summed.")
     ] = None,
     distill_weight: Annotated[float | None, typer.Option(help="Share of the teacher's label in the loss.")] = None,
+    token_distillation: Annotated[
+        float | None,
+        typer.Option(
+            metavar="WEIGHT", help="Weight of the last tokens' distance from the dense model's. Default: 0, off."
+        ),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -75,6 +81,7 @@ def finetune(
         "batch_size": batch_size,
         "effective_batch": effective_batch,
         "distill_weight": distill_weight,
+        "token_distillation": token_distillation,
         "mixup": mixup,
         "cutmix": cutmix,
         "smoothing": smoothing,

@@ -10,7 +10,7 @@ from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.files import read_checkpoint
-from lowpass.pipeline.checkpoints.huggingface import from_huggingface, read_processor
+from lowpass.pipeline.checkpoints.huggingface import PREPROCESSOR, from_huggingface, read_processor
 from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, origin_of, set_preprocessing
 from lowpass.pipeline.checkpoints.shape import parse_size
 from lowpass.pipeline.checkpoints.state_dict import Tensors, find_tensors, read_weights
@@ -69,8 +69,7 @@ def load_model(
     file = None if weights is None else Path(weights)
     if model.startswith("hf-hub:"):
         return _from_hub(model, choices)
-    folder = Path(model.removeprefix("local-dir:"))
-    if model.startswith("local-dir:") or "/" in model or (model and folder.is_dir() and not timm.is_model(model)):
+    if (folder := _folder_of(model)) is not None:
         return _from_folder(folder, file, choices)
     if model in NAMES:
         if file is None:
@@ -78,6 +77,23 @@ def load_model(
         found = read_weights(file, choices.weights_key)
         return _with_keys(from_torchvision(model, NAMES[model].heads, found.state, file, choices), found)
     return by_name(model, file, random_weights, choices)
+
+
+def local_files(model: str, weights: Path | None = None) -> list[Path]:
+    """The files that `load_model` reads, as far as they are here; none of those that a hub or a package brings."""
+    files = [] if weights is None else [weights]
+    if not model.startswith("hf-hub:") and (folder := _folder_of(model)) is not None:
+        files += [folder / CONFIG, folder / PREPROCESSOR]
+        if weights is None:
+            files += [*sorted(folder.glob("model-*-of-*.safetensors")), *(folder / name for name in WEIGHT_FILES)]
+    return [file for file in files if file.is_file()]
+
+
+def _folder_of(model: str) -> Path | None:
+    """The folder that a model's name is of; None: of none."""
+    folder = Path(model.removeprefix("local-dir:"))
+    named = model.startswith("local-dir:") or "/" in model or (model and folder.is_dir() and not timm.is_model(model))
+    return folder if named else None
 
 
 def as_timm(model: nn.Module) -> nn.Module:

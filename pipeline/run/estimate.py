@@ -100,7 +100,7 @@ def estimate(
     after = macs if slim_macs is None else slim_macs
     test = test_images * (macs + after)
     seen = train_images // settings.batch_size * settings.batch_size * settings.epochs
-    tuning = seen * ((1 + BACKWARD) * after + (macs if settings.distill_weight else 0))
+    tuning = seen * ((1 + BACKWARD) * after + (macs if settings.distils else 0))
     return Estimate(
         model=recipe.model,
         goal=goal,

@@ -17,7 +17,7 @@ from lowpass.pipeline.run.evaluate import measured_top1
 from lowpass.pipeline.run.images import DataSource, run_data
 from lowpass.pipeline.run.metrics import Metrics, slim_figures
 from lowpass.pipeline.run.recipe import Recipe
-from lowpass.pipeline.run.teacher import foreign_teacher
+from lowpass.pipeline.run.teacher import foreign_teacher, teacher_files
 from lowpass.pipeline.run.tracking import both, tracker
 from lowpass.pipeline.train.evaluate import top1
 from lowpass.pipeline.train.finetune import SAVE_MINUTES, DivergedError, finetune
@@ -30,8 +30,8 @@ PRUNED_WEIGHTS_FILE = "pruned.safetensors"  # what the search left
 
 
 class Asked(BaseModel):
-    """What a training was asked for. `weights`: the file that it began from; `before`: the run's figures then, on its
-    images."""
+    """What a training was asked for. `weights`: the file that it began from; `teacher_files`: SHA-256 of those that its
+    teacher was read from, by name; `before`: the run's figures then, on its images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,6 +41,7 @@ class Asked(BaseModel):
     images: int
     processes: int
     weights: str
+    teacher_files: dict[str, str]
     before: Metrics
 
 
@@ -91,26 +92,28 @@ def finetune_run(
     dense = SlimViT.load(directory, DENSE_WEIGHTS_FILE) if has_dense(directory) else None
     has_teacher = (changes.get("teacher") or (recipe.finetune and recipe.finetune.teacher)) is not None
     if dense is None and not has_teacher:
-        if changes.get("distill_weight"):
+        if changes.get("distill_weight") or changes.get("token_distillation"):
             raise InputError(
                 f"{directory} has no dense model to distil; import it with --dense CHECKPOINT, or give a --teacher"
             )
         logger.info("no dense model to distil: training on the labels alone")
-        changes = changes | {"distill_weight": 0.0}
+        changes = changes | {"distill_weight": 0.0, "token_distillation": 0.0}
     images = run_data(directory, data)
     if begun:
-        asked = _taken_up(state, changes, seed, images)
+        asked = _taken_up(directory, state, changes, seed, images)
         slim = SlimViT.load(directory, asked.weights)
     else:
         metrics, weights = _start(directory, restart)
         slim = SlimViT.load(directory, weights)
+        settings = finetune_settings(images.name, changes, recipe.finetune)
         asked = Asked(
-            settings=finetune_settings(images.name, changes, recipe.finetune),
+            settings=settings,
             seed=recipe.seed if seed is None else seed,
             data=images.name,
             images=len_of(images.train),
             processes=together.num_processes,
             weights=weights,
+            teacher_files=teacher_files(directory, settings),
             before=_on_these_images(metrics, dense, slim, images, recipe.batch_size),
         )
     teacher = _teacher(asked, slim, dense, images, recipe.batch_size)
@@ -185,8 +188,8 @@ def _start(directory: Path, restart: bool) -> tuple[Metrics, str]:
     return metrics.model_copy(update={"slim": slim, "finetuned_epochs": 0}), PRUNED_WEIGHTS_FILE
 
 
-def _taken_up(state: TrainingState, changes: dict[str, Any], seed: int | None, images: Data) -> Asked:
-    """What the interrupted training was asked for; what is asked for now must be the same.
+def _taken_up(directory: Path, state: TrainingState, changes: dict[str, Any], seed: int | None, images: Data) -> Asked:
+    """What the interrupted training was asked for; what is asked for now must be the same, and so must the teacher.
 
     Raises:
         InputError: it is not; the message names what differs.
@@ -209,7 +212,20 @@ def _taken_up(state: TrainingState, changes: dict[str, Any], seed: int | None, i
                 f"the interrupted training in {state.folder} has {name} = {before}, now it is {value}; leave it as it "
                 "was, or --restart"
             )
+    files = teacher_files(directory, asked.settings)
+    for name in sorted(asked.teacher_files.keys() | files.keys()):
+        was, is_now = asked.teacher_files.get(name), files.get(name)
+        if was != is_now:
+            raise InputError(
+                f"the interrupted training in {state.folder} has a teacher whose file {name} was {_digest(was)}, now "
+                f"it is {_digest(is_now)}; put it back as it was, or --restart"
+            )
     return asked
+
+
+def _digest(sha: str | None) -> str:
+    """Of a file, as said in an error."""
+    return "not there" if sha is None else f"SHA-256 {sha[:16]}..."
 
 
 def _on_these_images(metrics: Metrics, dense: SlimViT | None, slim: SlimViT, images: Data, batch_size: int) -> Metrics:

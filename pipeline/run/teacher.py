@@ -8,15 +8,34 @@ import torch
 from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.files import sha256
 from lowpass.pipeline.base.progress import logger
-from lowpass.pipeline.checkpoints.load import load_model
+from lowpass.pipeline.checkpoints.load import load_model, local_files
 from lowpass.pipeline.checkpoints.origin import origin_of
 from lowpass.pipeline.data.datasets import Data, len_of, subset
 from lowpass.pipeline.model.architecture import Architecture
+from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE
+from lowpass.pipeline.run.dense import has_dense
 from lowpass.pipeline.run.evaluate import best_device
 from lowpass.pipeline.run.readings import CHECKED_IMAGES, DEVIATIONS
 from lowpass.pipeline.train.evaluate import top1
+from lowpass.pipeline.train.settings import FinetuneSettings
 from lowpass.pipeline.train.teacher import ForeignTeacher
+
+
+def teacher_files(directory: Path, settings: FinetuneSettings) -> dict[str, str]:
+    """SHA-256 of the files that a training's teacher is read from, by their names. What a hub or a package brings is
+    not among them.
+
+    Args:
+        directory: the run; its own dense model goes by its name alone, for runs may be moved.
+        settings: of the training.
+    """
+    if not settings.distils:
+        return {}
+    if settings.teacher is not None:
+        return {str(file): sha256(file) for file in local_files(settings.teacher, settings.teacher_weights)}
+    return {DENSE_WEIGHTS_FILE: sha256(directory / DENSE_WEIGHTS_FILE)} if has_dense(directory) else {}
 
 
 def foreign_teacher(

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from accelerate.utils import DataLoaderConfiguration, broadcast
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.progress import logger, quiet, track
@@ -25,6 +26,7 @@ from lowpass.pipeline.train.loss import Mixing, answer_of, distillation_loss, mi
 from lowpass.pipeline.train.processes import on_cpus
 from lowpass.pipeline.train.settings import FinetuneSettings, MixedPrecision
 from lowpass.pipeline.train.state import Best, EmaState, Progress, TrainingState
+from lowpass.pipeline.train.tokens import distances
 
 WARMUP = 0.05  # of all steps
 CLIP = 1.0  # gradient norm
@@ -50,6 +52,7 @@ class _Training:
     teacher: nn.Module | None
     mix: Mixing | None
     accumulated: int  # batches a step
+    distance: Callable[[], Tensor] | None = None  # of the tokens of the latest forwards, where they are distilled
 
 
 def finetune(
@@ -65,14 +68,15 @@ def finetune(
 ) -> SlimViT:
     """The fine-tuned copy of `slim` (moving average of its weights, on the CPU, in evaluation mode).
 
-    The loss is `distillation_loss`, with the share `distill_weight` for the teacher's answers. AdamW with layer
-    decay (timm), cosine schedule, one process or several (accelerate). What is drawn depends on seed, epoch and step
-    alone, so that a training that goes on after a kill ends as if there had been none.
+    The loss is `distillation_loss`, with the share `distill_weight` for the teacher's answers, and `token_distillation`
+    times the `token_distance`. AdamW with layer decay (timm), cosine schedule, one process or several (accelerate).
+    What is drawn depends on seed, epoch and step alone, so that a training that goes on after a kill ends as if there
+    had been none.
 
     Args:
         slim: what the search left; it is trained in place, too.
-        teacher: the dense model or another, from images as `slim` takes them to logits; None needs a `distill_weight`
-            of 0.
+        teacher: the dense model or another, from images as `slim` takes them to logits; None where nothing is
+            distilled. Tokens are the dense model's alone.
         data: its `train` split is drawn anew each epoch.
         settings: epochs, rates and weights.
         seed: of the order of images and of what augmentation draws.
@@ -84,17 +88,23 @@ def finetune(
     Raises:
         InputError: a label is none of the model's classes, the effective batch is no multiple of the batch, or the
             state is damaged.
-        ValueError: there is something to distil, but no teacher; or a best to keep, but no measure.
+        ValueError: there is something to distil, but no teacher; tokens, but another than the dense model; or a best
+            to keep, but no measure.
         DivergedError: the loss stopped being finite.
         RunError: the state cannot be saved.
     """
-    if teacher is None and settings.distill_weight:
+    if teacher is None and settings.distils:
         raise ValueError("distillation needs a teacher")
+    if settings.token_distillation and not isinstance(teacher, SlimViT):
+        raise ValueError("tokens are distilled from the dense model alone")
     if settings.keep_best and measure is None:
         raise ValueError("the best needs a measure")
     settings = _clamped(settings, len_of(data.train))
     training = _prepared(slim, teacher, data, settings, seed)
-    with dropped_paths(slim, settings.drop_path):
+    with ExitStack() as hooked:  # after the moving average was made, which is to have no hooks
+        hooked.enter_context(dropped_paths(slim, settings.drop_path))
+        if settings.token_distillation:
+            training = replace(training, distance=hooked.enter_context(distances(slim, cast(SlimViT, teacher))))
         unreadable = _train(training, data, settings, seed, state, save_minutes, on_epoch, measure)
     if unreadable:
         logger.info(
@@ -133,13 +143,14 @@ def _train(
     batches = batches_from(progress, loader, settings.epochs, clock)
     for epoch, index, batch, is_last in track(batches, "fine-tuning", settings.epochs * len(loader) - done):
         rate = training.optimiser.param_groups[-1]["lr"]
-        loss = _step(training, batch, epoch, index, data, settings, seed)
+        loss, distance = _step(training, batch, epoch, index, data, settings, seed)
         there = 0 if batch is None else len(batch[1])
         clock.images += there
         progress = Progress(
             epoch=epoch,
             step=index + 1,
             loss=progress.loss + there * loss,
+            distance=progress.distance + there * distance,
             images=progress.images + there,
             unreadable=progress.unreadable + settings.batch_size - there,
         )
@@ -148,10 +159,11 @@ def _train(
             if measure is not None and settings.keep_best and (epoch + 1) % settings.keep_best == 0:
                 top1 = measure(cast(SlimViT, training.ema.module))
                 best.consider(top1, training.ema)
-            sums = torch.tensor([progress.loss, progress.images], device=accelerator.device)
-            loss_of_all, images_of_all = accelerator.reduce(sums).tolist()
+            sums = torch.tensor([progress.loss, progress.images, progress.distance], device=accelerator.device)
+            loss_of_all, images_of_all, distance_of_all = accelerator.reduce(sums).tolist()
+            apart = distance_of_all if settings.token_distillation else None
             if accelerator.is_main_process:
-                on_epoch(clock.epoch(epoch, loss_of_all, images_of_all, rate, accelerator.num_processes, top1))
+                on_epoch(clock.epoch(epoch, loss_of_all, images_of_all, rate, accelerator.num_processes, top1, apart))
             progress = Progress(epoch=epoch + 1, unreadable=progress.unreadable)
             save(progress)
             clock.start_epoch()
@@ -187,7 +199,7 @@ def _prepared(slim: SlimViT, teacher: nn.Module | None, data: Data, settings: Fi
         layer_decay=settings.layer_decay,
     )
     model, optimiser, loader = accelerator.prepare(slim, optimiser, loader)
-    teacher = teacher.to(accelerator.device).eval() if teacher is not None and settings.distill_weight else None
+    teacher = teacher.to(accelerator.device).eval() if teacher is not None and settings.distils else None
     ema, best = ModelEmaV3(accelerator.unwrap_model(model), decay=settings.ema_decay, use_warmup=True), Best()
     accelerator.register_for_checkpointing(EmaState(ema), best)
     steps = settings.epochs * len(loader)
@@ -200,10 +212,10 @@ def _prepared(slim: SlimViT, teacher: nn.Module | None, data: Data, settings: Fi
 
 def _step(
     training: _Training, batch: Batch, epoch: int, index: int, data: Data, settings: FinetuneSettings, seed: int
-) -> float:
-    """Learn from a batch; its loss."""
+) -> tuple[float, float]:
+    """Learn from a batch; its loss, and the distance of its tokens from the dense model's (0: not distilled)."""
     accelerator, length = training.accelerator, len(training.loader)
-    step, loss = epoch * length + index, torch.zeros(())
+    step, loss, distance = epoch * length + index, torch.zeros(()), torch.zeros(())
     if batch is not None:
         images, labels = batch
         if data.classes is None:  # where the classes are known, so are the labels
@@ -218,6 +230,9 @@ def _step(
                 answer = answer_of(training.teacher, images)
             logits = training.model(images)
             loss = distillation_loss(logits, labels, answer, settings.distill_weight, settings.smoothing)
+            if training.distance is not None:
+                distance = training.distance()
+                loss = loss + settings.token_distillation * distance
             if not loss.isfinite():
                 raise DivergedError(f"the fine-tuning loss became {loss.item()} in epoch {epoch}; lower --lr")
             accelerator.backward(loss)
@@ -231,7 +246,7 @@ def _step(
     if batch is not None and accelerator.sync_gradients:
         updates = epoch * -(-length // training.accumulated) + -(-(index + 1) // training.accumulated)
         training.ema.update(accelerator.unwrap_model(training.model), step=updates)
-    return loss.item()
+    return loss.item(), distance.item()
 
 
 def _clamped(settings: FinetuneSettings, images: int) -> FinetuneSettings:

@@ -19,8 +19,9 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Epoch:
     """One epoch: mean loss of its images, learning rate at its end (of the head: lower layers learn more slowly),
-    images trained on, seconds since it began or was taken up, the share of them spent waiting for images, and top-1
-    (percent) on held-in images, where it was measured."""
+    images trained on, seconds since it began or was taken up, the share of them spent waiting for images, top-1
+    (percent) on held-in images, where it was measured, and the mean distance of tokens from the dense model's
+    (`token_distance`), where they are distilled."""
 
     epoch: int
     loss: float
@@ -30,6 +31,7 @@ class Epoch:
     images_per_s: float
     reading_share: float
     top1: float | None = None
+    token_distance: float | None = None
 
 
 EpochListener = Callable[[Epoch], None]
@@ -63,12 +65,22 @@ class Clock:
                 return
             yield item  # type: ignore[misc]
 
-    def epoch(self, number: int, loss: float, images: float, lr: float, processes: int, top1: float | None) -> Epoch:
-        """Its row. `loss`: the sum over its `images`, of all processes."""
+    def epoch(
+        self,
+        number: int,
+        loss: float,
+        images: float,
+        lr: float,
+        processes: int,
+        top1: float | None,
+        distance: float | None,
+    ) -> Epoch:
+        """Its row. `loss` and `distance`: sums over its `images`, of all processes."""
         seconds = time.monotonic() - self.began
-        mean = loss / images if images else float("nan")
+        share = 1 / images if images else float("nan")
+        apart = None if distance is None else share * distance
         rate = processes * self.images / seconds
-        return Epoch(number, mean, lr, round(images), seconds, rate, self.reading / seconds, top1)
+        return Epoch(number, share * loss, lr, round(images), seconds, rate, self.reading / seconds, top1, apart)
 
 
 class TrainingLog:

@@ -23,6 +23,9 @@ class FinetuneSettings(BaseModel):
         float, Field(gt=0, allow_inf_nan=False, description="learning rate at 512 images a step; scaled linearly")
     ] = 1e-4
     distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.25
+    token_distillation: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="weight of the distance from the dense model's last tokens")
+    ] = 0.0
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998
@@ -43,10 +46,20 @@ class FinetuneSettings(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _weights_of_a_teacher(self) -> Self:
+    def _of_one_teacher(self) -> Self:
         if self.teacher_weights is not None and self.teacher is None:
             raise ValueError("teacher_weights are of a teacher: name it with --teacher")
+        if self.token_distillation and self.teacher is not None:
+            raise ValueError(
+                f"token_distillation {self.token_distillation:g} is of the dense model's own tokens, and the teacher "
+                f"{self.teacher} has others; leave one of them out"
+            )
         return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher sees the images, too."""
+        return bool(self.distill_weight or self.token_distillation)
 
     @classmethod
     def for_digits(cls) -> Self:

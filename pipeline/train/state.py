@@ -29,14 +29,15 @@ DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError
 
 
 class Progress(BaseModel):
-    """How far a training is: `step` batches into `epoch`. Of this epoch the sum of losses over its images, and how many
-    these are; of all, the images that could not be read."""
+    """How far a training is: `step` batches into `epoch`. Of this epoch the sums of losses and of token distances over
+    its images, and how many these are; of all, the images that could not be read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epoch: int = 0
     step: int = 0
     loss: float = 0.0
+    distance: float = 0.0
     images: int = 0
     unreadable: int = 0
 

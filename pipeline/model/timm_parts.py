@@ -5,14 +5,12 @@ from typing import Any, cast
 from timm.layers import GELU, GELUTanh, PatchEmbed, QuickGELU
 from torch import nn
 
-from lowpass.pipeline.model.architecture import Activation
 
-
-def activation_of(module: nn.Module) -> Activation | None:
-    """The name of an activation; None: it is none of those that a slim block has."""
+def activation_of(module: nn.Module) -> str | None:
+    """The name of an activation in `ACTIVATIONS`; None: it is none of those that a slim block has."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    kinds: dict[type[nn.Module], Activation] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
+    kinds: dict[type[nn.Module], str] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
     return kinds.get(type(module))
 
 

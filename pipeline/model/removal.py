@@ -51,12 +51,8 @@ def dependency_graph(block: SlimBlock) -> tp.DependencyGraph:
     weight = block.norm1.weight if block.has_attention else block.norm2.weight
     # Layer scale works on the residual stream, which is never pruned: tell the graph which axis is its channel.
     # What differential attention has inside a head goes with no channel either.
-    scales = [
-        (parameter, 0)
-        for module in block.children()
-        if isinstance(module, LayerScale)
-        for parameter in module.parameters()
-    ]
+    layer_scales = [module for module in block.children() if isinstance(module, LayerScale)]
+    scales = [(parameter, 0) for scale in layer_scales for parameter in scale.parameters()]
     if block.has_attention and isinstance(block.attn, DifferentialAttention):
         scales += [(parameter, 0) for parameter in block.attn.inside_heads()]
     with torch.enable_grad():

@@ -1,9 +1,9 @@
 """Taking a whole part out of a block, its attention or its MLP, and putting what it adds on average in its place.
 
 The mean of what a part adds to the stream is a constant vector. It goes into the nearest bias before the part that
-every token passes, where it is as good as in the part's own place: nothing in between reads the stream, but for a choice
-of tokens by their energy, which then sees the constant as well. A part that is gone costs a model nothing: neither
-parameters nor a kernel.
+every token passes, where it is as good as in the part's own place: nothing in between reads the stream, but for a
+choice of tokens by their energy, which then sees the constant as well. A part that is gone costs a model nothing:
+neither parameters nor a kernel.
 
 Related: Variance-Based Pruning (arXiv 2507.12988), which keeps the mean of hidden channels likewise.
 """

@@ -129,12 +129,13 @@ def _blocks_of_timm(block: nn.Module, tokens: int, width: int) -> Iterator[Block
 
 
 def work_of(architecture: Architecture, as_timm_exports: bool = False) -> Work:
-    """A slim (or dense) model of ours. `as_timm_exports`: its last block is computed for all tokens, and not for those
-    alone that the classifier reads, and queries, keys and values are moved (counted in TensorRT-RTX's engines)."""
+    """A slim (or dense) model of ours, without kernels of parts that blocks do not have. `as_timm_exports`: its last
+    block is computed for all tokens, and not for those alone that the classifier reads, and queries, keys and values
+    are moved (counted in TensorRT-RTX's engines)."""
     dense = architecture.dense
     blocks, tokens = list[Block](), dense.num_tokens
     for index, shape in enumerate(architecture.blocks):
-        is_last = index == len(architecture.blocks) - 1 and not as_timm_exports
+        is_last = index >= architecture.last_attention and not as_timm_exports
         block = block_of(dense, shape, tokens, is_last)
         blocks.append(replace(block, moves=MOVES) if as_timm_exports else block)
         tokens = shape.keep
@@ -143,7 +144,8 @@ def work_of(architecture: Architecture, as_timm_exports: bool = False) -> Work:
 
 
 def block_of(dense: DenseViT, shape: BlockShape, image_tokens: int, is_last: bool) -> Block:
-    """A block of ours that so many image tokens enter. The last computes what the classifier reads alone."""
+    """A block of ours that so many image tokens enter. The last with attention, and those above it, compute what the
+    classifier reads alone."""
     qk, v, width, prefix = (
         shape.heads * shape.qk_dim,
         shape.heads * shape.v_dim,

@@ -36,7 +36,8 @@ def deployable(
     classifier of BF16 is FP32 (`WideLinear`), for classes tie in BF16. That of FP16 is not: TensorRT-RTX has no FP32
     GEMM for Turing (T4). The layers `kept` are FP32, too (see `keep_fp32.py`).
 
-    MACs are those of the table, in which the last block counts whole.
+    Of the last block with attention, and of those above it, no more is computed than the classifier reads; MACs are
+    those of the table, in which they count whole.
     """
     model = copy.deepcopy(slim).eval().requires_grad_(False)
     dense = slim.architecture.dense
@@ -49,20 +50,24 @@ def deployable(
             block.stream = placed
     if DTYPES[precision] != torch.float32 and not dense.differential:
         for block in whole:
-            drop_biases(block)
+            if block.has_attention:
+                drop_biases(block)
     keep_in_fp32(whole, kept, DTYPES[precision])
-    written_out = dense.differential or isinstance(whole[-1].attn, WideAttention)
+    last = whole[slim.architecture.last_attention]
+    written_out = dense.differential or (last.has_attention and isinstance(last.attn, WideAttention))
     if not (dense.reads_image_tokens or written_out or dense.attn_norm):
         rows = 2 if dense.distilled else 1
-        model.vit.blocks[-1] = LastBlock(whole.pop(), rows, whole_query=precision in FOR_TENSORRT)
+        model.vit.blocks[whole.index(last)] = LastBlock(last, rows, whole_query=precision in FOR_TENSORRT)
+        whole.remove(last)
     if model.vit.attn_pool is not None:
         model.vit.attn_pool.fused_attn = False  # one row of attention: TensorRT has no fused kernel for it
     # The low-pass of LFE runs along the tokens; where no later block has one, their order does not matter.
     last_lowpass = max((i for i, block in enumerate(whole) if len(block.lowpass)), default=-1)
     for index, block in enumerate(whole):
-        block.attn = _attention(block, precision)  # type: ignore[assignment]
-        if isinstance(block.attn, FusedAttention) and block.attn.gives_logits:
-            block.seen_tokens = SeenLogits
+        if block.has_attention:
+            block.attn = _attention(block, precision)  # type: ignore[assignment]
+            if isinstance(block.attn, FusedAttention) and block.attn.gives_logits:
+                block.seen_tokens = SeenLogits
         if len(block.lowpass):
             block.lowpass = F.pad(block.lowpass, (0, 0, dense.num_prefix_tokens, 0))
         ordered = index < last_lowpass

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowpass.export.graph.precision import Wide, WideLinear
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.token_choices import TokenScore
 from lowpass.pipeline.model.slim_attention import SlimAttention
 from lowpass.pipeline.model.slim_block import SlimBlock
@@ -69,24 +70,35 @@ def layer_of(node: str) -> str | None:
     return f"blocks.{index}.{whole}"
 
 
-def kept_layers(names: Iterable[str], depth: int) -> tuple[str, ...]:
-    """The layers that stay FP32 when these are named: attention stays whole.
+def kept_layers(names: Iterable[str], depth: int, gone: Sequence[str] = ()) -> tuple[str, ...]:
+    """The layers that stay FP32 when these are named: attention stays whole. `gone` are those that a slim model does
+    not have (`gone_layers`).
 
     Raises:
-        InputError: a name is none of a model of `depth` blocks.
+        InputError: a name is none of a model of `depth` blocks, or one of `gone`.
     """
     every = [f"blocks.{index}.{part}" for index in range(depth) for part in (*ATTENTION, *MLP)]
+    every = [name for name in every if name not in gone]
     kept = set[str]()
     for name in names:
         layer = layer_of(name)
         if layer not in every:
             raise InputError(
                 f"--keep-fp32 {name}: there is no such layer; there are {', '.join(every[:4])} and so on to "
-                f"blocks.{depth - 1}"
+                f"blocks.{depth - 1}" + (f", but for {', '.join(gone)}" if gone else "")
             )
         block, _, part = layer.rpartition(".")
         kept |= {f"{block}.qkv", f"{block}.proj"} if block.endswith("attn") else {f"{block}.{part}"}
     return tuple(name for name in every if name in kept)
+
+
+def gone_layers(blocks: Iterable[BlockShape]) -> tuple[str, ...]:
+    """The layers of parts that blocks do not have."""
+    gone = list[str]()
+    for index, shape in enumerate(blocks):
+        gone += [f"blocks.{index}.{part}" for part in ATTENTION if not shape.heads]
+        gone += [f"blocks.{index}.{part}" for part in MLP if not shape.hidden]
+    return tuple(gone)
 
 
 def keep_in_fp32(blocks: Sequence[SlimBlock], kept: Iterable[str], dtype: torch.dtype) -> None:
@@ -94,10 +106,12 @@ def keep_in_fp32(blocks: Sequence[SlimBlock], kept: Iterable[str], dtype: torch.
     until it is added to the tokens, behind the layer scale."""
     for index, block in enumerate(blocks):
         fc1, fc2 = (f"blocks.{index}.{part}" in kept for part in MLP)
-        mlp = block.mlp
         if f"blocks.{index}.attn.qkv" in kept:
             block.attn = WideAttention(block.attn)  # type: ignore[assignment]
             block.ls1 = Narrowed(block.ls1, dtype)
+        if not block.has_mlp:
+            continue
+        mlp = block.mlp
         if fc1:
             mlp.fc1 = WideLinear(mlp.fc1)
             if not fc2:

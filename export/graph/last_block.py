@@ -1,4 +1,4 @@
-"""The last block, for the tokens alone that the classifier reads."""
+"""The last block with attention, for the tokens alone that the classifier reads."""
 
 from typing import Any, cast
 
@@ -10,7 +10,9 @@ from lowpass.pipeline.model.slim_block import SlimBlock
 
 
 class LastBlock(nn.Module):
-    """The last block for the tokens alone that the classifier reads, the first `rows`: [B, T, C] -> [B, rows, C].
+    """The last block with attention for the tokens alone that the classifier reads, the first `rows`: [B, T, C] ->
+    [B, rows, C]. Blocks above it, which have an MLP or nothing, then get no others. Where no block has attention it is
+    the first, and cuts the other tokens off.
 
     Exact: what other tokens would become there is never read, and so none need be dropped there either. A row or two of
     attention are written out: TensorRT has no fused kernel for so few.
@@ -23,10 +25,15 @@ class LastBlock(nn.Module):
 
     def __init__(self, block: SlimBlock, rows: int, whole_query: bool) -> None:
         super().__init__()
+        self.rows, self.whole_query, self.stream = rows, whole_query, block.stream
+        self.has_attention, self.has_mlp = block.has_attention, block.has_mlp
+        if block.has_mlp:
+            self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
+        if not block.has_attention:
+            return
         attention = block.attn
-        self.rows, self.num_heads, self.whole_query = rows, attention.num_heads, whole_query
-        self.norm1, self.ls1, self.norm2, self.mlp, self.ls2 = block.norm1, block.ls1, block.norm2, block.mlp, block.ls2
-        self.weights, self.stream = attention.weights, block.stream
+        self.norm1, self.ls1 = block.norm1, block.ls1
+        self.num_heads, self.weights = attention.num_heads, attention.weights
         self.proj = taking_bias(attention.proj, attention.value)  # see `RowAttention`
         self.turning = Turning(attention, attention.qk_dim) if attention.rotary else None
         # What turns a key turns its bias, which then differs from token to token.
@@ -40,8 +47,14 @@ class LastBlock(nn.Module):
 
     def forward(self, stream: Any) -> Tensor:
         """All tokens that enter -> those that are read."""
-        x, places = self.stream.tokens(stream), self.stream.places(stream)
-        kept, normed = x[:, : self.rows], self.norm1(x)
+        kept = self.stream.tokens(stream)[:, : self.rows]
+        if self.has_attention:
+            kept = kept + self.ls1(self._mixed(stream))
+        return cast(Tensor, kept + self.ls2(self.mlp(self.norm2(kept)))) if self.has_mlp else kept
+
+    def _mixed(self, stream: Any) -> Tensor:
+        """What attention gives the tokens that are read."""
+        places, normed = self.stream.places(stream), self.norm1(self.stream.tokens(stream))
         if self.whole_query:
             parts = self.qkv(normed).split([self.sizes[0], *self.sizes], -1)
         else:
@@ -50,5 +63,4 @@ class LastBlock(nn.Module):
         if self.turning is not None:
             (key,) = self.turning(*(places or (None,)), key)
         mixed = self.weights(query[:, :, : self.rows], key) @ value
-        kept = kept + self.ls1(self.proj(mixed.transpose(1, 2).flatten(2)))
-        return cast(Tensor, kept + self.ls2(self.mlp(self.norm2(kept))))
+        return cast(Tensor, self.proj(mixed.transpose(1, 2).flatten(2)))

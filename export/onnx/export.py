@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lowpass.export.graph.keep_fp32 import kept_layers
+from lowpass.export.graph.keep_fp32 import gone_layers, kept_layers
 from lowpass.export.onnx.file import onnx_path, serialise, weights_path
 from lowpass.export.onnx.overflow import NameImage, Overflow, find_overflow, further_layers
 from lowpass.export.onnx.quantize import Quantization
@@ -52,8 +52,9 @@ def export(
     path = onnx_path(directory, precision, dense)
     model = SlimViT.load(directory, weights_path(directory, dense).name)
     seen = [as_seen(images, model, options) for images, _ in batches]
+    gone = gone_layers(model.architecture.blocks)
     while True:  # until no FP16 tensor overflows; `further_layers` keeps some more in FP32 each time, or gives up
-        options = options.model_copy(update={"keep_fp32": kept_layers(options.keep_fp32, len(model.blocks))})
+        options = options.model_copy(update={"keep_fp32": kept_layers(options.keep_fp32, len(model.blocks), gone)})
         content = serialise(directory, options, dense, calibration)
         overflow = find_overflow(path.name, content, seen, name_image)
         if overflow is None or overflow.wrong is None:

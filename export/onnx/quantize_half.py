@@ -5,6 +5,7 @@ graph gets Q/DQ with FP16 scales, the one kind that leaves it FP16 (tried in Ten
 refused). INT8 weights have a scale an output channel and 8 bits, rounded by GPTQ; FP8 (E4M3) ones a scale a tensor.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,14 +66,15 @@ def quantize_half(
 
 
 def layers_of_all_tokens(model: onnx.ModelProto) -> list[str]:
-    """The blocks' products in FP16 that read every token: of the last block the first alone."""
+    """The blocks' products in FP16 that read every token: of the last block with attention the first alone, and of
+    those above it none."""
     half = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
     weights = {node.name: node.input[1] for node in model.graph.node if len(node.input) > 1}
     names = [name for name in linear_layers(model) if name.startswith("blocks.") and weights[name] in half]
-    last = max((int(name.split(".")[1]) for name in names), default=0)
-    first = f"blocks.{last}.qkv"  # of `LastBlock`; that of a whole block is its attention's
-    cut = any(name.startswith(first) for name in names)
-    return [name for name in names if not (cut and name.startswith(f"blocks.{last}.") and not name.startswith(first))]
+    parts = {name: (int(name.split(".")[1]), name.split(".")[2]) for name in names}
+    cuts = [number for number, part in parts.values() if part == "qkv"]  # `LastBlock`'s; others' are their attention's
+    cut = min(cuts, default=math.inf)
+    return [name for name, (number, part) in parts.items() if number < cut or (number == cut and part == "qkv")]
 
 
 def _with_qdq(

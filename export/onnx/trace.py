@@ -13,7 +13,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
 from lowpass.export.graph.deployable import deployable
-from lowpass.export.graph.keep_fp32 import kept_layers
+from lowpass.export.graph.keep_fp32 import gone_layers, kept_layers
 from lowpass.export.graph.pixels import FromPixels
 from lowpass.export.options import OPSET, ExportOptions
 from lowpass.pipeline.base.errors import RunError
@@ -33,7 +33,7 @@ def to_onnx(slim: SlimViT, options: ExportOptions) -> onnx.ModelProto:
         RunError: it holds a `DFT`, complex or data-dependent-shape node.
     """
     dense = slim.architecture.dense
-    kept = kept_layers(options.keep_fp32, dense.depth)
+    kept = kept_layers(options.keep_fp32, dense.depth, gone_layers(slim.architecture.blocks))
     module = deployable(slim.cpu(), options.precision, options.selection, kept)
     example = torch.zeros(2, dense.in_chans, *dense.img_size)
     if options.input == "uint8":

@@ -30,8 +30,8 @@ class ChannelChoice:
         """The block that results, passing on `keep` tokens."""
         return BlockShape(
             heads=len(self.heads),
-            qk_dim=len(self.query_key[0]),
-            v_dim=len(self.value[0]),
+            qk_dim=len(self.query_key[0]) if self.heads else 0,
+            v_dim=len(self.value[0]) if self.heads else 0,
             hidden=len(self.hidden),
             keep=keep,
         )
@@ -73,7 +73,7 @@ def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
 
 
 def choose_for_shape(scores: ChannelScores, shape: BlockShape) -> ChannelChoice:
-    """The best-scored channels that give a block of the shape asked for.
+    """The best-scored channels that give a block of the shape asked for; none of a part that is to go whole.
 
     Raises:
         ValueError: the block is smaller than `shape` in some dimension, or positions are rotary and `qk_dim` is odd.
@@ -85,6 +85,8 @@ def choose_for_shape(scores: ChannelScores, shape: BlockShape) -> ChannelChoice:
     if shape.qk_dim % scores.step:
         raise ValueError(f"rotary positions turn query and key channels by pairs: {shape.qk_dim} cannot stay")
     hidden = best_channels(scores.hidden, shape.hidden)
+    if not shape.heads:
+        return ChannelChoice((), (), (), hidden)
     return best_heads(scores, shape.heads, shape.qk_dim, shape.v_dim, hidden)[0]
 
 

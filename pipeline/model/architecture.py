@@ -178,12 +178,19 @@ class Architecture(_Frozen):
         """MACs of scoring that many image tokens: LFE's low-pass as a matrix, where LFE is read at all."""
         return image_tokens * image_tokens * self.dense.embed_dim if self.token_criterion in READING_ENERGY else 0
 
+    @property
+    def last_attention(self) -> int:
+        """The last block with attention: what leaves it is read by token, and a classifier that reads prefix tokens
+        alone needs no others from there on. 0 where no block has attention."""
+        return max((index for index, block in enumerate(self.blocks) if block.heads), default=0)
+
     def with_keep(self, block: int, keep: int) -> "Architecture":
         """With `block` passing on `keep` image tokens, and later blocks at most as many."""
-        shapes = [
-            shape.model_copy(update={"keep": keep if i == block else min(shape.keep, keep)}) if i >= block else shape
-            for i, shape in enumerate(self.blocks)
-        ]
+        shapes, tokens = list(self.blocks[:block]), keep
+        for index, shape in enumerate(self.blocks[block:], block):
+            # Without attention a block passes on whatever enters it.
+            tokens = tokens if index == block or not shape.heads else min(shape.keep, tokens)
+            shapes.append(shape.model_copy(update={"keep": tokens}))
         return self.model_copy(update={"blocks": tuple(shapes)})
 
     def with_block(self, block: int, shape: BlockShape) -> "Architecture":
@@ -207,7 +214,12 @@ def check_blocks(blocks: tuple[BlockShape, ...], dense: DenseViT) -> None:
                 raise InputError(f"block {index}: {field} is {value}, but {dense.name} has only {limit}")
         if block.keep > tokens:
             raise InputError(f"block {index}: keep is {block.keep}, but only {tokens} image tokens enter it")
-        if dense.differential and (block.qk_dim, block.v_dim) != (limits.qk_dim, limits.v_dim):
+        if block.keep < tokens and not block.heads:
+            raise InputError(
+                f"block {index}: keep is {block.keep}, but {tokens} image tokens enter it, and without attention "
+                "(heads is 0) a block passes on all of them"
+            )
+        if dense.differential and block.heads and (block.qk_dim, block.v_dim) != (limits.qk_dim, limits.v_dim):
             raise InputError(f"block {index}: {dense.name} has differential attention, whose heads cannot be thinned")
         if block.qk_dim % dense.qk_step:
             raise InputError(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch_pruning as tp
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.channels import ChannelChoice
@@ -39,23 +40,26 @@ class _ExplicitBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         block = self.block
-        x = x + block.ls1(block.attn.traceable(block.norm1(x)))
-        return x + block.ls2(block.mlp(block.norm2(x)))
+        if block.has_attention:
+            x = x + block.ls1(block.attn.traceable(block.norm1(x)))
+        return x + block.ls2(block.mlp(block.norm2(x))) if block.has_mlp else x
 
 
 def dependency_graph(block: SlimBlock) -> tp.DependencyGraph:
-    """The graph of one block; (query, key), (value, projection) and the two MLP layers are its three groups."""
-    weight = block.attn.query.weight
+    """The graph of one block; (query, key), (value, projection) and the two MLP layers are its three groups, of which a
+    block without attention has the last alone, one without an MLP the others."""
+    weight = block.norm1.weight if block.has_attention else block.norm2.weight
     # Layer scale works on the residual stream, which is never pruned: tell the graph which axis is its channel.
     # What differential attention has inside a head goes with no channel either.
-    scales = [(parameter, 0) for scale in (block.ls1, block.ls2) for parameter in scale.parameters()]
-    if isinstance(block.attn, DifferentialAttention):
+    layer_scales = [module for module in block.children() if isinstance(module, LayerScale)]
+    scales = [(parameter, 0) for scale in layer_scales for parameter in scale.parameters()]
+    if block.has_attention and isinstance(block.attn, DifferentialAttention):
         scales += [(parameter, 0) for parameter in block.attn.inside_heads()]
     with torch.enable_grad():
         graph = tp.DependencyGraph()
         graph.build_dependency(
             _ExplicitBlock(block),
-            example_inputs=torch.zeros(1, 3, weight.shape[1], device=weight.device, dtype=weight.dtype),
+            example_inputs=torch.zeros(1, 3, len(weight), device=weight.device, dtype=weight.dtype),
             customized_pruners={AttentionWeights: _QueryKeyPairing()},
             unwrapped_parameters=scales,
         )
@@ -63,26 +67,39 @@ def dependency_graph(block: SlimBlock) -> tp.DependencyGraph:
 
 
 def remove_channels(block: SlimBlock, choice: ChannelChoice) -> None:
-    """Cut `block` down to `choice`, in place, one dependency group a kind of channel.
+    """Cut `block` down to `choice`, in place, one dependency group a kind of channel. Of a part that the block does not
+    have, `choice` has no channels; whole parts go by `remove_part`.
 
     Raises:
-        ValueError: positions are rotary, and a channel would stay without the other of its pair.
+        ValueError: positions are rotary, and a channel would stay without the other of its pair; or `choice` has
+            channels of a part that is not there, or none of one that is.
     """
+    for part, there, kept in (("attention", block.has_attention, choice.heads), ("MLP", block.has_mlp, choice.hidden)):
+        if there != bool(kept):
+            raise ValueError(
+                f"the block has {'an' if there else 'no'} {part}, of which {len(kept)} channels would stay"
+            )
+    if not (block.has_attention or block.has_mlp):
+        return
     training = block.training
-    attention = block.attn
-    if attention.rotary:
+    if block.has_attention and block.attn.rotary:
+        attention = block.attn
         turned = [pairs_of(kept, attention.qk_dim) for kept in choice.query_key]
         pairs_left = torch.stack([attention.pairs[h][list(kept)] for h, kept in zip(choice.heads, turned, strict=True)])
     frozen = {name for name, parameter in block.named_parameters() if not parameter.requires_grad}
     graph = dependency_graph(block.requires_grad_(True))  # it is traced through gradient functions
-    pairs = [h * attention.qk_dim + i for h, kept in zip(choice.heads, choice.query_key, strict=True) for i in kept]
-    values = [h * attention.v_dim + i for h, kept in zip(choice.heads, choice.value, strict=True) for i in kept]
-    _prune(graph, attention.query, pairs)
-    _prune(graph, attention.value, values)
-    _prune(graph, block.mlp.fc1, choice.hidden)
-    attention.num_heads = len(choice.heads)
-    if attention.rotary:
-        attention.pairs = pairs_left
+    if block.has_attention:
+        attention = block.attn
+        pairs = [h * attention.qk_dim + i for h, kept in zip(choice.heads, choice.query_key, strict=True) for i in kept]
+        values = [h * attention.v_dim + i for h, kept in zip(choice.heads, choice.value, strict=True) for i in kept]
+        _prune(graph, attention.query, pairs)
+        _prune(graph, attention.value, values)
+    if block.has_mlp:
+        _prune(graph, block.mlp.fc1, choice.hidden)
+    if block.has_attention:
+        attention.num_heads = len(choice.heads)
+        if attention.rotary:
+            attention.pairs = pairs_left
     block.train(training)  # tracing leaves evaluation mode behind
     block.zero_grad(set_to_none=True)
     for name, parameter in block.named_parameters():

@@ -19,10 +19,20 @@ from lowpass.pipeline.model.stream import PlacedStream, PlainStream, Stream
 
 
 class SlimBlock(nn.Module):
-    """Pre-norm block that passes on the `keep` best image tokens, chosen between attention and MLP (eq. 8-9)."""
+    """Pre-norm block that passes on the `keep` best image tokens, chosen between attention and MLP (eq. 8-9).
+
+    A shape without attention, or without an MLP, leaves nothing of it: neither the part nor its norm nor its layer
+    scale is there to be read. Without attention all tokens are passed on.
+    """
 
     lowpass: Tensor
     chance: Tensor
+    attn: SlimAttention
+    norm1: nn.LayerNorm
+    ls1: nn.Module
+    mlp: Mlp
+    norm2: nn.LayerNorm
+    ls2: nn.Module
 
     def __init__(self, architecture: Architecture, index: int) -> None:
         super().__init__()
@@ -41,26 +51,44 @@ class SlimBlock(nn.Module):
         self.token_seed = architecture.token_seed + index
         self.mean_readout = dense.mean_readout
         layer_norm = partial(nn.LayerNorm, eps=dense.norm_eps)
-        self.norm1 = layer_norm(dim)
-        self.attn = _attention(dense, shape, architecture.qk_scale, index)
-        self.ls1 = LayerScale(dim) if dense.layer_scale else nn.Identity()
-        self.norm2 = layer_norm(dim)
-        norm = layer_norm if dense.mlp_norm else None
-        self.mlp = Mlp(dim, shape.hidden, act_layer=ACTIVATIONS[dense.activation], norm_layer=norm)
-        self.ls2 = LayerScale(dim) if dense.layer_scale else nn.Identity()
+        if shape.heads:
+            self.norm1 = layer_norm(dim)
+            self.attn = _attention(dense, shape, architecture.qk_scale, index)
+            self.ls1 = LayerScale(dim) if dense.layer_scale else nn.Identity()
+        if shape.hidden:
+            self.norm2 = layer_norm(dim)
+            norm = layer_norm if dense.mlp_norm else None
+            self.mlp = Mlp(dim, shape.hidden, act_layer=ACTIVATIONS[dense.activation], norm_layer=norm)
+            self.ls2 = LayerScale(dim) if dense.layer_scale else nn.Identity()
         self.set_tokens(architecture.tokens_in(index), shape.keep)
 
     def set_tokens(self, tokens_in: int, keep: int) -> None:
-        """Fix how many image tokens enter and leave; what scores them follows (empty where all are kept)."""
+        """Fix how many image tokens enter and leave; what scores them follows (empty where all are kept).
+
+        Raises:
+            ValueError: tokens are to go from a block without attention, which has nothing to choose them by.
+        """
+        if keep < tokens_in and not self.has_attention:
+            raise ValueError(f"a block without attention passes on all {tokens_in} image tokens, not {keep}")
         self.tokens_in, self.keep = tokens_in, keep
         lowpass = chance = torch.empty(0)
         if self.scores_tokens and self.reads_energy:
             lowpass = token_lowpass_matrix(tokens_in, self.token_cutoff).clone()  # that one is every model's
         if self.scores_tokens and self.criterion.draws:
             chance = torch.rand(tokens_in, generator=torch.Generator().manual_seed(self.token_seed))
-        like = self.norm1.weight
+        like = next(self.parameters(), torch.empty(0))  # a block of nothing has none
         self.register_buffer("lowpass", lowpass.to(like.device, like.dtype), persistent=False)
         self.register_buffer("chance", chance.to(like.device), persistent=False)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether this block has attention, its norm and its layer scale."""
+        return hasattr(self, "attn")
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether this block has an MLP, its norm and its layer scale."""
+        return hasattr(self, "mlp")
 
     @property
     def scores_tokens(self) -> bool:
@@ -76,10 +104,10 @@ class SlimBlock(nn.Module):
     def shape(self) -> BlockShape:
         """The block's five numbers, read off its layers."""
         return BlockShape(
-            heads=self.attn.num_heads,
-            qk_dim=self.attn.qk_dim,
-            v_dim=self.attn.v_dim,
-            hidden=cast(nn.Linear, self.mlp.fc1).out_features,
+            heads=self.attn.num_heads if self.has_attention else 0,
+            qk_dim=self.attn.qk_dim if self.has_attention else 0,
+            v_dim=self.attn.v_dim if self.has_attention else 0,
+            hidden=cast(nn.Linear, self.mlp.fc1).out_features if self.has_mlp else 0,
             keep=self.keep,
         )
 
@@ -96,7 +124,10 @@ class SlimBlock(nn.Module):
         return self.attn.features(self.normed(x), self.reads_attention, *self.stream.places(x))
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Attention with its residual, all tokens still there, and the attention that their scores read."""
+        """Attention with its residual, all tokens still there, and the attention that their scores read; what came in
+        where there is no attention."""
+        if not self.has_attention:
+            return x, None
         mixed, weights = self.attn(self.normed(x), self.reads_attention, *self.stream.places(x))
         return self.stream.add(x, self.ls1(mixed)), weights
 
@@ -109,7 +140,9 @@ class SlimBlock(nn.Module):
         return cast(Tensor, self.norm2(self.stream.tokens(x)))
 
     def feed(self, x: Tensor) -> Tensor:
-        """The MLP with its residual."""
+        """The MLP with its residual; what came in where there is no MLP."""
+        if not self.has_mlp:
+            return x
         return cast(Tensor, self.stream.add(x, self.ls2(self.mlp(self.hidden_input(x)))))
 
     def scores(self, x: Tensor, weights: Tensor | None) -> Tensor:

@@ -90,10 +90,16 @@ class SlimViT(nn.Module, ModelHubMixin):
         return {name: cast(nn.Linear, getattr(self.vit, name)) for name in names}
 
     def set_keep(self, block: int, keep: int) -> None:
-        """Let `block` pass on `keep` image tokens; later blocks that kept more pass on as many as now reach them."""
+        """Let `block` pass on `keep` image tokens; later blocks that kept more pass on as many as now reach them, and
+        so do those without attention.
+
+        Raises:
+            ValueError: `block` has no attention, and more tokens enter it.
+        """
         tokens = self.blocks[block].tokens_in
         for index, later in enumerate(self.blocks[block:], block):
-            later.set_tokens(tokens, keep if index == block else min(later.keep, tokens))
+            most = min(later.keep, tokens) if later.has_attention else tokens
+            later.set_tokens(tokens, keep if index == block else most)
             tokens = later.keep
 
     @classmethod

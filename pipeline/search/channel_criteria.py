@@ -14,7 +14,7 @@ from lowpass.pipeline.method.frequency import lowpass_images
 from lowpass.pipeline.method.sensitivity import ChannelCriterion, ChannelScores, channel_scores, sensitivity_loss
 from lowpass.pipeline.method.structured_obs import BlockMetric
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.search.obs_scores import obs
+from lowpass.pipeline.search.obs_scores import check_scored, obs
 
 SEE_LOW_PASSED: frozenset[ChannelCriterion] = frozenset({"lfs"})
 ScoringBatch = tuple[Tensor, Tensor, Tensor]  # tokens of clean images, tokens of low-passed images, labels
@@ -55,7 +55,7 @@ def low_frequency_sensitivity(
 
     Raises:
         ValueError: there are no batches.
-        InputError: `model` is not a plain ViT.
+        InputError: `model` is not a plain ViT, or the block lacks its attention or its MLP.
 
     Example:
         >>> from lowpass.pipeline.checkpoints.load import load_model
@@ -121,6 +121,7 @@ def magnitude(slim: SlimViT, block: int) -> ChannelScores:
 
 def random_scores(slim: SlimViT, block: int, seed: int) -> ChannelScores:
     """Uniform noise: the floor for any criterion."""
+    check_scored(slim, block)
     generator = torch.Generator().manual_seed(seed * len(slim.blocks) + block)
     attention, hidden = slim.blocks[block].attn, cast(nn.Linear, slim.blocks[block].mlp.fc1)
     heads, step = attention.num_heads, slim.architecture.dense.qk_step
@@ -141,6 +142,7 @@ CHANNEL_CRITERIA: dict[
 
 
 def _layers(slim: SlimViT, block: int) -> list[nn.Linear]:
+    check_scored(slim, block)
     attention = slim.blocks[block].attn
     return [attention.query, attention.key, attention.value, cast(nn.Linear, slim.blocks[block].mlp.fc1)]
 

@@ -8,7 +8,8 @@ from lowpass.pipeline.model.architecture import Architecture
 
 class Costs(Protocol):
     """Of one image, or of one batch. Tokens count the prefix tokens in, except where it says image tokens. `last`: of
-    the last block, of which a deployed graph computes no more than the classifier reads."""
+    the last block with attention and of those above it, of which a deployed graph computes no more than the classifier
+    reads. A part that a block does not have costs nothing."""
 
     def ends(self) -> float:
         """Patch embedding and classifier."""
@@ -27,7 +28,7 @@ def total(costs: Costs, architecture: Architecture) -> float:
     """The cost of a whole model."""
     prefix, sum_ = architecture.dense.num_prefix_tokens, costs.ends()
     for index, block in enumerate(architecture.blocks):
-        image_tokens, last = architecture.tokens_in(index), index == architecture.dense.depth - 1
+        image_tokens, last = architecture.tokens_in(index), index >= architecture.last_attention
         sum_ += costs.attention(image_tokens + prefix, block, last) + costs.mlp(block.keep + prefix, block.hidden, last)
         if block.keep < image_tokens:
             sum_ += costs.selection(image_tokens, last)

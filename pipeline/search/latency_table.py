@@ -45,12 +45,16 @@ class LatencyTable(BaseModel):
         """See `Costs`."""
         rows = shape.heads * (shape.qk_dim + shape.v_dim)
         short = self._short(last)
+        if not rows and not short:
+            return 0.0
+        if short and not (rows and shape.hidden):
+            raise InputError("a latency table knows the last block whole, not without its attention or its MLP")
         points, grid = ((self.rows[0], self.rows[-1]), self.last_ms) if short else (self.rows, self.attention_ms)
         return _between(self.tokens, [_between(points, row, rows) for row in grid], tokens)
 
     def mlp(self, tokens: int, hidden: int, last: bool) -> float:
         """See `Costs`."""
-        if self._short(last):  # a row an image, in `last_ms` however wide
+        if self._short(last) or not hidden:  # a row an image, in `last_ms` however wide
             return 0.0
         return _between(self.tokens, [_between(self.hidden, row, hidden) for row in self.mlp_ms], tokens)
 

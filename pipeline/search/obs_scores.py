@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.recovery import Readout, token_weights
 from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.method.structured_obs import BlockMetric, logit_gram, removal_costs
@@ -13,6 +14,18 @@ from lowpass.pipeline.model.slim_block import SlimBlock, layer_scale
 from lowpass.pipeline.model.slim_vit import SlimViT
 
 OBSERVED_TOKENS = 65_536  # some fifty for each channel
+
+
+def check_scored(slim: SlimViT, block: int) -> None:
+    """Refuse to score a block of which a part is gone.
+
+    Raises:
+        InputError: it lacks its attention or its MLP.
+    """
+    part = slim.blocks[block]
+    if not (part.has_attention and part.has_mlp):
+        missing = "MLP" if part.has_attention else "attention"
+        raise InputError(f"block {block} has no {missing}; only channels of a whole block can be scored")
 
 
 def obs(slim: SlimViT, entering: Iterable[Tensor], block: int, metric: BlockMetric | None) -> ChannelScores:
@@ -29,7 +42,9 @@ def obs(slim: SlimViT, entering: Iterable[Tensor], block: int, metric: BlockMetr
 
     Raises:
         ValueError: there are no batches.
+        InputError: the block lacks its attention or its MLP.
     """
+    check_scored(slim, block)
     part, dense = slim.blocks[block], slim.architecture.dense
     attention, reader = part.attn, cast(nn.Linear, part.mlp.fc2)
     last = block == len(slim.blocks) - 1

@@ -9,6 +9,7 @@ import torch
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice, choose_for_shape
 from lowpass.pipeline.model.removal import remove_channels
+from lowpass.pipeline.model.whole_parts import mean_added, missing_parts, remove_part
 from lowpass.pipeline.search.channel_criteria import ScoringBatch
 from lowpass.pipeline.search.state import SearchState
 
@@ -44,6 +45,9 @@ def _choices_ahead(state: SearchState, shapes: Sequence[BlockShape]) -> list[Cha
         choice = choose_for_shape(state.scores_of(scored, _entering(state, index), index), shape)
         choices[index] = choice
         if top_down:
+            for part in missing_parts(scored.blocks[index], shape):
+                entering = (clean for clean, _, _ in _entering(state, index))
+                remove_part(scored, index, part, mean_added(scored, index, part, entering))
             remove_channels(scored.blocks[index], choice)
     return choices
 

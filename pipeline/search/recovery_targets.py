@@ -88,26 +88,29 @@ class RecoveryTargets:
     def refit(
         self, block: SlimBlock, before: SlimBlock, choice: ChannelChoice | None, clean: Sequence[Tensor]
     ) -> tuple[Refit, ...]:
-        """Refit what reads removed channels in `block`, and what reads a stream that is no longer the dense model's, in
-        place.
+        """Refit what reads removed channels in `block`, as far as it has attention and an MLP, and what reads a stream
+        that is no longer the dense model's, in place.
 
         Args:
             block: pruned.
-            before: the block as it was.
+            before: the block as it was, with the parts alone that `block` has.
             choice: what stayed of it; None: everything.
             clean: what enters the block of the pruned model.
         """
         if choice is None and not self.deviates:
             return ()  # the dense model's block, which reads the dense model's stream
         done = []
-        # Thinned heads of rotary positions are left as they are: their logits depend on where tokens are as well.
-        if choice is not None and block.attn.qk_dim < before.attn.qk_dim and not block.attn.rotary:
-            inputs = (block.normed(tokens) for tokens in self._visiting(clean))
-            done.append(refit_query_key(query_key_of(block), inputs, query_key_of(before), choice.heads))
-        done.append(
-            refit(block.attn.proj, "attn.proj", *moments(self._attention_rows(block, clean)), layer_scale(block.ls1))
-        )
-        if self.deviates or block.attn.value.out_features < before.attn.value.out_features:
+        if block.has_attention:
+            # Thinned heads of rotary positions are left as they are: their logits depend on where tokens are as well.
+            if choice is not None and block.attn.qk_dim < before.attn.qk_dim and not block.attn.rotary:
+                inputs = (block.normed(tokens) for tokens in self._visiting(clean))
+                done.append(refit_query_key(query_key_of(block), inputs, query_key_of(before), choice.heads))
+            rows = self._attention_rows(block, clean)
+            done.append(refit(block.attn.proj, "attn.proj", *moments(rows), layer_scale(block.ls1)))
+        if not block.has_mlp:
+            return tuple(done)
+        reads_other = self.deviates or not block.has_attention
+        if reads_other or block.attn.value.out_features < before.attn.value.out_features:
             hidden = range(before.shape.hidden) if choice is None else choice.hidden
             rows = self._mlp_input_rows(block, clean, list(hidden))
             done.append(refit(cast(nn.Linear, block.mlp.fc1), "mlp.fc1", *moments(rows)))
@@ -160,10 +163,11 @@ class RecoveryTargets:
             yield block.hidden_input(now), dense.mlp.fc1(wanted)[..., hidden], self._weights(block, now)
 
     def _attention_rows(self, block: SlimBlock, clean: Sequence[Tensor]) -> Iterator[Rows]:
-        """What the projection reads, and what it should give."""
-        for tokens, alive, middle in zip(self._visiting(clean), self.alive, self.middle, strict=True):
+        """What the projection reads, and what it should give: in a block without an MLP what the MLP gave, too."""
+        goal = self.middle if block.has_mlp else self.leaving
+        for tokens, alive, after in zip(self._visiting(clean), self.alive, goal, strict=True):
             features, _ = block.features(tokens)
-            wanted = block.stream.tokens(_pick(middle.to(self.device), alive.to(self.device)) - tokens)
+            wanted = block.stream.tokens(_pick(after.to(self.device), alive.to(self.device)) - tokens)
             target = unscaled(wanted, layer_scale(block.ls1), block.attn.proj, features)
             yield features, target, self._weights(block, tokens)
 

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import sha256
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.base.version import __version__
@@ -50,8 +51,9 @@ def search(
         budget_gib: memory for activations.
 
     Raises:
-        InputError: the target is out of reach.
+        InputError: the target is out of reach, or a block of the model lacks its attention or its MLP.
     """
+    refuse_missing_parts(model)
     if settings.allowable_drop is not None:
         state = SearchState(model, scoring, measuring, settings, directory, budget_gib)
         search_to_drop(state, settings.allowable_drop, log)
@@ -71,6 +73,18 @@ def search(
     del profiled  # its activations
     state = SearchState(model, scoring, measuring, settings, directory, budget_gib, metrics)
     search_to_target(curves, state, target, log)
+
+
+def refuse_missing_parts(model: SlimViT) -> None:
+    """Refuse a model that was cut before: costs, criteria and recovery of a search are those of whole blocks.
+
+    Raises:
+        InputError: naming the first block that lacks a part.
+    """
+    for index, block in enumerate(model.blocks):
+        if not (block.has_attention and block.has_mlp):
+            part = "MLP" if block.has_attention else "attention"
+            raise InputError(f"block {index} has no {part}; only a model whose blocks are whole can be searched")
 
 
 def logged_search(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lowpass.pipeline.base.errors import RunError
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.data.datasets import Batches
+from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.frequency import lowpass_images
 from lowpass.pipeline.method.recovery import Moments, Refit
@@ -22,6 +23,7 @@ from lowpass.pipeline.method.structured_obs import BlockMetric
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.model.whole_parts import mean_added, missing_parts, remove_part
 from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB, activation_store
 from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, SEE_LOW_PASSED, CriterionContext, ScoringBatch
 from lowpass.pipeline.search.error_metric import block_metrics
@@ -113,6 +115,7 @@ class SearchState:
                 stream[i] = self.store(leaving)
         self.index += 1
         self._cuts.clear()
+        self._attention_refits = ()
 
     def _run(self, blocks: list[SlimBlock], tokens: Tensor) -> Tensor:
         with self._precision():
@@ -183,6 +186,22 @@ class SearchState:
             attention.load_state_dict(before)
             self._attention_refits = ()
         return max(after, top1)
+
+    @torch.no_grad()
+    def remove_parts(self, shape: BlockShape) -> None:
+        """Take the parts out of the block at hand that a block of `shape` does not have, in place, and put what they
+        add on average in their place.
+
+        A constant that a bias below the block takes is added to what enters it. Where a block below chooses tokens
+        between that bias and here, those stay that it has chosen without the constant.
+        """
+        for part in missing_parts(self.model.blocks[self.index], shape):
+            added = mean_added(self.model, self.index, part, (tokens.to(self.device) for tokens in self.clean))
+            if remove_part(self.model, self.index, part, added) == self.index:
+                continue
+            for stream in (self.clean, self.low, self.measured):
+                for i, tokens in enumerate(stream):
+                    stream[i] = self.store(self.model.stream.add(tokens, added.to(tokens)))
 
     def cut(self, choice: ChannelChoice | None) -> tuple[SlimBlock, tuple[Refit, ...]]:
         """A copy of the block at hand with the chosen channels alone (None: all), refitted; the model stays. The same

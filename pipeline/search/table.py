@@ -10,12 +10,15 @@ from lowpass.pipeline.search.state import SearchState
 
 def apply_table(state: SearchState, blocks: Sequence[BlockShape]) -> None:
     """Cut the model of `state` down to `blocks`, in place and bottom-up, keeping the channels that its criterion likes
-    best."""
+    best. Of a part that the table does not have, what it adds on average stays."""
     model = state.model
     choose = chooser(state, blocks)
     for index, shape in enumerate(track(blocks, "cutting blocks")):
-        state.refit_attention()
+        if shape.heads:
+            state.refit_attention()
         model.set_keep(index, shape.keep)
-        model.vit.blocks[index], _ = state.cut(choose(index))
+        choice = choose(index)
+        state.remove_parts(shape)
+        model.vit.blocks[index], _ = state.cut(choice)
         state.ascend()
     state.refit_classifier()

@@ -27,7 +27,8 @@ def dropped_paths(model: SlimViT, rate: float) -> Iterator[None]:
         def drop(module: nn.Module, _: object, part: Tensor, odd: float = odd) -> Tensor:
             return drop_path(part, odd, module.training)
 
-        hooks += [part.register_forward_hook(drop) for part in (block.ls1, block.ls2)]
+        parts = ([block.ls1] if block.has_attention else []) + ([block.ls2] if block.has_mlp else [])
+        hooks += [part.register_forward_hook(drop) for part in parts]
     try:
         yield
     finally:

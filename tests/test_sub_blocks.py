@@ -322,8 +322,9 @@ def images(run: Path) -> Batches:
 def test_nothing_of_a_part_is_exported(run: Path, images: Batches, precision: Precision) -> None:
     calibration = None
     if precision not in ("fp32", "fp16", "bf16"):
-        calibration = Quantization(quantization_batches(run, None)[0][:2])
-    done = export_verified(run, ExportOptions(precision=precision), images, calibration=calibration, made_images=True)
+        fitted, judging = quantization_batches(run, None)
+        calibration = Quantization(fitted[:2], judging[:2])
+    done = export_verified(run, ExportOptions(precision=precision), images, calibration=calibration)
     assert done.same_top1 == 100 if precision == "fp32" else done.same_top1 >= 97
     nodes = [node.name for node in onnx.load(onnx_path(run, precision)).graph.node]
     for index, shape in enumerate(SlimViT.load(run).architecture.blocks):
@@ -338,7 +339,7 @@ def test_nothing_of_a_part_is_exported(run: Path, images: Batches, precision: Pr
 
 def test_an_older_opset(run: Path, images: Batches) -> None:
     for precision in ("fp32", "fp16"):
-        done = export_verified(run, ExportOptions(precision=precision, opset=20), images, made_images=True)
+        done = export_verified(run, ExportOptions(precision=precision, opset=20), images)
         assert done.same_top1 == 100 if precision == "fp32" else done.same_top1 >= 99
 
 
@@ -347,10 +348,13 @@ def test_a_run_is_reported_and_its_layers_are_named(
 ) -> None:
     told = answer(capsys, "evaluate", str(run))
     assert told["slim"]["top1"] > 60
-    assert answer(capsys, "forecast", str(run), "--gpu", "a100")["slim"]["macs"] == told["slim"]["macs"]
+    scoring = 64 * 64 * 96  # which the forecast leaves out
+    assert answer(capsys, "forecast", str(run), "--gpu", "a100")["slim"]["macs"] == told["slim"]["macs"] - scoring
     answer(capsys, "report", str(run))
     gone = gone_layers(SlimViT.load(run).architecture.blocks)
-    assert gone and "there is no such layer" in refusal(capsys, "export", str(run), "--keep-fp32", gone[0])
+    assert gone and "there is no such layer" in refusal(
+        capsys, "export", str(run), "--precision", "fp16", "--keep-fp32", gone[0]
+    )
 
 
 @given(st.data())

@@ -24,6 +24,8 @@ from written import write_shards
 
 import lowpass
 from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.base.files import PART
+from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.compress import compress
 from lowpass.pipeline.run.finetune import finetune_run
 from lowpass.pipeline.run.metrics import Metrics
@@ -102,6 +104,29 @@ def test_ten_kills_change_nothing(searched: Path, trained: Path, tmp_path: Path)
             assert not list(run.glob(".*")) and not (run / "training").exists()
             run = copy(searched, tmp_path / str(kills))
     assert interrupted >= 5
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["weights", "figures"])
+def test_a_kill_in_the_making_of_the_result_leaves_no_part(
+    searched: Path, trained: Path, tmp_path: Path, saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the weights are written, or the figures behind them."""
+    run = copy(searched, tmp_path / "run")
+
+    def killed(_: object, directory: Path) -> None:
+        (directory / f".half-written{PART}").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics if saved else SlimViT, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    assert list(run.glob(".*"))
+    train(run)
+    assert results(run) == results(trained) and not list(run.glob(".*"))
+    (run / f".half-written{PART}").touch()
+    train(run)  # which has ended
+    assert results(run) == results(trained) and not list(run.glob(".*"))
 
 
 @pytest.mark.slow

@@ -87,6 +87,7 @@ def finetune_run(
         logger.info("the training of %s has ended: nothing to go on with; without --resume it is trained on", directory)
         if together.is_main_process:
             state.remove()  # a kill may have left its folder
+            remove_parts(directory)
         return trained
     recipe = Recipe.load(directory)
     dense = SlimViT.load(directory, DENSE_WEIGHTS_FILE) if has_dense(directory) else None
@@ -118,13 +119,13 @@ def finetune_run(
         )
     teacher = _teacher(asked, slim, dense, images, recipe.batch_size)
     tracked = tracker(track, directory, asked.settings) if track is not None and together.is_main_process else None
-    if not begun:
-        if together.is_main_process:
-            remove_parts(directory)
+    if together.is_main_process:
+        remove_parts(directory)  # also of a kill in the making of the result, after which the training goes on
+        if not begun:
             if not asked.before.finetuned_epochs:
                 write_bytes(directory / PRUNED_WEIGHTS_FILE, (directory / asked.weights).read_bytes())
             state.begin(asked)
-        together.wait_for_everyone()
+    together.wait_for_everyone()
     log = TrainingLog(directory, asked.settings.epochs)
     held_in = subset(images.calibration, _held_in(images, recipe)) if asked.settings.keep_best else None
 

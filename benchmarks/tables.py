@@ -13,6 +13,7 @@ from lowpass.benchmarks.lookups import different, number, one, over_seeds, study
 from lowpass.benchmarks.rows import RESULTS, markdown
 from lowpass.benchmarks.serving.tables import serving, serving_floods, serving_pictures, serving_soak
 from lowpass.benchmarks.training.arithmetic import training_arithmetic
+from lowpass.benchmarks.training.throughput import training_throughput
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.files import write_text
@@ -295,6 +296,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "targets": targets,
     "compatibility": compatibility,
     "training": training_arithmetic,
+    "training-throughput": training_throughput,
 }
 
 

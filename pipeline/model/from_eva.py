@@ -8,7 +8,7 @@ are brought into the first order as they are read.
 import math
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers import AttentionRope, Mlp
@@ -18,9 +18,16 @@ from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.rotary import Rotary, rotary_table
-from lowpass.pipeline.model.architecture import Activation, DenseViT
+from lowpass.pipeline.model.architecture import DenseViT
 from lowpass.pipeline.model.stream import MOST
-from lowpass.pipeline.model.timm_parts import activation_of, alike, is_identity, is_layer_norm, is_whole_patches
+from lowpass.pipeline.model.timm_parts import (
+    activation_of,
+    alike,
+    in_common,
+    is_identity,
+    is_layer_norm,
+    is_whole_patches,
+)
 
 # Every part that is looked at here, or that does nothing in evaluation mode.
 PARTS = {"patch_embed", "pos_drop", "patch_drop", "rope", "norm_pre", "blocks", "norm", "fc_norm", "head_drop", "head"}
@@ -41,29 +48,14 @@ def describe_eva(model: nn.Module, name: str) -> DenseViT:
         if present:
             raise InputError(f"{name} is not a plain ViT: {obstacle}; use one such as deit_small_patch16_224")
     block = vit.blocks[0]
-    grid, patch = vit.patch_embed.grid_size, vit.patch_embed.patch_size
     return DenseViT(
-        name=name,
-        img_size=(grid[0] * patch[0], grid[1] * patch[1]),
-        patch_size=patch,
-        in_chans=vit.in_chans,
-        num_classes=vit.num_classes,
-        embed_dim=vit.embed_dim,
-        num_heads=block.attn.num_heads,
-        hidden=block.mlp.fc1.out_features,
-        depth=len(vit.blocks),
-        norm_eps=block.norm1.eps,
+        **in_common(vit, name),
         reg_tokens=0 if vit.reg_token is None else vit.reg_token.shape[1],
-        no_embed_class=vit.no_embed_class,
         layer_scale=block.gamma_1 is not None,
         qkv_bias=_has_bias(block.attn),
         class_token=vit.cls_token is not None,
         global_pool=vit.global_pool,
-        pre_norm=not is_identity(vit.norm_pre),
-        final_norm=not (is_identity(vit.norm) and is_identity(vit.fc_norm)),
-        fc_norm=not is_identity(vit.fc_norm),
-        activation=cast(Activation, activation_of(block.mlp.act)),
-        rotary=rotary_of(vit.rope, grid),
+        rotary=rotary_of(vit.rope, vit.patch_embed.grid_size),
         learned_positions=vit.pos_embed is not None,
     )
 

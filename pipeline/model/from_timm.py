@@ -11,10 +11,17 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.model.architecture import Activation, DenseViT
+from lowpass.pipeline.model.architecture import DenseViT
 from lowpass.pipeline.model.from_eva import describe_eva, eva_state
 from lowpass.pipeline.model.readout import TokenAndMeanViT
-from lowpass.pipeline.model.timm_parts import activation_of, alike, is_identity, is_layer_norm, is_whole_patches
+from lowpass.pipeline.model.timm_parts import (
+    activation_of,
+    alike,
+    in_common,
+    is_identity,
+    is_layer_norm,
+    is_whole_patches,
+)
 
 
 def slim_state(model: nn.Module) -> dict[str, Tensor]:
@@ -53,31 +60,15 @@ def describe_dense(model: nn.Module) -> DenseViT:
         if present:
             raise InputError(f"{name} is not a plain ViT: {obstacle}; use one such as deit_small_patch16_224")
     block = cast(Block, vit.blocks[0])
-    grid = cast(tuple[int, int], vit.patch_embed.grid_size)
-    patch = cast(tuple[int, int], vit.patch_embed.patch_size)
     return DenseViT(
-        name=name,
-        img_size=(grid[0] * patch[0], grid[1] * patch[1]),
-        patch_size=patch,
-        in_chans=vit.in_chans,
-        num_classes=vit.num_classes,
-        embed_dim=vit.embed_dim,
-        num_heads=block.attn.num_heads,
-        hidden=block.mlp.fc1.out_features,
-        depth=len(vit.blocks),
-        norm_eps=block.norm1.eps,
+        **in_common(vit, name),
         distilled=isinstance(vit, VisionTransformerDistilled),
         reg_tokens=vit.num_reg_tokens,
-        no_embed_class=vit.no_embed_class,
         layer_scale=isinstance(block.ls1, LayerScale),
         qkv_bias=block.attn.qkv.bias is not None,
         class_token=vit.cls_token is not None,
         global_pool="token+avg" if isinstance(vit, TokenAndMeanViT) else vit.global_pool,
         pool_prefix=vit.pool_include_prefix,
-        pre_norm=not is_identity(vit.norm_pre),
-        final_norm=not (is_identity(vit.norm) and is_identity(vit.fc_norm)),
-        fc_norm=not is_identity(vit.fc_norm),
-        activation=cast(Activation, activation_of(block.mlp.act)),
         attn_norm=not is_identity(block.attn.norm),
         mlp_norm=not is_identity(block.mlp.norm),
         differential=isinstance(block.attn, DiffAttention),

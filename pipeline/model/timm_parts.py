@@ -39,3 +39,25 @@ def alike(blocks: nn.Sequential | nn.ModuleList, norms: list[nn.Module]) -> bool
     kinds = [[type(module) for module in block.modules()] for block in blocks]
     epsilons = {cast(nn.LayerNorm, norm).eps for norm in norms}
     return all(s == shapes[0] for s in shapes) and all(k == kinds[0] for k in kinds) and len(epsilons) == 1
+
+
+def in_common(vit: Any, name: str) -> dict[str, Any]:
+    """What is read alike off timm's `VisionTransformer` and `Eva`, as a `DenseViT` calls it."""
+    block, grid, patch = vit.blocks[0], vit.patch_embed.grid_size, vit.patch_embed.patch_size
+    return {
+        "name": name,
+        "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
+        "patch_size": patch,
+        "in_chans": vit.in_chans,
+        "num_classes": vit.num_classes,
+        "embed_dim": vit.embed_dim,
+        "num_heads": block.attn.num_heads,
+        "hidden": block.mlp.fc1.out_features,
+        "depth": len(vit.blocks),
+        "norm_eps": block.norm1.eps,
+        "no_embed_class": vit.no_embed_class,
+        "pre_norm": not is_identity(vit.norm_pre),
+        "final_norm": not (is_identity(vit.norm) and is_identity(vit.fc_norm)),
+        "fc_norm": not is_identity(vit.fc_norm),
+        "activation": activation_of(block.mlp.act),
+    }

@@ -117,7 +117,12 @@ def test_figures_are_what_was_sent(running: Running, page: Address) -> None:
         load.start()
     for load in loads:
         load.join()
-    until(lambda: [model["total"]["requests"] for model in data(page)["pairs"][0]] == [60, 25])
+
+    def counted() -> list[list[int]]:  # the server answers first, then counts requests, images and batches one by one
+        totals = [model["total"] for model in data(page)["pairs"][0]]
+        return [[total[name] for name in ("requests", "images", "batches")] for total in totals]
+
+    until(lambda: counted() == [[60, 120, 60], [25, 100, 25]])
     ((slim, dense),) = data(page)["pairs"]
     for model, requests, size in ((slim, 60, 2), (dense, 25, 4)):
         total, now = model["total"], model["now"]

@@ -16,10 +16,12 @@ from lowpass.pipeline.base.errors import RunError
 
 MOST_REQUESTS = 20_000  # of one point
 TIMEOUT_S = 120.0  # of a request
+COUNTED_S = 10.0  # at most, until the server has counted what it answered
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 REFUSED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 Send = Callable[[], object]
+Statistics = tuple[int, int, int, int, dict[int, int]]
 
 
 class RefusedError(RunError):
@@ -120,13 +122,14 @@ def _measured(
             failures.append(error)
 
     observer = Client(url, model, "grpc")
-    before, began = _statistics(observer), time.perf_counter()
+    before, began = _settled(observer), time.perf_counter()
     workers = [threading.Thread(target=work, args=(index,)) for index in range(clients)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    lasted, after = time.perf_counter() - began, _statistics(observer)
+    lasted = time.perf_counter() - began
+    after = _settled(observer, before[0] + len(images) * sum(len(times) for times in took))
     observer.close()
     if failures:
         refused = isinstance(failures[0], grpc.RpcError) and failures[0].code() in REFUSED
@@ -151,7 +154,22 @@ def _measured(
     )
 
 
-def _statistics(client: Client) -> tuple[int, int, int, int, dict[int, int]]:
+def _settled(client: Client, images: int = 0) -> Statistics:
+    """What `client`'s model has done. The server answers first and counts afterwards, so this waits until all of
+    `images` are counted, in the total as by batch size, and two looks see the same."""
+    end, last = time.perf_counter() + COUNTED_S, None
+    while True:
+        now = _statistics(client)
+        counted, sizes = now[0], now[-1]
+        if (last == now and counted >= images and counted == sum(size * runs for size, runs in sizes.items())) or (
+            time.perf_counter() > end
+        ):
+            return now
+        last = now
+        time.sleep(0.02)
+
+
+def _statistics(client: Client) -> Statistics:
     """Images, executions, nanoseconds in queue and in compute, executions by batch size; since the model was loaded."""
     one = client.client.get_inference_statistics(client.model).model_stats[-1]
     sizes = {int(entry.batch_size): int(entry.compute_infer.count) for entry in one.batch_stats}

@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +20,9 @@ from lowpass.pipeline.run.images import DataSource
 from lowpass.pipeline.run.metrics import Metrics
 from lowpass.pipeline.run.recipe import IN_MEMORY, Recipe, make_recipe
 from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB
-from lowpass.pipeline.search.search import CostTargetOf
+from lowpass.pipeline.search.search import CostTargetsOf
 from lowpass.pipeline.search.shaping import Shaping, TunedFor, make_shaping
+from lowpass.pipeline.search.target import batches_for
 from lowpass.pipeline.train.finetune import SAVE_MINUTES
 from lowpass.pipeline.train.settings import Tracker
 
@@ -104,6 +104,10 @@ def recipe_of(
     given = {name: value for name, value in settings.items() if value is not None}
     if as_published:
         given.setdefault("channel_criterion", "lfs")
+    elif "runtime" in given:
+        # Where time is what is saved, a part costs more than its arithmetic, and a stage of tokens costs something.
+        given.setdefault("sub_blocks", given.get("prune") != "tokens")
+        shapes["token_stages"] = "auto" if shapes.get("token_stages") is None else shapes["token_stages"]
     return make_recipe(
         model=model if isinstance(model, str) else name_of(model),
         data=IN_MEMORY if isinstance(data, tuple) else data,
@@ -137,7 +141,7 @@ def run_recipe(
         recipe,
         out,
         resume,
-        cost_target_of(recipe),
+        cost_targets_of(recipe),
         memory_budget,
         model=model if isinstance(model, nn.Module) else None,
         data=data if isinstance(data, tuple) else None,
@@ -145,30 +149,29 @@ def run_recipe(
     )
 
 
-def cost_target_of(recipe: Recipe) -> CostTargetOf | None:
-    """What makes a recipe's latency target for its dense model; None: it has none.
+def cost_targets_of(recipe: Recipe) -> CostTargetsOf | None:
+    """What makes a recipe's latency targets for its dense model; None: it has none.
 
     Raises:
         InputError: its runtime is not here, or lacks the precision; or there is no such forecast.
     """
-    if recipe.target_latency is None:
+    if recipe.runtime is None:
         return None
+    batches = dict[int, float]()
+    if recipe.target_latency is not None:
+        batches[recipe.latency_batch] = recipe.target_latency
+    elif recipe.target_throughput is not None and recipe.latency_limit is not None:
+        batches = batches_for(recipe.target_throughput, recipe.latency_limit)
     from lowpass.export.forecast.target import forecast_target, is_forecast, parse_target
 
-    if recipe.runtime is not None and is_forecast(recipe.runtime):
-        target = parse_target(recipe.runtime, recipe.latency_precision, recipe.latency_batch)
-        return partial(forecast_target, target_ms=recipe.target_latency, target=target)
+    if is_forecast(recipe.runtime):
+        targets = {batch: parse_target(recipe.runtime, recipe.latency_precision, batch) for batch in batches}
+        return lambda dense: [forecast_target(dense, batches[batch], target) for batch, target in targets.items()]
     from lowpass.benchmarks.latency.target import checked_runtime, latency_target
 
     asked_precision: Any = recipe.latency_precision  # which it checks
     runtime, precision = checked_runtime(recipe.runtime, asked_precision)
-    return partial(
-        latency_target,
-        target_ms=recipe.target_latency,
-        runtime=runtime,
-        precision=precision,
-        batch=recipe.latency_batch,
-    )
+    return lambda dense: [latency_target(dense, ms, runtime, precision, batch) for batch, ms in batches.items()]
 
 
 class Run:

@@ -91,7 +91,10 @@ def test_compress_to_a_forecast(tmp_path: Path, capsys: pytest.CaptureFixture[st
     dense = forecast_of("dense", work_of(SlimViT.from_timm(load_model("digits_deit")).architecture), target)
     asked, whole = 0.7 * dense.batches[512].ms, dense.batches[512].ms
     small: dict[str, Any] = {"score_images": 128, "measure_images": 128, "runtime": "forecast:a100"}
-    for ms, said in ((2 * whole, r"ms \(forecast\) as it is; a target must be below that"), (0.01, "is out of reach")):
+    for ms, said in (
+        (2 * whole, r"ms \(forecast\) for a batch of 512 as it is; a target must be below that"),
+        (0.01, "is out of reach"),
+    ):
         with pytest.raises(InputError, match=said):
             lowpass.compress("digits_deit", "digits", run, target_latency=ms, latency_batch=512, **small)
         assert not run.exists()  # so that another target may be asked for

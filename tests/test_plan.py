@@ -7,20 +7,29 @@ from collections.abc import Sequence
 import pytest
 import timm
 from conftest import MakeViT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture, DenseViT
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.search.costs import Macs, total
+from lowpass.pipeline.search.costs import Costs, Macs, total
+from lowpass.pipeline.search.curves import AttentionOption, BlockCurve, SizeOption, interpolated
 from lowpass.pipeline.search.latency_table import LatencyTable
 from lowpass.pipeline.search.log_entries import Plan
 from lowpass.pipeline.search.loss_curves import spread
-from lowpass.pipeline.search.plan import NEAR, AttentionOption, BlockCurve, SizeOption, cheapest, interpolated, plan
+from lowpass.pipeline.search.plan import NEAR, least_cost, lost, plan
+from lowpass.pipeline.search.settings import SearchSettings
 from lowpass.pipeline.search.shaping import SHAPINGS
-from lowpass.pipeline.search.target import REFUSED_BEYOND, CostTarget, check_measured_target, make_plan
+from lowpass.pipeline.search.target import (
+    REFUSED_BEYOND,
+    CostTarget,
+    batches_for,
+    best_plan,
+    check_measured_targets,
+    make_plan,
+)
 
 DEPTH = 3
 
@@ -38,13 +47,17 @@ losses = st.floats(0.01, 1)
 
 
 @st.composite
-def curves(draw: st.DrawFn) -> list[BlockCurve]:
+def curves(draw: st.DrawFn, parts_may_go: bool = False) -> list[BlockCurve]:
     made = []
     for block in range(DEPTH):
         attention = [AttentionOption(heads=h, qk_dim=16, v_dim=16, loss=draw(losses)) for h in (1, 2)]
         attention.append(AttentionOption(heads=3, qk_dim=16, v_dim=16, loss=0))
         tokens = sizes_of(36, (9, 18), sorted((draw(losses), draw(losses)), reverse=True)) if block else ()
         hidden = sizes_of(192, (48, 96), (draw(losses), draw(losses)))
+        if parts_may_go:
+            attention[0] = AttentionOption(heads=0, qk_dim=0, v_dim=0, loss=draw(losses))
+            hidden = (SizeOption(size=0, loss=draw(losses)), *hidden[1:])
+            tokens = tokens[1:]
         made.append(BlockCurve(attention=tuple(attention), hidden=hidden, tokens=tokens))
     return made
 
@@ -57,34 +70,71 @@ def every_table(of: list[BlockCurve]) -> list[tuple[float, tuple[BlockShape, ...
         tokens, loss, blocks = 36, 0.0, []
         for curve, (shape, hidden, kept) in zip(of, combination, strict=True):
             keep = kept.size if curve.tokens else tokens
-            if keep > tokens:
+            if keep > tokens or (keep < tokens and not shape.heads):
                 break
             before = {option.size: option.loss for option in curve.tokens}.get(tokens, 0.0)
             loss += shape.loss + hidden.loss + (kept.loss - before if keep < tokens else 0.0)
             tokens = keep
-            blocks.append(BlockShape(heads=shape.heads, qk_dim=16, v_dim=16, hidden=hidden.size, keep=keep))
+            sizes = shape.model_dump(exclude={"loss"})
+            blocks.append(BlockShape(**sizes, hidden=hidden.size, keep=keep))
         else:
             found.append((loss, tuple(blocks)))
     return found
+
+
+class Kernels:
+    """Every part takes time for its being there, and hardly any where but a row is computed."""
+
+    def ends(self) -> float:
+        return 1.0
+
+    def attention(self, tokens: int, shape: BlockShape, last: bool) -> float:
+        return (0.3 if last else 1 + tokens * shape.heads / 80) if shape.heads else 0.0
+
+    def mlp(self, tokens: int, hidden: int, last: bool) -> float:
+        return (0.2 if last else 0.5 + tokens * hidden / 6000) if hidden else 0.0
+
+    def selection(self, image_tokens: int, last: bool) -> float:
+        return 0.0 if last else 0.4
 
 
 @given(of=curves(), share=st.floats(0.25, 1))
 def test_the_plan_loses_least_of_all_tables_within_the_target(
     architecture: Architecture, of: list[BlockCurve], share: float
 ) -> None:
-    costs, target = Macs(architecture), share * architecture.macs()
+    check_loses_least(architecture, of, Macs(architecture), share * architecture.macs())
+
+
+@given(of=curves(parts_may_go=True), share=st.floats(0.1, 1), by_kernels=st.booleans())
+@settings(max_examples=25)
+def test_so_it_does_where_whole_parts_may_go(
+    architecture: Architecture, of: list[BlockCurve], share: float, by_kernels: bool
+) -> None:
+    costs = Kernels() if by_kernels else Macs(architecture)
+    check_loses_least(architecture, of, costs, share * total(costs, architecture))
+
+
+def check_loses_least(architecture: Architecture, of: list[BlockCurve], costs: Costs, target: float) -> None:
     within = [
         (loss, blocks, cost)
         for loss, blocks in every_table(of)
+        if any(shape.heads for shape in blocks)  # or nobody sees the image
         if (cost := total(costs, architecture.model_copy(update={"blocks": blocks}))) <= target
     ]
     planned = plan(of, architecture, costs, target)
+    least = min(
+        total(costs, architecture.model_copy(update={"blocks": blocks}))
+        for _, blocks in every_table(of)
+        if any(shape.heads for shape in blocks)
+    )
+    assert least_cost(of, architecture, costs) == pytest.approx(least)
     if not within:
         assert planned is None
         return
     near = [entry for entry in within if entry[2] >= NEAR * target]
     by_table = {blocks: loss for loss, blocks, _ in within}
     assert planned in by_table  # within the target, and made of what was measured
+    assert lost(of, architecture, planned) == pytest.approx(by_table[planned])
     best = min(loss for loss, *_ in near or within)
     assert by_table[planned] <= best + 1e-9 or not near  # costs are binned: what is just near may not be seen so
 
@@ -95,15 +145,6 @@ def test_costs_add_up_to_the_macs_of_the_model(architecture: Architecture, share
     shape = BlockShape(heads=2, qk_dim=5, v_dim=7, hidden=50, keep=keep)
     slim = architecture.model_copy(update={"blocks": (shape,) * DEPTH})
     assert total(Macs(architecture), slim) == slim.macs()
-
-
-def test_cheapest_takes_the_least_of_every_part(architecture: Architecture) -> None:
-    curve = BlockCurve(
-        attention=tuple(AttentionOption(heads=h, qk_dim=16, v_dim=16, loss=0) for h in (3, 1)),
-        hidden=sizes_of(192, (48,), (1,)),
-        tokens=sizes_of(36, (9,), (1,)),
-    )
-    assert cheapest([curve], architecture) == (BlockShape(heads=1, qk_dim=16, v_dim=16, hidden=48, keep=9),)
 
 
 def test_losses_in_between_are_interpolated_and_never_fall() -> None:
@@ -197,7 +238,7 @@ def test_an_unreachable_measured_target_is_refused_with_what_is_reachable(archit
     whole = architecture.macs()
     with pytest.raises(InputError, match="out of reach"):
         make_plan(of, architecture, CostTarget(0.2 * whole, costs, "ms", lambda slim: float(slim.macs())))
-    least = total(costs, architecture.model_copy(update={"blocks": cheapest(of, architecture)}))
+    least = least_cost(of, architecture, costs)
     with pytest.raises(InputError, match=re.escape(f"takes {2 * least:.3g}")):
         make_plan(
             of, architecture, CostTarget(least * (1 + REFUSED_BEYOND), costs, "ms", lambda slim: 2.0 * slim.macs())
@@ -205,18 +246,57 @@ def test_an_unreachable_measured_target_is_refused_with_what_is_reachable(archit
 
 
 def test_a_measured_target_is_checked_before_the_search(architecture: Architecture) -> None:
-    shaping = SHAPINGS["onnxruntime"]
+    asked = SearchSettings(shaping=SHAPINGS["onnxruntime"])
 
     def refusal(target: float) -> str:
         goal = CostTarget(target * architecture.macs(), Macs(architecture), "ms", lambda slim: float(slim.macs()))
         with pytest.raises(InputError) as error:
-            check_measured_target(goal, architecture, shaping, "both")
+            check_measured_targets([goal], architecture, asked)
         return str(error.value)
 
     assert "as it is" in refusal(1.1)
     assert "out of reach: the smallest model takes" in refusal(0.01)
     reachable = CostTarget(0.5 * architecture.macs(), Macs(architecture), "ms", lambda slim: float(slim.macs()))
-    check_measured_target(reachable, architecture, shaping, "both")
+    check_measured_targets([reachable], architecture, asked)
+    barely = CostTarget(0.12 * architecture.macs(), Macs(architecture), "ms", lambda slim: float(slim.macs()))
+    with pytest.raises(InputError, match="the smallest model takes"):
+        check_measured_targets([barely], architecture, asked)
+    check_measured_targets([barely], architecture, asked.model_copy(update={"sub_blocks": True}))
+
+
+@given(rate=st.floats(0.1, 1e5), limit=st.floats(0.01, 1e4))
+def test_batches_of_a_throughput_keep_to_the_limit(rate: float, limit: float) -> None:
+    batches = batches_for(rate, limit)
+    for batch, ms in batches.items():
+        assert ms <= limit and 1000 * batch / ms >= rate * (1 - 1e-9) and batch <= 128
+    # Twice the largest batch would have to be faster than asked for.
+    assert 2 * max(batches) > 128 or 2 * max(batches) * 1000 / rate > limit
+
+
+def test_of_several_targets_the_one_that_costs_least_is_planned_for(architecture: Architecture) -> None:
+    """Beyond what dense does in a batch of one; larger batches come cheaper."""
+    of = [
+        BlockCurve(
+            attention=tuple(AttentionOption(heads=h, qk_dim=16, v_dim=16, loss=0.1 * (3 - h)) for h in (1, 2, 3)),
+            hidden=tuple(SizeOption(size=s, loss=(192 - s) / 192) for s in range(4, 193, 4)),
+            tokens=(),
+        )
+    ] * DEPTH
+    whole = architecture.macs()
+
+    def target(batch: int, share: float, out_of: float = 1.0) -> CostTarget:
+        def measure(slim: Architecture) -> float:
+            return slim.macs() / out_of
+
+        return CostTarget(share * whole, Macs(architecture), "ms", measure, batch=batch)
+
+    made = best_plan(of, architecture, [target(1, 0.4), target(4, 0.8), target(8, 0.6)])
+    assert made.batch == 4 and made.cost == pytest.approx(0.8 * whole, rel=0.02)
+    # What is planned for batch 4 takes ten times as long as its parts: batch 8 it is.
+    made = best_plan(of, architecture, [target(1, 0.4), target(4, 0.8, 0.1), target(8, 0.6)])
+    assert made.batch == 8 and made.cost == pytest.approx(0.6 * whole, rel=0.02)
+    with pytest.raises(InputError, match="is out of reach"):
+        best_plan(of, architecture, [target(1, 0.01), target(8, 0.02)])
 
 
 def test_deit_small_has_the_macs_it_is_known_by() -> None:

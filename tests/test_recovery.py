@@ -213,7 +213,7 @@ def test_a_dead_head_is_thinned(make_vit: MakeViT) -> None:
     dead = SlimViT.from_timm(vit)
     at = state_of(dead, made_batches(dead.architecture, 32, 16, seed=0))
     shape = at.model.blocks[0].shape.model_copy(update={"qk_dim": 5})
-    block, _ = at.cut(choose_for_shape(at.channel_scores(), shape))
+    block = at.cut(choose_for_shape(at.channel_scores(), shape)).block
     assert block.shape == shape and all(bool(p.isfinite().all()) for p in block.parameters())
 
 
@@ -230,14 +230,15 @@ def test_a_cut_block_comes_nearer_to_the_dense_stream(
         if dropping:
             at.model.set_keep(0, 20)
         if index:
-            at.model.vit.blocks[0], _ = at.cut(choose_channels(at.channel_scores(), 150))
+            at.accept(at.cut(choose_channels(at.channel_scores(), 150)))
             at.ascend()
             at.ascend()
         at.refit_attention()
-        at.model.vit.blocks[index], refits = at.cut(choose_channels(at.channel_scores(), 200))
+        cut = at.cut(choose_channels(at.channel_scores(), 200))
+        at.accept(cut)
         done = [*(["query/key/value"] if index else []), "query/key", "attn.proj", "mlp.fc1", "mlp.fc2"]
-        assert [r.layer for r in refits] == (done if recovery else [])
-        assert all(r.after <= r.before for r in refits)
+        assert [r.layer for r in cut.refits] == (done if recovery else [])
+        assert all(r.after <= r.before for r in cut.refits)
         tokens, reference = at.model.embed(fresh[0][0]), dense.embed(fresh[0][0])
         for slim, whole in zip(at.model.blocks[: index + 1], dense.blocks, strict=False):
             tokens, reference = slim(tokens), whole(reference)
@@ -300,7 +301,7 @@ def test_an_adaptation_that_costs_top1_is_undone(
     dense: SlimViT, images: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = state_of(dense, images)
-    at.model.vit.blocks[0], _ = at.cut(choose_channels(at.channel_scores(), 200))
+    at.accept(at.cut(choose_channels(at.channel_scores(), 200)))
     at.ascend()
     before = copy.deepcopy(at.model.blocks[1].state_dict())
     for after, stays in ((50.0, False), (75.0, True)):
@@ -308,7 +309,7 @@ def test_an_adaptation_that_costs_top1_is_undone(
         assert at.refit_attention_unless_worse(75.0) == 75.0
         now = at.model.blocks[1].state_dict()
         assert all(torch.equal(now[name], before[name]) for name in before) != stays
-        assert bool(at.cut(None)[1][0].layer == "query/key/value") == stays
+        assert bool(at.cut(None).refits[0].layer == "query/key/value") == stays
         at._cuts.clear()
 
 
@@ -321,7 +322,7 @@ def test_attention_is_adapted_to_what_enters_it(dense: SlimViT, images: Batches,
     at.refit_attention()
     both = zip(at.model.state_dict().values(), dense.state_dict().values(), strict=True)
     assert all(torch.equal(one, two) for one, two in both)
-    at.model.vit.blocks[0], _ = at.cut(choose_channels(at.channel_scores(), 200))
+    at.accept(at.cut(choose_channels(at.channel_scores(), 200)))
     for _ in range(index):
         at.ascend()
 
@@ -343,8 +344,8 @@ def test_attention_is_adapted_to_what_enters_it(dense: SlimViT, images: Batches,
 def test_the_classifier_comes_nearer_to_the_dense_logits(dense: SlimViT, images: Batches) -> None:
     fresh = made_batches(dense.architecture, 64, 64, seed=9)[0][0]
     at = state_of(dense, images)
-    for index in range(len(dense.blocks)):
-        at.model.vit.blocks[index], _ = at.cut(choose_channels(at.channel_scores(), 300))
+    for _ in dense.blocks:
+        at.accept(at.cut(choose_channels(at.channel_scores(), 300)))
         at.ascend()
     wanted = dense(fresh)
     before = float((at.model(fresh) - wanted).square().mean())
@@ -357,7 +358,7 @@ def test_the_classifier_comes_nearer_to_the_dense_logits(dense: SlimViT, images:
 def test_both_classifiers_of_a_distilled_model_are_refitted(make_vit: MakeViT) -> None:
     model = SlimViT.from_timm(make_vit(VisionTransformerDistilled))
     at = state_of(model, made_batches(model.architecture, 32, 16, seed=3))
-    for index in range(len(model.blocks)):
-        at.model.vit.blocks[index], _ = at.cut(choose_channels(at.channel_scores(), 100))
+    for _ in model.blocks:
+        at.accept(at.cut(choose_channels(at.channel_scores(), 100)))
         at.ascend()
     assert [done.layer for done in at.refit_classifier()] == ["head", "head_dist"]

@@ -19,6 +19,7 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.data.datasets import load_data
 from lowpass.pipeline.method.channels import choose_for_shape
+from lowpass.pipeline.model.architecture import read_blocks
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.compress import compress
 from lowpass.pipeline.run.recipe import Recipe, make_recipe
@@ -26,6 +27,7 @@ from lowpass.pipeline.search.state import SearchState
 
 RESULTS = ("recipe.yaml", "classes.json", "search.jsonl", "architecture.json", "slim.safetensors", "metrics.json")
 GOALS = ({"target_macs": 0.6}, {"allowable_drop": 20.0})
+WITH_PARTS = ({"target_macs": 0.3, "sub_blocks": True}, {"allowable_drop": 40.0, "sub_blocks": True})
 SMALL = {"data": "digits", "score_images": 64, "measure_images": 128}
 
 
@@ -63,7 +65,7 @@ def test_ten_kills_change_nothing(tiny_source: dict[str, object], tmp_path: Path
     )  # imports once, so that the moments fall into the search
     rng = random.Random(0)
     interrupted = 0
-    for goal in GOALS:
+    for goal in WITH_PARTS:
         recipe = small(**tiny_source, **goal)
         whole = tmp_path / f"whole-{next(iter(goal))}"
         run_alone(recipe, whole)
@@ -82,6 +84,7 @@ def test_ten_kills_change_nothing(tiny_source: dict[str, object], tmp_path: Path
             run_alone(recipe, directory)
             assert results(directory) == results(whole)
             assert not list(directory.glob(".*"))  # nothing half-written is left
+        assert any(not (b.heads and b.hidden) for b in read_blocks(whole / "architecture.json"))  # parts went whole
     assert interrupted >= 5  # or nothing was tested
 
 
@@ -191,8 +194,7 @@ def test_mixed_precision_measures_alike(tmp_path: Path) -> None:
         top1 = [state.top1(model.blocks)]
         for heads, hidden in ((2, 192), (1, 64)):
             shape = model.blocks[0].shape.model_copy(update={"heads": heads, "hidden": hidden})
-            block, _ = state.cut(choose_for_shape(scores, shape))
-            top1.append(state.top1([block, *model.blocks[1:]]))
+            top1.append(state.top1_with(state.cut(choose_for_shape(scores, shape))))
         found.append((scores, top1))
     (exact, of_exact), (rough, of_rough) = found
     assert all(torch.equal(getattr(exact, name), getattr(rough, name)) for name in ("query_key", "value", "hidden"))

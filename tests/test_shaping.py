@@ -20,6 +20,7 @@ from lowpass.pipeline.run.recipe import Recipe
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import Entry, TokenDecision
 from lowpass.pipeline.search.search import search
+from lowpass.pipeline.search.settings import SearchSettings
 from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS, Shaping, choose_shaped, make_shaping
 from lowpass.pipeline.search.target import check_target
 
@@ -134,7 +135,7 @@ def lowest(architecture: Architecture, shaping: Shaping) -> float:
     share = 1.0
     for hundredths in range(99, 0, -1):
         try:
-            check_target(architecture, hundredths / 100, shaping)
+            check_target(architecture, hundredths / 100, SearchSettings(shaping=shaping))
         except InputError:
             return share
         share = hundredths / 100

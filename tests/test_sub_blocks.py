@@ -20,8 +20,9 @@ from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.model.architecture import check_blocks, read_blocks
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.model.whole_parts import Part, mean_added, remove_part
+from lowpass.pipeline.model.whole_parts import Part, add_below, mean_added, take_out
 from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, CriterionContext, low_frequency_sensitivity
+from lowpass.pipeline.search.costs import total
 from lowpass.pipeline.search.latency_table import LatencyTable
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.search import search
@@ -36,6 +37,17 @@ def entering(slim: SlimViT, images: Tensor, index: int) -> Tensor:
     for block in slim.blocks[:index]:
         tokens = block(tokens)
     return tokens
+
+
+def mean_of(slim: SlimViT, index: int, part: Part, images: Tensor) -> Tensor:
+    last = index == len(slim.blocks) - 1
+    return mean_added(slim.blocks[index], slim.architecture.dense, last, part, [entering(slim, images, index)])
+
+
+def remove_part(slim: SlimViT, index: int, part: Part, added: Tensor) -> int | None:
+    """Which block has taken the constant; None: the embedding."""
+    left = take_out(slim.blocks[index], part, added)
+    return index if left is None else add_below(slim, index, left)
 
 
 def adding_the_mean(slim: SlimViT, index: int, part: Part, added: Tensor) -> None:
@@ -59,7 +71,7 @@ def test_the_mean_stands_for_the_part(make_vit: MakeViT, name: str, part: Part) 
     for index in (0, 1, 2):
         slim = some_vit(make_vit, name)
         images = images_for(slim)
-        added = mean_added(slim, index, part, [entering(slim, images, index)])
+        added = mean_of(slim, index, part, images)
         assert bool(added.abs().max() > 1e-3)
         expected = copy.deepcopy(slim)
         adding_the_mean(expected, index, part, added)
@@ -85,7 +97,7 @@ def test_many_parts_one_after_the_other(make_vit: MakeViT, name: str) -> None:
         (2, "mlp", 2),
     )
     for index, part, into in parts:
-        added = mean_added(slim, index, part, [entering(slim, images, index)])
+        added = mean_of(slim, index, part, images)
         adding_the_mean(expected, index, part, added)
         assert remove_part(slim, index, part, added) == into
         torch.testing.assert_close(slim(images), expected(images), rtol=0, atol=1e-10)
@@ -97,7 +109,7 @@ def test_a_channel_that_layer_scale_switches_off_takes_its_constant(make_vit: Ma
     slim = some_vit(make_vit, "layer scale")
     slim.blocks[1].ls1.gamma[:5] = torch.tensor([0.0, 1e-9, -1e-8, 1e-7, 0.0])
     images, expected = images_for(slim), copy.deepcopy(slim)
-    added = mean_added(slim, 1, "mlp", [entering(slim, images, 1)])
+    added = mean_of(slim, 1, "mlp", images)
     adding_the_mean(expected, 1, "mlp", added)
     remove_part(slim, 1, "mlp", added)
     torch.testing.assert_close(slim(images), expected(images), rtol=0, atol=1e-10)
@@ -111,13 +123,13 @@ def test_a_block_without_an_mlp_drops_tokens(make_vit: MakeViT) -> None:
     slim = SlimViT(architecture.model_copy(update={"token_criterion": "attention"})).eval().double()
     slim.set_keep(1, 9)
     images, expected = images_for(slim), copy.deepcopy(slim)
-    added = mean_added(slim, 1, "mlp", [entering(slim, images, 1)])
+    added = mean_of(slim, 1, "mlp", images)
     adding_the_mean(expected, 1, "mlp", added)
     assert remove_part(slim, 1, "mlp", added) == 1
     torch.testing.assert_close(slim(images), expected(images), rtol=0, atol=1e-10)
-    with pytest.raises(ValueError, match="block 1 drops tokens, for which it needs its attention"):
+    with pytest.raises(ValueError, match="the block drops tokens, for which it needs its attention"):
         remove_part(slim, 1, "attention", added)
-    with pytest.raises(ValueError, match="block 1 has no mlp"):
+    with pytest.raises(ValueError, match="the block has no mlp"):
         remove_part(slim, 1, "mlp", added)
 
 
@@ -252,7 +264,7 @@ def test_skipped_paths_are_of_the_parts_that_are_there(make_vit: MakeViT) -> Non
     assert all(parameter.grad is not None for parameter in slim.parameters())
 
 
-def test_a_latency_table_of_whole_blocks_says_so(digits_slim: SlimViT) -> None:
+def test_what_is_gone_takes_no_time(digits_slim: SlimViT) -> None:
     dense = digits_slim.architecture.dense
     table = LatencyTable.model_validate(
         {"dense": dense, "runtime": "r", "precision": "fp32", "batch": 1, "token_score": "cls", "machine": {}}
@@ -264,5 +276,7 @@ def test_a_latency_table_of_whole_blocks_says_so(digits_slim: SlimViT) -> None:
     nothing = BlockShape(**whole.model_dump() | NOTHING)
     assert table.attention(65, nothing, last=False) == table.mlp(65, 0, last=False) == 0
     assert table.attention(65, whole, last=True) == 2.0
-    with pytest.raises(InputError, match="knows the last block whole"):
-        table.attention(65, nothing, last=True)
+    assert table.attention(65, nothing, last=True) == table.mlp(65, 384, last=True) == 0
+    # The last block with attention is the one that is computed for a row alone, as is all that lies above it.
+    slim = cut_from(digits_slim.architecture, {5: NO_ATTENTION, 4: NO_MLP})
+    assert total(table, slim) == 1.0 + 4 * (3.0 + 3.0) + 2.0

@@ -99,6 +99,16 @@ STUDIES = {
         epochs=2,
         variants=tuple(_channels(criterion) for criterion in ("obs", "lfs", "taylor", "magnitude")),
     ),
+    "parts": Study(
+        "whole parts of blocks may go, or not",
+        {"shaping": SHAPINGS["tensorrt"]},
+        targets=(0.5, 0.35, 0.2),
+        epochs=None,
+        variants=(
+            Variant("no-sub-blocks", "searched to a target", {"sub_blocks": False}),
+            Variant("sub-blocks", "searched to a target", {"sub_blocks": True}),
+        ),
+    ),
     "settings": Study(
         "order and settings of the method",
         PAPER,

@@ -2,11 +2,16 @@
 
     python -m lowpass.benchmarks.forecast.efficiency
 
-Dense, lowpass and the shapes as published, at the paper's MACs. All are of our own deployment graph, so that what
-differs is what was cut, not how it was exported. Nothing of it was measured.
+Dense, lowpass, the shapes as published and whole parts of blocks gone, at the paper's MACs. All are of our own
+deployment graph, so that what differs is what was cut, not how it was exported. Nothing of it was measured.
+
+Which parts a search takes depends on the model. Here they are spread evenly, as many attentions and MLPs as come near
+to the MACs, in the mix that is fastest in a batch of one on an A100; what is left over is taken from the widths of the
+MLPs.
 """
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +29,8 @@ from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.model.architecture import Architecture, read_blocks
 from lowpass.pipeline.model.slim_vit import SlimViT
 
+NEAR = 0.98  # of the MACs: less is another model
+WIDTH = 64  # step of an MLP's width
 GPUS, BATCHES = ("t4", "a100", "h100"), (1, 8, 32, 128)
 SHAPES = {"lowpass": "paper", "as-published": "as_published"}  # -> the recipe's name
 
@@ -37,7 +44,38 @@ def shapes(model: str) -> dict[str, Architecture]:
         blocks = read_blocks(RECIPES / f"{model}_{recipe}.json")
         scored = dense if name == "lowpass" else SlimViT.from_timm(vit, token_score="full").architecture
         found[name] = scored.model_copy(update={"blocks": blocks})
+    found["sub-blocks"] = sub_blocks(dense, found["lowpass"].macs())
     return found
+
+
+def sub_blocks(dense: Architecture, macs: int) -> Architecture:
+    """Whole parts gone, evenly spread, at most so many MACs."""
+    target = parse_target("forecast:a100", None, 1)
+    fitting = list[tuple[float, Architecture]]()
+    depth = dense.dense.depth
+    for attentions, mlps in product(range(1, depth + 1), repeat=2):
+        slim = with_parts(dense, attentions, mlps, macs)
+        if slim is not None and slim.macs() >= NEAR * macs:
+            fitting.append((forecast_of("slim", work_of(slim), target).batches[1].ms, slim))
+    return min(fitting, key=lambda one_: one_[0])[1]
+
+
+def with_parts(dense: Architecture, attentions: int, mlps: int, macs: int) -> Architecture | None:
+    """So many attentions and MLPs, the latter as wide as fits the MACs; None: not even in their least width."""
+    depth, whole = dense.dense.depth, dense.blocks[0]
+    # Attention from the top, which the classifier reads, and MLPs from the bottom.
+    attention_in = {depth - 1 - depth * i // attentions for i in range(attentions)}
+    mlp_in = {depth * i // mlps for i in range(mlps)}
+    gone = {"heads": 0, "qk_dim": 0, "v_dim": 0}
+    for hidden in range(whole.hidden, 0, -WIDTH):
+        blocks = tuple(
+            whole.model_copy(update=({} if i in attention_in else gone) | {"hidden": hidden if i in mlp_in else 0})
+            for i in range(depth)
+        )
+        slim = dense.model_copy(update={"blocks": blocks})
+        if slim.macs() <= macs:
+            return slim
+    return None
 
 
 def rows(model: str) -> Iterator[Row]:

@@ -61,7 +61,7 @@ def latency_target(
         quiet = min(quiet, dense_ms)
         return quiet / speed
 
-    return CostTarget(value=target_ms, costs=table, unit="ms", measure=measure)
+    return CostTarget(value=target_ms, costs=table, unit="ms", measure=measure, batch=batch)
 
 
 def checked_runtime(runtime: str | None, precision: Precision | None) -> tuple[RuntimeName, Precision]:

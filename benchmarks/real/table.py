@@ -195,7 +195,7 @@ class _Unsuited(Exception):  # noqa: N818 - a reason, not an error
 def _pruned(bench: Bench, method: str, level: float, seed: int, recipe: Recipe | None, dense_top1: float) -> Pruned:
     if recipe is not None:
         try:
-            check_target(SlimViT.from_timm(bench.model).architecture, level, recipe.shaping, recipe.prune)
+            check_target(SlimViT.from_timm(bench.model).architecture, level, recipe)
         except InputError as error:
             raise _Unsuited(str(error)) from None
         runs = bench.folder / f"runs-score{bench.request.score_images}"

@@ -119,7 +119,7 @@ def _compress_to(source: dict[str, Any], runtime: RuntimeName, batch: int, targe
     timed_on = {"runtime": runtime, "latency_batch": batch, "latency_precision": PRECISION}
     shaping = SHAPINGS[TUNED_FOR.get(runtime, "onnxruntime")]
     recipe = make_recipe(**source, **QUICK, **timed_on, shaping=shaping, target_latency=target.value)
-    compress(recipe, run, cost_target_of=lambda _: target)
+    compress(recipe, run, cost_targets_of=lambda _: [target])
 
 
 def _dense(source: dict[str, Any], runtime: RuntimeName) -> Architecture:

@@ -147,7 +147,9 @@ def forecast_target(architecture: Architecture, target_ms: float, target: Target
         return forecast_of("slim", work_of(slim), target, known, "its engine").batches[batch].ms
 
     source = "forecast from the engine" if builds else "forecast"
-    return CostTarget(target_ms, ForecastCosts(architecture, target), "ms (forecast)", measure, source)
+    return CostTarget(
+        target_ms, ForecastCosts(architecture, target), "ms (forecast)", measure, source, target.batches[0]
+    )
 
 
 def engine_kernels(architecture: Architecture, precision: str, batch: int) -> list[Kernel]:

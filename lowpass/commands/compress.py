@@ -70,10 +70,26 @@ def compress(
             rich_help_panel=GOAL,
         ),
     ] = None,
+    target_throughput: Annotated[
+        float | None,
+        typer.Option(
+            metavar="IMAGES_PER_S",
+            help="Images a second on --runtime; the batch is picked along with the plan.",
+            rich_help_panel=GOAL,
+        ),
+    ] = None,
+    latency_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS",
+            help="Of --target-throughput: milliseconds that a batch may take.",
+            rich_help_panel=GOAL,
+        ),
+    ] = None,
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="Of --target-latency: onnxruntime, openvino or tensorrt on this machine; or a GPU that is not here, "
+            help="Of these two: onnxruntime, openvino or tensorrt on this machine; or a GPU that is not here, "
             "such as forecast:a100 or forecast:l4:int8-fp16.",
             rich_help_panel=GOAL,
         ),
@@ -222,8 +238,21 @@ def compress(
         ),
     ] = None,
     token_stages: Annotated[
-        int | None,
-        typer.Option(help="How many blocks may drop tokens, evenly spread; 0: every block.", rich_help_panel=SHAPES),
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="How many blocks may drop tokens, evenly spread; 0: every block; auto, the default of "
+            "--target-latency: as many as pay there.",
+            rich_help_panel=SHAPES,
+        ),
+    ] = None,
+    sub_blocks: Annotated[
+        bool | None,
+        typer.Option(
+            "--sub-blocks/--no-sub-blocks",
+            help="Whether a block may lose its attention or its MLP whole. Default: with --target-latency it may.",
+            rich_help_panel=SHAPES,
+        ),
     ] = None,
     token_score: Annotated[
         Literal["full", "cls"] | None,
@@ -346,13 +375,13 @@ def _start(
     timed: bool = False,
 ) -> None:
     """Compress, or say what that would take; with `ship` take the result all the way to timed engines."""
-    from lowpass.api import Run, cost_target_of, run_recipe
+    from lowpass.api import Run, cost_targets_of, run_recipe
     from lowpass.pipeline.run.dry_run import dry_run as estimated
     from lowpass.pipeline.run.estimate import as_table
 
     out = out or Path("runs") / Path(recipe.model.rpartition(":")[2]).name
     if dry_run:
-        cost_target_of(recipe)  # refuses a runtime that is not here
+        cost_targets_of(recipe)  # refuses a runtime that is not here
         estimate = estimated(recipe, out, resume, epochs, memory_budget, check=not yes, timed=timed)
         say(estimate.model_dump(mode="json"), as_table(estimate), as_json)
         return

@@ -68,6 +68,10 @@ def _goal(recipe: Recipe) -> str:
         return f"{recipe.target_macs:g} of the dense model's MACs"
     if recipe.target_latency is not None:
         return f"{recipe.target_latency:g} ms for a batch of {recipe.latency_batch} on {recipe.runtime}"
+    if recipe.target_throughput is not None:
+        return (
+            f"{recipe.target_throughput:g} images a second on {recipe.runtime}, a batch in {recipe.latency_limit:g} ms"
+        )
     if recipe.allowable_drop is not None:
         return f"an allowable drop of {recipe.allowable_drop:g} points of top-1"
     return f"the table in {recipe.architecture}"
@@ -96,7 +100,13 @@ def _weights(recipe: Recipe, provenance: Provenance | None) -> tuple[str, str]:
 def _settings(recipe: Recipe) -> list[Asked]:
     shaping = recipe.shaping
     heads = "whole heads" if shaping.whole_heads else "heads may be thinned"
-    shapes = f"widths in steps of {shaping.align}, {heads}, at most {shaping.token_stages} blocks drop tokens"
+    stages = "as many blocks drop tokens as pays"
+    if shaping.token_stages != "auto":
+        stages = (
+            f"at most {shaping.token_stages} blocks drop tokens" if shaping.token_stages else "any block drops tokens"
+        )
+    parts = "; attention and MLP of a block may go whole" if recipe.sub_blocks else ""
+    shapes = f"widths in steps of {shaping.align}, {heads}, {stages}{parts}"
     values = {
         "channels by": recipe.channel_criterion,
         "tokens by": f"{recipe.token_criterion}, score {shaping.token_score}, cutoff {recipe.token_cutoff:g}",

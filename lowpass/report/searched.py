@@ -8,6 +8,7 @@ from lowpass.pipeline.base.files import sha256
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE
+from lowpass.pipeline.search.curves import BlockCurve, SizeOption
 from lowpass.pipeline.search.log import SEARCH_FILE, read_log
 from lowpass.pipeline.search.log_entries import (
     ChannelDecision,
@@ -18,7 +19,6 @@ from lowpass.pipeline.search.log_entries import (
     TokenDecision,
     Trial,
 )
-from lowpass.pipeline.search.plan import BlockCurve, SizeOption
 
 
 @dataclass(frozen=True)

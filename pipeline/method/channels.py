@@ -57,7 +57,7 @@ def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
     pairs, values, hidden = scores.query_key, scores.value, scores.hidden
     threshold = score_threshold(scores, n)
     stays = (hidden >= threshold).nonzero().flatten()
-    if not len(stays):
+    if len(hidden) and not len(stays):
         stays = hidden.argmax(keepdim=True)
     num_pairs, num_values = int((pairs >= threshold).sum()), int((values >= threshold).sum())
     fewest = max(math.ceil(num_pairs / pairs.shape[1]), math.ceil(num_values / values.shape[1]), 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.recovery import SMALLEST_SCALE, token_weights
+from lowpass.pipeline.model.architecture import DenseViT
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
 
@@ -31,23 +32,22 @@ def missing_parts(block: SlimBlock, shape: BlockShape) -> tuple[Part, ...]:
 
 
 @torch.no_grad()
-def mean_added(model: SlimViT, index: int, part: Part, entering: Iterable[Tensor]) -> Tensor:
+def mean_added(block: SlimBlock, dense: DenseViT, last: bool, part: Part, entering: Iterable[Tensor]) -> Tensor:
     """What a part adds to the stream on average, behind its layer scale: [C] FP64.
 
     Tokens count as they do in recovery (`token_weights`): CLS as much as all image tokens where it stands for the
     image, and leaving the last block what the classifier reads alone.
 
     Args:
-        model: in evaluation mode.
-        index: of the block.
+        block: whose part it is, in evaluation mode.
+        dense: the model's description.
+        last: whether it is the model's last block.
         part: which of its parts.
-        entering: what enters the block [B, P + N, C], a batch at a time, on the model's device.
+        entering: what enters the block [B, P + N, C], a batch at a time, on the block's device.
 
     Raises:
         ValueError: there are no batches.
     """
-    block, dense = model.blocks[index], model.architecture.dense
-    last = index == len(model.blocks) - 1
     sum_, weight = torch.zeros(dense.embed_dim, dtype=torch.float64), 0.0
     for tokens in entering:
         if part == "attention":
@@ -63,32 +63,45 @@ def mean_added(model: SlimViT, index: int, part: Part, entering: Iterable[Tensor
 
 
 @torch.no_grad()
-def remove_part(model: SlimViT, index: int, part: Part, added: Tensor) -> int | None:
-    """Take a part out of a block, in place, and add the constant `added` [C] to the stream in its stead.
+def take_out(block: SlimBlock, part: Part, added: Tensor) -> Tensor | None:
+    """Take a part out of a block, in place; the constant `added` [C] takes its place.
 
-    The constant goes into the bias of what last adds to the stream before the part: of the projection of the same
-    block's attention for an MLP, of the nearest part below otherwise. Below the first part that is the norm in front of
-    the blocks, where there is one, or else the embedding: the bias of the patches, CLS and the other prefix tokens,
-    each. Layer scale multiplies such a bias: the constant is divided by it, and a channel that it switches off gets a
-    scale of 1, its old one multiplied into the layer's weights.
+    In place of an MLP it goes into the bias of the projection of the same block's attention, where there is one. Layer
+    scale multiplies such a bias: the constant is divided by it, and a channel that it switches off gets a scale of 1,
+    its old one multiplied into the layer's weights.
 
     Returns:
-        The block whose bias took the constant; None: it is the embedding.
+        The constant, where nothing is left in the block that could take it: it has to enter the block.
 
     Raises:
         ValueError: the block does not have the part, or attention is to go that chooses tokens.
     """
-    block = model.blocks[index]
     if not (block.has_attention if part == "attention" else block.has_mlp):
-        raise ValueError(f"block {index} has no {part} that could be removed")
+        raise ValueError(f"the block has no {part} that could be removed")
     if part == "attention":
         if block.scores_tokens:
-            raise ValueError(f"block {index} drops tokens, for which it needs its attention")
+            raise ValueError("the block drops tokens, for which it needs its attention")
         del block.norm1, block.attn, block.ls1
-    else:
-        del block.norm2, block.mlp, block.ls2
-    # What is left of the block lies before its MLP, but not before its attention.
-    for below in range(index if part == "mlp" else index - 1, -1, -1):
+        return added
+    del block.norm2, block.mlp, block.ls2
+    if not block.has_attention:
+        return added
+    _add_to_bias(block.attn.proj, block.ls1, added)
+    return None
+
+
+@torch.no_grad()
+def add_below(model: SlimViT, index: int, added: Tensor) -> int | None:
+    """Add the constant `added` [C] to what enters a block, in place.
+
+    It goes into the bias of what last adds to the stream below, as in `take_out`. Where there is nothing but the
+    embedding, that is the norm in front of the blocks, where there is one, or else the bias of the patches, CLS and the
+    other prefix tokens, each.
+
+    Returns:
+        The block whose bias took the constant; None: it is the embedding.
+    """
+    for below in range(index - 1, -1, -1):
         earlier = model.blocks[below]
         if earlier.has_mlp:
             _add_to_bias(earlier.mlp.fc2, earlier.ls2, added)

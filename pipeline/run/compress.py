@@ -20,7 +20,7 @@ from lowpass.pipeline.run.metrics import Figures, Metrics, count_parameters, sli
 from lowpass.pipeline.run.recipe import RECIPE_FILE, Recipe
 from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB
 from lowpass.pipeline.search.log import SEARCH_FILE
-from lowpass.pipeline.search.search import CostTargetOf, logged_search
+from lowpass.pipeline.search.search import CostTargetsOf, logged_search
 from lowpass.pipeline.search.state import SearchState
 from lowpass.pipeline.search.table import apply_table
 
@@ -29,7 +29,7 @@ def compress(
     recipe: Recipe,
     directory: Path,
     resume: bool = False,
-    cost_target_of: CostTargetOf | None = None,
+    cost_targets_of: CostTargetsOf | None = None,
     budget_gib: float = DEFAULT_BUDGET_GIB,
     dense_top1: float | None = None,
     model: nn.Module | None = None,
@@ -42,7 +42,7 @@ def compress(
         recipe: what to do.
         directory: new or empty; with `resume` it may hold the same run, interrupted or finished.
         resume: take up the decisions already made; the outcome is that of a run that was never interrupted.
-        cost_target_of: makes a latency target for the dense model; only a recipe with `target_latency` needs it.
+        cost_targets_of: makes the latency targets for the dense model; only a recipe with a `runtime` needs it.
         budget_gib: memory for activations; past it they are memory-mapped files in `directory`.
         dense_top1: of the dense model on the test split, where it is known; None: to be measured.
         model: the dense model, where it is in memory; None: the recipe's.
@@ -63,7 +63,7 @@ def compress(
     if resume:
         remove_parts(directory)  # what a kill left half-written
     with _nothing_left_if_refused(directory, resume):
-        return _compress(recipe, directory, inputs, provenance, cost_target_of, budget_gib, dense_top1)
+        return _compress(recipe, directory, inputs, provenance, cost_targets_of, budget_gib, dense_top1)
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def _compress(
     directory: Path,
     inputs: Inputs,
     provenance: Provenance,
-    cost_target_of: CostTargetOf | None,
+    cost_targets_of: CostTargetsOf | None,
     budget_gib: float,
     dense_top1: float | None,
 ) -> Metrics:
@@ -102,7 +102,7 @@ def _compress(
         dense_top1 = measured_top1(dense, inputs.data, recipe.batch_size, "testing dense")
     parameters, macs = count_parameters(dense), dense.architecture.macs()
     slim = dense  # pruned in place: the dense weights are on disk
-    _prune(slim, inputs, directory, cost_target_of, budget_gib)
+    _prune(slim, inputs, directory, cost_targets_of, budget_gib)
     slim_top1 = measured_top1(slim, inputs.data, recipe.batch_size, "testing slim")
     slim.save(directory)
     metrics = Metrics(
@@ -127,12 +127,12 @@ def _names(inputs: Inputs) -> tuple[str, ...] | None:
 
 
 def _prune(
-    slim: SlimViT, inputs: Inputs, directory: Path, cost_target_of: CostTargetOf | None, budget_gib: float
+    slim: SlimViT, inputs: Inputs, directory: Path, cost_targets_of: CostTargetsOf | None, budget_gib: float
 ) -> None:
     recipe = inputs.settings
     if inputs.blocks is None:
         assert inputs.data is not None  # a recipe without a table has images
-        logged_search(slim, inputs.data, recipe, directory, cost_target_of, budget_gib)
+        logged_search(slim, inputs.data, recipe, directory, cost_targets_of, budget_gib)
         return
     # Noise has nothing to recover by.
     settings = recipe if inputs.data is not None else recipe.model_copy(update={"recovery": False})

@@ -92,6 +92,14 @@ def estimate(
         slim_macs, goal = round(recipe.target_macs * macs), f"{recipe.target_macs:g} of the dense MACs"
     elif recipe.target_latency is not None:
         slim_macs, goal = None, f"{recipe.target_latency:g} ms of {recipe.latency_batch} images on {recipe.runtime}"
+    elif recipe.target_throughput is not None:
+        slim_macs, goal = (
+            None,
+            (
+                f"{recipe.target_throughput:g} images a second on {recipe.runtime}, a batch in at most "
+                f"{recipe.latency_limit:g} ms"
+            ),
+        )
     else:
         slim_macs, goal = None, f"an allowable drop of {recipe.allowable_drop:g} points of top-1"
     scored = min(recipe.score_images, train_images)
@@ -190,15 +198,18 @@ def _search(recipe: Recipe, dense: Architecture, scored: int, measured: int) -> 
     shaping = recipe.shaping
     stages = len(shaping.stages(depth)) / depth if recipe.prune != "channels" else 0.0
     channels = recipe.prune != "tokens"
+    whole_parts = 2 * recipe.sub_blocks * channels
     ready = measured  # in order of certainty
     if recipe.allowable_drop is not None:
-        trials = TRIALS * (stages + channels) * (measured * above + _refits(recipe, dense, scored))
+        trials = (TRIALS * (stages + channels) + whole_parts) * (measured * above + _refits(recipe, dense, scored))
         return round(ready + _cutting(recipe, dense, scored) + measured + trials)
     few = min(scored, PROFILE_SCORED)
     points = POINTS_BY_ERROR if recipe.channel_criterion == "obs" else POINTS
     heads = min(points, dense.dense.num_heads) - 1 if shaping.whole_heads else THRESHOLDS
-    cuts = channels * (heads + points - 1) + stages * (POINTS - 1) / 2  # with fewer tokens the rest costs less
-    refits = 0 if shaping.whole_heads else THRESHOLDS * _refits(recipe, dense, few)
+    cuts = (
+        channels * (heads + points - 1) + whole_parts + stages * (POINTS - 1) / 2
+    )  # with fewer tokens the rest costs less
+    refits = (whole_parts + (0 if shaping.whole_heads else THRESHOLDS)) * _refits(recipe, dense, few)
     profiling = _cutting(recipe, dense, few) + refits + min(few, PROFILED_IMAGES) * (1 + above * cuts)
     return round(ready + profiling + _cutting(recipe, dense, scored) + measured * (1 + above * (stages + 1)))
 

@@ -111,7 +111,7 @@ def _table(recipe: Recipe, architecture: Architecture) -> tuple[BlockShape, ...]
             raise InputError(f"{recipe.architecture} does not fit: {error}") from None
         return blocks
     if recipe.target_macs is not None:
-        check_target(architecture, recipe.target_macs, recipe.shaping, recipe.prune)
+        check_target(architecture, recipe.target_macs, recipe)
     return None
 
 

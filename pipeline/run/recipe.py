@@ -21,8 +21,9 @@ IN_MEMORY = "(in memory)"  # the `data` of a run whose images a program gave
 class Recipe(SearchSettings, ReadingOptions):
     """One compression: a model, its images, and the settings of the search and of fine-tuning.
 
-    Exactly one of `target_macs`, `target_latency`, `allowable_drop` and `architecture` says how far to go; a run that
-    `lowpass import-vtc` or `lowpass pull` made has `released` or `pulled`, what it was made from, instead.
+    Exactly one of `target_macs`, `target_latency`, `target_throughput`, `allowable_drop` and `architecture` says how
+    far to go; a run that `lowpass import-vtc` or `lowpass pull` made has `released` or `pulled`, what it was made from,
+    instead.
     """
 
     model: str
@@ -46,13 +47,28 @@ class Recipe(SearchSettings, ReadingOptions):
     def _one_goal(self) -> Self:
         if self.imported:
             return self
-        goals = [
-            goal is not None for goal in (self.target_macs, self.target_latency, self.allowable_drop, self.architecture)
-        ]
+        by_time = [self.target_latency, self.target_throughput]
+        goals = [goal is not None for goal in (self.target_macs, *by_time, self.allowable_drop, self.architecture)]
         if sum(goals) != 1:
-            raise ValueError("give exactly one of --target-macs, --target-latency, --allowable-drop and --architecture")
-        if (self.target_latency is None) != (self.runtime is None):
-            raise ValueError("--target-latency MS and --runtime NAME go together: milliseconds on which runtime?")
+            raise ValueError(
+                "give exactly one of --target-macs, --target-latency, --target-throughput, --allowable-drop and "
+                "--architecture"
+            )
+        if any(by_time) != (self.runtime is not None):
+            raise ValueError(
+                "--target-latency MS (or --target-throughput) and --runtime NAME go together: milliseconds on which "
+                "runtime?"
+            )
+        if (self.target_throughput is None) != (self.latency_limit is None):
+            raise ValueError(
+                "--target-throughput IMAGES_PER_S and --latency-limit MS go together: how long may a batch take?"
+            )
+        if self.target_throughput is not None and self.latency_batch != 1:
+            raise ValueError("--batch is for --target-latency; --target-throughput picks a batch itself")
+        if self.shaping.token_stages == "auto" and not any(by_time):
+            raise ValueError("--token-stages auto goes with --target-latency: it is by time that a stage pays or not")
+        if self.sub_blocks and self.prune == "tokens":
+            raise ValueError("--sub-blocks removes channels, which --prune tokens leaves alone")
         if self.order != "bottom-up" and self.allowable_drop is not None:
             raise ValueError(f"--order {self.order} goes with a target or a table: what is allowed is spent bottom-up")
         if self.data == "" or (self.data is None and not self.random_weights):

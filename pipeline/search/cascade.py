@@ -3,18 +3,22 @@
 Of `allowable_drop` points of top-1, the share `token_share` is for tokens, split evenly over the blocks that may drop
 some, and the rest is for channels, split evenly over all L blocks. Where every block may drop tokens, as in the paper,
 each has `allowable_drop / L`, measured against the model as it entered the block; what tokens leave of theirs, channels
-may spend. Refitting what reads the removed channels is part of a trial, so that more can go for the same drop.
-`target.py` is the other way to say how far: a MACs or latency target.
+may spend. Where whole parts of a block may go, that is tried before single channels. Refitting what reads the removed
+channels is part of a trial, so that more can go for the same drop. `target.py` is the other way to say how far: a MACs
+or latency target.
 """
 
 from collections.abc import Callable
 
 from lowpass.pipeline.method.channels import ChannelChoice
+from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.slim_block import SlimBlock
+from lowpass.pipeline.model.whole_parts import Part
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import ChannelDecision, ClassifierDecision, TokenDecision, Trial
-from lowpass.pipeline.search.shaping import choose_shaped, first_keep
+from lowpass.pipeline.search.shaping import first_keep
 from lowpass.pipeline.search.state import SearchState, keeping
+from lowpass.pipeline.search.sub_blocks import NOTHING_GONE, choose_of_the_rest, gone_rows, least_liked_first
 
 RESOLUTION = 0.03  # an amount is found to this share of what the block has
 
@@ -57,8 +61,7 @@ def refit_classifier(state: SearchState, log: SearchLog) -> None:
 def apply(state: SearchState, decision: ChannelDecision) -> None:
     """Cut the block at hand as decided."""
     if decision.choice is not None or decision.refits:
-        block, _ = state.cut(decision.choice)
-        state.model.vit.blocks[state.index] = block
+        state.accept(state.cut(decision.choice))
 
 
 def _drop_tokens(state: SearchState, floor: float, before: float, guesses: dict[str, float]) -> TokenDecision:
@@ -92,33 +95,52 @@ def _drop_channels(state: SearchState, floor: float, before: float, guesses: dic
     """The most channels, lowest scores first, that leave top-1 at or above `floor`."""
     model, index = state.model, state.index
     scores = state.channel_scores()
-    have = _channel_count(model.blocks[index])
+    gone, tried = _drop_parts(state, scores, floor) if state.settings.sub_blocks else (NOTHING_GONE, ())
+    if tried and gone:
+        before = max(trial.top1 for trial in tried if trial.amount == gone_rows(scores, gone))
+    have = scores.rows - gone_rows(scores, gone)
 
     def choice(n: int) -> ChannelChoice:
-        return choose_shaped(scores, n, state.settings.shaping)
-
-    refits_of = {}
+        return choose_of_the_rest(scores, n, state.settings.shaping, gone)
 
     def trial(n: int) -> float:
-        block, refits = state.cut(choice(n))
-        refits_of[n] = refits
-        return state.top1([block, *model.blocks[index + 1 :]], floor)
+        return state.top1_with(state.cut(choice(n)), floor)
 
-    n, trials = largest_amount(have - 1, have, guesses["channels"], floor, trial)
-    tried = tuple(Trial(amount=amount, top1=top1) for amount, top1 in trials.items())
-    if not n:
+    n, trials = largest_amount(have - 1, have, guesses["channels"], floor, trial) if have else (0, {})
+    tried += tuple(Trial(amount=scores.rows - have + amount, top1=top1) for amount, top1 in trials.items())
+    if not n and not gone:
         return _uncut(state, before).model_copy(update={"trials": tried})
     macs = model.architecture.with_block(index, choice(n).shape(model.blocks[index].keep)).macs()
     return ChannelDecision(
-        block=index, dropped=n, choice=choice(n), top1=trials[n], macs=macs, refits=refits_of[n], trials=tried
+        block=index,
+        dropped=scores.rows - have + n,
+        choice=choice(n),
+        top1=trials[n] if n else before,
+        macs=macs,
+        refits=state.cut(choice(n)).refits,
+        trials=tried,
     )
+
+
+def _drop_parts(state: SearchState, scores: ChannelScores, floor: float) -> tuple[frozenset[Part], tuple[Trial, ...]]:
+    """Which parts of the block at hand may go whole, and every trial made. What the criterion likes least is tried
+    first; attention that drops tokens stays."""
+    gone, tried = NOTHING_GONE, list[Trial]()
+    for part in least_liked_first(scores):
+        if part == "attention" and state.model.blocks[state.index].scores_tokens:
+            continue
+        cut = state.cut(choose_of_the_rest(scores, 0, state.settings.shaping, gone | {part}))
+        tried.append(Trial(amount=gone_rows(scores, gone | {part}), top1=state.top1_with(cut, floor)))
+        if tried[-1].top1 >= floor:
+            gone |= {part}
+    return gone, tuple(tried)
 
 
 def _uncut(state: SearchState, before: float) -> ChannelDecision:
     """No channel goes. What reads a stream that has changed is refitted, unless that lowers top-1."""
     model, index = state.model, state.index
-    block, refits = state.cut(None)
-    top1 = state.top1([block, *model.blocks[index + 1 :]]) if refits else before
+    cut = state.cut(None)
+    top1, refits = (state.top1_with(cut), cut.refits) if cut.refits else (before, ())
     if top1 < before:
         top1, refits = before, ()
     return ChannelDecision(block=index, choice=None, top1=top1, macs=model.architecture.macs(), refits=refits)

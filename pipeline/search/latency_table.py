@@ -44,17 +44,16 @@ class LatencyTable(BaseModel):
     def attention(self, tokens: int, shape: BlockShape, last: bool) -> float:
         """See `Costs`."""
         rows = shape.heads * (shape.qk_dim + shape.v_dim)
-        short = self._short(last)
-        if not rows and not short:
+        if not rows:
             return 0.0
-        if short and not (rows and shape.hidden):
-            raise InputError("a latency table knows the last block whole, not without its attention or its MLP")
+        short = self._short(last)
         points, grid = ((self.rows[0], self.rows[-1]), self.last_ms) if short else (self.rows, self.attention_ms)
         return _between(self.tokens, [_between(points, row, rows) for row in grid], tokens)
 
     def mlp(self, tokens: int, hidden: int, last: bool) -> float:
         """See `Costs`."""
-        if self._short(last) or not hidden:  # a row an image, in `last_ms` however wide
+        # A row an image: in `last_ms`, however wide and whether there or not; nothing in blocks above it.
+        if self._short(last) or not hidden:
             return 0.0
         return _between(self.tokens, [_between(self.hidden, row, hidden) for row in self.mlp_ms], tokens)
 

@@ -8,7 +8,7 @@ from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.recovery import Refit
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.search.plan import BlockCurve
+from lowpass.pipeline.search.curves import BlockCurve
 
 
 class _Record(BaseModel):
@@ -65,23 +65,33 @@ class Curve(_Record):
 
 
 class Plan(_Record):
-    """The table that a target leads to. `cost` is in MACs, or in milliseconds as measured on the whole model."""
+    """The table that a target leads to. `cost` is in MACs, or in milliseconds as measured on the whole model, of
+    a batch of `batch`."""
 
     kind: Literal["plan"] = "plan"
     blocks: tuple[BlockShape, ...]
     cost: float
+    batch: int | None = None
 
 
 Entry = Annotated[TokenDecision | ChannelDecision | ClassifierDecision | Curve | Plan, Field(discriminator="kind")]
+
+
+def _numbers(shape: BlockShape) -> str:
+    heads = f"{shape.heads}x{shape.qk_dim}/{shape.v_dim}" if shape.heads else "no attention"
+    return f"{heads}+{shape.hidden or 'no MLP'}@{shape.keep}"
 
 
 def in_a_line(entry: Entry, before: Architecture, dense_macs: int) -> str:
     """For people: what an entry does to the model as it stood before."""
     if isinstance(entry, Curve):
         least = entry.losses.attention[0]
-        return f"profiled block {entry.block}: one head would lose {least.loss:.3g}"
+        left = "one head would lose" if least.heads else "without attention it would lose"
+        return f"profiled block {entry.block}: {left} {least.loss:.3g}"
     if isinstance(entry, Plan):
-        return "plan: " + ", ".join(f"{b.heads}x{b.qk_dim}/{b.v_dim}+{b.hidden}@{b.keep}" for b in entry.blocks)
+        return ("plan: " if entry.batch is None else f"plan for batches of {entry.batch}: ") + ", ".join(
+            _numbers(shape) for shape in entry.blocks
+        )
     if isinstance(entry, ClassifierDecision):
         return f"classifier refitted; top-1 {entry.top1:.2f}"
     index = entry.block
@@ -93,9 +103,9 @@ def in_a_line(entry: Entry, before: Architecture, dense_macs: int) -> str:
         what = "keeps its channels"
     else:
         now = entry.choice.shape(had.keep)
-        what = (
-            f"heads {had.heads} -> {now.heads}, query/key {had.qk_dim} -> {now.qk_dim}, "
-            f"value {had.v_dim} -> {now.v_dim}, hidden {had.hidden} -> {now.hidden}"
-        )
+        sizes = f"query/key {had.qk_dim} -> {now.qk_dim}, value {had.v_dim} -> {now.v_dim}"
+        heads = f"heads {had.heads} -> {now.heads}, {sizes}" if now.heads else "its attention goes"
+        hidden = f"hidden {had.hidden} -> {now.hidden}" if now.hidden else "its MLP goes"
+        what = f"{heads}, {hidden}"
     trials = f" ({len(entry.trials)} trials)" if entry.trials else ""
     return f"block {index}: {what}; top-1 {entry.top1:.2f}, MACs {entry.macs / dense_macs:.3f}{trials}"

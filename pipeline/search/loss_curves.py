@@ -18,9 +18,9 @@ from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_block import SlimBlock, layer_scale
+from lowpass.pipeline.search.curves import AttentionOption, BlockCurve, SizeOption, falling, interpolated
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import Curve
-from lowpass.pipeline.search.plan import AttentionOption, BlockCurve, SizeOption, falling, interpolated
 from lowpass.pipeline.search.shaping import Shaping, first_keep
 from lowpass.pipeline.search.state import SearchState, first_images, keeping
 
@@ -53,8 +53,8 @@ def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
     scores = state.channel_scores()
     moments = state.refit_moments(block) if state.settings.recovery else None
 
-    def loss(candidate: SlimBlock) -> float:
-        found = state.divergence([candidate, *above], batches, wanted)
+    def loss(candidate: SlimBlock, added: Tensor | None = None) -> float:
+        found = state.divergence([candidate, *above], batches, wanted, added)
         if not math.isfinite(found):
             raise RunError(
                 f"block {index}: the classes of the cut model are no numbers; if mixed precision is on, do without it"
@@ -66,7 +66,7 @@ def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
         # What is read of a part is part of what was read of the whole, unless thinned heads attend differently or a
         # norm comes between.
         if moments is not None and (normed or shape.qk_dim < block.attn.qk_dim):
-            return state.cut(choice)[0]
+            return state.cut(choice).block
         candidate = copy.deepcopy(block)
         remove_channels(candidate, choice)
         if moments is not None:
@@ -84,6 +84,10 @@ def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
                 rows = [h * size + i for h, kept in zip(choice.heads, choice.value, strict=True) for i in kept]
                 refit(candidate.attn.proj, "attn.proj", fitted.take(rows), judged.take(rows), layer_scale(block.ls1))
         return candidate
+
+    def loss_without(**gone: int) -> float:
+        without = state.cut(choose_for_shape(scores, block.shape.model_copy(update=gone)))
+        return loss(without.block, without.added)
 
     whole = block.shape
     prune = state.settings.prune
@@ -108,8 +112,13 @@ def _curve(state: SearchState, wanted: list[torch.Tensor]) -> Curve:
             AttentionOption(heads=s.heads, qk_dim=s.qk_dim, v_dim=s.v_dim, loss=0.0 if s == whole else loss(cut(s)))
             for s in thin_shapes(whole, scores)
         ]
+    if state.settings.sub_blocks and prune != "tokens":
+        nothing = {"heads": 0, "qk_dim": 0, "v_dim": 0}
+        attention.insert(0, AttentionOption(**nothing, loss=loss_without(**nothing)))
     widths = [whole.hidden] if prune == "tokens" else widths_of(whole.hidden, shaping)
     hidden = of_sizes("hidden", widths, scores.hidden)
+    if state.settings.sub_blocks and prune != "tokens":
+        hidden = (SizeOption(size=0, loss=loss_without(hidden=0)), *hidden)
     tokens = list[SizeOption]()
     if prune != "channels" and index in shaping.stages(len(model.blocks)):
         counts = token_counts(model.architecture, index, shaping)

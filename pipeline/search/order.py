@@ -9,7 +9,7 @@ import torch
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice, choose_for_shape
 from lowpass.pipeline.model.removal import remove_channels
-from lowpass.pipeline.model.whole_parts import mean_added, missing_parts, remove_part
+from lowpass.pipeline.model.whole_parts import add_below, mean_added, missing_parts, take_out
 from lowpass.pipeline.search.channel_criteria import ScoringBatch
 from lowpass.pipeline.search.state import SearchState
 
@@ -47,7 +47,11 @@ def _choices_ahead(state: SearchState, shapes: Sequence[BlockShape]) -> list[Cha
         if top_down:
             for part in missing_parts(scored.blocks[index], shape):
                 entering = (clean for clean, _, _ in _entering(state, index))
-                remove_part(scored, index, part, mean_added(scored, index, part, entering))
+                described, last = scored.architecture.dense, index == len(shapes) - 1
+                added = mean_added(scored.blocks[index], described, last, part, entering)
+                left = take_out(scored.blocks[index], part, added)
+                if left is not None:
+                    add_below(scored, index, left)
             remove_channels(scored.blocks[index], choice)
     return choices
 

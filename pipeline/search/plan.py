@@ -3,74 +3,24 @@
 Every part of a block (its attention, its token drop, its MLP) was cut alone to several sizes, and the loss of each
 measured on the final logits. Losses are taken to add up; so do costs. Dynamic programming over parts and costs then
 finds the combination of least loss within the target. The costs of a part depend on the tokens that reach it, so their
-number is part of the state.
+number is part of the state. An option of a part may be that it is gone.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.search.costs import Costs, total
+from lowpass.pipeline.search.curves import AttentionOption, BlockCurve, SizeOption
 
 BINS = 8192  # of the target, in which costs are counted
 NEAR = 0.99  # of the target: a table that costs less misses it
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class AttentionOption(_Frozen):
-    """Heads and their sizes, and what they lose."""
-
-    heads: int
-    qk_dim: int
-    v_dim: int
-    loss: float
-
-
-class SizeOption(_Frozen):
-    """A hidden width, or a count of image tokens, and what it loses."""
-
-    size: int
-    loss: float
-
-
-class BlockCurve(_Frozen):
-    """What cutting one block alone loses. Each part has its whole size among its options, at no loss. `tokens` is empty
-    where no token may go."""
-
-    attention: tuple[AttentionOption, ...]
-    hidden: tuple[SizeOption, ...]
-    tokens: tuple[SizeOption, ...]
-
-
-def falling(size: int) -> float:
-    """What `interpolated` goes along where nothing better is known."""
-    return -size
-
-
-def interpolated(
-    measured: Sequence[SizeOption], sizes: Sequence[int], along: Callable[[int], float] = falling
-) -> tuple[SizeOption, ...]:
-    """Losses at all `sizes` from those that were measured, never falling as a size falls.
-
-    Args:
-        measured: some sizes.
-        sizes: those that are wanted.
-        along: of a size, falling as it grows, what the loss is piecewise linear in.
-    """
-    points = sorted((along(option.size), option.loss) for option in measured)
-    known = np.maximum.accumulate(np.array([loss for _, loss in points]))
-    losses = np.interp([along(size) for size in sizes], [place for place, _ in points], known)
-    return tuple(SizeOption(size=size, loss=float(loss)) for size, loss in zip(sizes, losses, strict=True))
 
 
 def plan(
@@ -84,11 +34,33 @@ def plan(
         costs: of parts, in the unit of `target`.
         target: see above.
     """
-    problem = _Knapsack(curves, architecture, costs, target)
+    best: _Table | None = None
+    # From the last block with attention on, a block costs less: each that it may be is a problem of its own.
+    for last in reversed(range(len(curves))):
+        gone = [[option.loss for option in curve.attention if not option.heads] for curve in curves[last + 1 :]]
+        if not all(gone) or (best is not None and best.near and sum(map(min, gone)) >= best.loss):
+            break
+        table = _of_last(curves, architecture, costs, target, last)
+        if table is not None and (best is None or (-table.near, table.loss) < (-best.near, best.loss)):
+            best = table
+    return None if best is None else best.blocks
+
+
+class _Table(NamedTuple):
+    blocks: tuple[BlockShape, ...]
+    loss: float
+    near: bool
+
+
+def _of_last(
+    curves: Sequence[BlockCurve], architecture: Architecture, costs: Costs, target: float, last: int
+) -> _Table | None:
+    """See `plan`; of tables whose last block with attention is `last`."""
+    problem = _Knapsack(curves, architecture, costs, target, last)
     final = problem.solve()
     # What is near the target goes first: a table further below it would only lose less by an accident of measuring.
     near = round((NEAR * target - costs.ends()) / problem.unit)
-    for bins in (np.arange(final.shape[1]) >= near, np.full(final.shape[1], True)):
+    for is_near, bins in ((True, np.arange(final.shape[1]) >= near), (False, np.full(final.shape[1], True))):
         allowed = np.where(bins, final, np.inf)
         for flat in np.argsort(allowed, axis=None, kind="stable"):
             level, bin_ = divmod(int(flat), final.shape[1])
@@ -97,26 +69,31 @@ def plan(
             blocks = problem.trace_back(level, bin_)
             # Costs were rounded to bins; the exact one counts.
             if total(costs, architecture.model_copy(update={"blocks": blocks})) <= target:
-                return blocks
+                return _Table(blocks, float(final[level, bin_]), is_near)
     return None
 
 
 @dataclass(frozen=True)
 class _Part:
     """One part of one block, once every state has passed it. `chosen` [levels, bins] is the option that led to a state
-    (of a token drop: the level before it), `bins` [levels, options] what an option costs (of a drop: [levels, 1])."""
+    (of a token drop: the level before it; of a choice: 1 where the block has no attention), `bins` [levels, options]
+    what an option costs (of a drop: [levels, 1]), `attention` and `hidden` what the options are."""
 
-    kind: Literal["attention", "tokens", "hidden"]
-    block: int
+    kind: Literal["attention", "tokens", "choice", "hidden"]
     chosen: NDArray[np.int32]
     bins: NDArray[np.int64]
+    attention: Sequence[AttentionOption] = ()
+    hidden: Sequence[SizeOption] = ()
 
 
 class _Knapsack:
-    """States are (count of tokens, cost so far); parts are taken in the order in which a token meets them."""
+    """States are (count of tokens, cost so far); parts are taken in the order in which a token meets them. A block
+    drops tokens by its attention, or has none: where it may do either, both ways are gone, and the better is taken."""
 
-    def __init__(self, curves: Sequence[BlockCurve], architecture: Architecture, costs: Costs, target: float) -> None:
-        self.curves, self.costs = curves, costs
+    def __init__(
+        self, curves: Sequence[BlockCurve], architecture: Architecture, costs: Costs, target: float, last: int
+    ) -> None:
+        self.curves, self.costs, self.last = curves, costs, last
         self.prefix = architecture.dense.num_prefix_tokens
         counts = {architecture.dense.num_tokens} | {option.size for curve in curves for option in curve.tokens}
         self.levels = sorted(counts, reverse=True)
@@ -129,40 +106,48 @@ class _Knapsack:
         state = np.full((len(self.levels), self.width), np.inf)
         state[0, 0] = 0.0
         for block, curve in enumerate(self.curves):
-            shapes = [
-                BlockShape(heads=o.heads, qk_dim=o.qk_dim, v_dim=o.v_dim, hidden=1, keep=1) for o in curve.attention
-            ]
-            last = block == len(self.curves) - 1
-            costs = [[self.costs.attention(n + self.prefix, shape, last) for shape in shapes] for n in self.levels]
-            state = self._sized(state, "attention", block, [option.loss for option in curve.attention], costs)
-            if curve.tokens:
-                state = self._tokens(state, block, last)
+            last = block >= self.last
+            there, gone = _attentions(curve, block, self.last)
+            if there and curve.tokens:
+                with_attention = self._tokens(self._attention(state, there, last), curve, last)
+                state = self._either(with_attention, self._attention(state, gone, last)) if gone else with_attention
+            else:
+                state = self._attention(state, there + gone, last)
             costs = [
                 [self.costs.mlp(n + self.prefix, option.size, last) for option in curve.hidden] for n in self.levels
             ]
-            state = self._sized(state, "hidden", block, [option.loss for option in curve.hidden], costs)
+            losses = [option.loss for option in curve.hidden]
+            state = self._sized(state, losses, _Part("hidden", *self._marks(costs), hidden=curve.hidden))
         return state
 
-    def _sized(
-        self,
-        state: NDArray[np.float64],
-        kind: Literal["attention", "hidden"],
-        block: int,
-        losses: list[float],
-        costs: list[list[float]],
+    def _attention(
+        self, state: NDArray[np.float64], options: Sequence[AttentionOption], last: bool
     ) -> NDArray[np.float64]:
-        after, part = self._pass(state, kind, block, costs)
+        shapes = [_shape(option) for option in options]
+        costs = [[self.costs.attention(n + self.prefix, shape, last) for shape in shapes] for n in self.levels]
+        losses = [option.loss for option in options]
+        return self._sized(state, losses, _Part("attention", *self._marks(costs), attention=options))
+
+    def _sized(self, state: NDArray[np.float64], losses: Sequence[float], part: _Part) -> NDArray[np.float64]:
+        after = self._pass(part)
         for level in range(len(self.levels)):
             for option, loss in enumerate(losses):
                 _move(state[level], after[level], part.chosen[level], part.bins[level, option], loss, option)
         return after
 
-    def _tokens(self, state: NDArray[np.float64], block: int, last: bool) -> NDArray[np.float64]:
+    def _either(self, there: NDArray[np.float64], gone: NDArray[np.float64]) -> NDArray[np.float64]:
+        part = _Part("choice", *self._marks([[0.0]] * len(self.levels)))
+        self._pass(part)
+        part.chosen[:] = gone < there
+        return np.minimum(there, gone)
+
+    def _tokens(self, state: NDArray[np.float64], curve: BlockCurve, last: bool) -> NDArray[np.float64]:
         """A drop from n to m tokens loses what keeping m here loses beyond what keeping n here would have lost."""
-        losses = {option.size: option.loss for option in self.curves[block].tokens}
+        losses = {option.size: option.loss for option in curve.tokens}
         sizes = sorted(losses)
         at = np.interp(self.levels, sizes, [losses[size] for size in sizes])
-        after, part = self._pass(state, "tokens", block, [[self.costs.selection(n, last)] for n in self.levels])
+        part = _Part("tokens", *self._marks([[self.costs.selection(n, last)] for n in self.levels]))
+        after = self._pass(part)
         for level, n in enumerate(self.levels):
             _move(state[level], after[level], part.chosen[level], 0, 0.0, level)
             for left, m in enumerate(self.levels):
@@ -171,37 +156,48 @@ class _Knapsack:
                     _move(state[level], after[left], part.chosen[left], part.bins[level, 0], loss, level)
         return after
 
-    def _pass(
-        self,
-        state: NDArray[np.float64],
-        kind: Literal["attention", "tokens", "hidden"],
-        block: int,
-        costs: list[list[float]],
-    ) -> tuple[NDArray[np.float64], _Part]:
-        bins = np.rint(np.asarray(costs) / self.unit).astype(np.int64)
-        self.parts.append(_Part(kind, block, np.full(state.shape, -1, np.int32), bins))
-        return np.full_like(state, np.inf), self.parts[-1]
+    def _marks(self, costs: list[list[float]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """`chosen` and `bins` of a part."""
+        chosen = np.full((len(self.levels), self.width), -1, np.int32)
+        return chosen, np.rint(np.asarray(costs) / self.unit).astype(np.int64)
+
+    def _pass(self, part: _Part) -> NDArray[np.float64]:
+        self.parts.append(part)
+        return np.full(part.chosen.shape, np.inf)
 
     def trace_back(self, level: int, bin_: int) -> tuple[BlockShape, ...]:
         """The table that led to an end state."""
         blocks: list[BlockShape] = []
-        keep, hidden = self.levels[level], 1
-        for part in reversed(self.parts):
+        keep, hidden, parts = self.levels[level], 1, list(self.parts)
+        while parts:
+            part = parts.pop()
             mark = int(part.chosen[level, bin_])
-            curve = self.curves[part.block]
-            if part.kind == "tokens":
+            if part.kind == "choice":
+                # Of the two ways to here, the one without attention was gone last.
+                del parts[slice(-3, -1) if mark else slice(-1, None)]
+            elif part.kind == "tokens":
                 bin_ -= 0 if mark == level else int(part.bins[mark, 0])
                 level = mark
-                continue
-            bin_ -= int(part.bins[level, mark])
-            if part.kind == "hidden":
-                keep, hidden = self.levels[level], curve.hidden[mark].size
+            elif part.kind == "hidden":
+                bin_ -= int(part.bins[level, mark])
+                keep, hidden = self.levels[level], part.hidden[mark].size
             else:
-                shape = curve.attention[mark]
+                bin_ -= int(part.bins[level, mark])
+                shape = part.attention[mark]
                 blocks.append(
                     BlockShape(heads=shape.heads, qk_dim=shape.qk_dim, v_dim=shape.v_dim, hidden=hidden, keep=keep)
                 )
         return tuple(reversed(blocks))
+
+
+def _attentions(curve: BlockCurve, block: int, last: int) -> tuple[list[AttentionOption], list[AttentionOption]]:
+    """A block's options with attention and without, where `last` is the last block that has any."""
+    there = [option for option in curve.attention if option.heads and block <= last]
+    return there, [option for option in curve.attention if not option.heads and block != last]
+
+
+def _shape(option: AttentionOption) -> BlockShape:
+    return BlockShape(heads=option.heads, qk_dim=option.qk_dim, v_dim=option.v_dim, hidden=1, keep=1)
 
 
 def _move(
@@ -221,25 +217,41 @@ def _move(
     chosen[bins:][better] = mark
 
 
-def cheapest(curves: Sequence[BlockCurve], architecture: Architecture) -> tuple[BlockShape, ...]:
-    """Every part at its smallest."""
-    keep, blocks = architecture.dense.num_tokens, []
-    for curve in curves:
-        keep = min([keep, *(option.size for option in curve.tokens)])
-        least = min(curve.attention, key=lambda option: option.heads * (option.qk_dim + option.v_dim))
-        hidden = min(option.size for option in curve.hidden)
-        blocks.append(BlockShape(heads=least.heads, qk_dim=least.qk_dim, v_dim=least.v_dim, hidden=hidden, keep=keep))
-    return tuple(blocks)
+def lost(curves: Sequence[BlockCurve], architecture: Architecture, blocks: Sequence[BlockShape]) -> float:
+    """What a table made of the curves' options loses, as `plan` adds it up."""
+    tokens, sum_ = architecture.dense.num_tokens, 0.0
+    for curve, shape in zip(curves, blocks, strict=True):
+        sizes = (shape.heads, shape.qk_dim, shape.v_dim)
+        sum_ += next(o.loss for o in curve.attention if (o.heads, o.qk_dim, o.v_dim) == sizes)
+        sum_ += next(o.loss for o in curve.hidden if o.size == shape.hidden)
+        if shape.keep < tokens:
+            known = sorted((option.size, option.loss) for option in curve.tokens)
+            sizes_, losses = [size for size, _ in known], [loss for _, loss in known]
+            sum_ += max(0.0, float(np.interp(shape.keep, sizes_, losses) - np.interp(tokens, sizes_, losses)))
+        tokens = shape.keep
+    return sum_
 
 
-def refuse_unreachable(
-    curves: Sequence[BlockCurve], architecture: Architecture, costs: Costs, target: float, unit: str
-) -> None:
-    """Refuse a target that no table meets.
-
-    Raises:
-        InputError: with the least that can be reached.
-    """
-    least = total(costs, architecture.model_copy(update={"blocks": cheapest(curves, architecture)}))
-    if target < least:
-        raise InputError(f"a target of {target:g} {unit} is out of reach: at least {least:.4g} {unit} remain")
+def least_cost(curves: Sequence[BlockCurve], architecture: Architecture, costs: Costs) -> float:
+    """Of the cheapest table that the curves' options can make."""
+    prefix, found = architecture.dense.num_prefix_tokens, [math.inf]
+    for last in reversed(range(len(curves))):
+        least = {architecture.dense.num_tokens: costs.ends()}  # by the tokens that are left
+        for block, curve in enumerate(curves):
+            there, gone = _attentions(curve, block, last)
+            after = dict[int, float]()
+            for tokens, cost in least.items():
+                ways = [(tokens, costs.attention(tokens + prefix, _shape(option), block >= last)) for option in gone]
+                if there:
+                    scored = min(costs.attention(tokens + prefix, _shape(option), block >= last) for option in there)
+                    drop = costs.selection(tokens, block >= last)
+                    ways.append((tokens, scored))
+                    ways += [(option.size, scored + drop) for option in curve.tokens if option.size < tokens]
+                for left, more in ways:
+                    after[left] = min(cost + more, after.get(left, math.inf))
+            least = {
+                left: cost + min(costs.mlp(left + prefix, option.size, block >= last) for option in curve.hidden)
+                for left, cost in after.items()
+            }
+        found.append(min(least.values(), default=math.inf))
+    return min(found)

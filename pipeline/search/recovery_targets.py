@@ -93,9 +93,9 @@ class RecoveryTargets:
 
         Args:
             block: pruned.
-            before: the block as it was, with the parts alone that `block` has.
+            before: the block as it was.
             choice: what stayed of it; None: everything.
-            clean: what enters the block of the pruned model.
+            clean: what enters `block`.
         """
         if choice is None and not self.deviates:
             return ()  # the dense model's block, which reads the dense model's stream

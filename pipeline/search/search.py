@@ -4,7 +4,7 @@ Read on: `cascade.py`, or `loss_curves.py`, `plan.py` and `target.py`.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lowpass.pipeline.base.errors import InputError
@@ -21,11 +21,11 @@ from lowpass.pipeline.search.log import SEARCH_FILE, SearchLog, digest, open_log
 from lowpass.pipeline.search.loss_curves import measure_loss_curves
 from lowpass.pipeline.search.settings import SearchSettings
 from lowpass.pipeline.search.state import SearchState, first_images
-from lowpass.pipeline.search.target import CostTarget, check_measured_target, search_to_target
+from lowpass.pipeline.search.target import CostTarget, check_measured_targets, search_to_target
 
 PROFILE_SCORED = 1024  # images that score the cuts whose loss is measured: an amount needs fewer than a choice does
 IMAGE_SHARE = 0.5  # of the memory budget that images may take; past it they are files, like activations
-CostTargetOf = Callable[[Architecture], CostTarget]
+CostTargetsOf = Callable[[Architecture], Sequence[CostTarget]]
 
 
 def search(
@@ -35,7 +35,7 @@ def search(
     settings: SearchSettings,
     directory: Path,
     log: SearchLog,
-    cost_target_of: CostTargetOf | None = None,
+    cost_targets_of: CostTargetsOf | None = None,
     budget_gib: float = DEFAULT_BUDGET_GIB,
 ) -> None:
     """Prune `model` in place.
@@ -47,7 +47,8 @@ def search(
         settings: how far to go, and the criteria's settings.
         directory: where activations past the memory budget lie.
         log: decisions of an interrupted run, and where new ones go.
-        cost_target_of: makes a latency target for the dense model; only settings with `target_latency` need it.
+        cost_targets_of: makes the latency targets for the dense model, any of which is enough; only settings with a
+            `runtime` need it.
         budget_gib: memory for activations.
 
     Raises:
@@ -60,19 +61,19 @@ def search(
         return
     dense = model.architecture
     if settings.target_macs is not None:
-        target = CostTarget(settings.target_macs * dense.macs(), Macs(dense), "MACs")
-    elif cost_target_of is not None:
-        target = cost_target_of(dense)
+        targets: Sequence[CostTarget] = [CostTarget(settings.target_macs * dense.macs(), Macs(dense), "MACs")]
+    elif cost_targets_of is not None:
+        targets = cost_targets_of(dense)
     else:
         raise ValueError("a latency target needs a way to measure")
     if log.fresh:
-        check_measured_target(target, dense, settings.shaping, settings.prune)
+        check_measured_targets(targets, dense, settings)
     few = scoring[: len(first_images([images for images, _ in scoring], PROFILE_SCORED))]
     profiled = SearchState(copy.deepcopy(model), few, [], settings, directory, budget_gib)
     curves, metrics = measure_loss_curves(profiled, log), profiled.metrics
     del profiled  # its activations
     state = SearchState(model, scoring, measuring, settings, directory, budget_gib, metrics)
-    search_to_target(curves, state, target, log)
+    search_to_target(curves, state, targets, log)
 
 
 def refuse_missing_parts(model: SlimViT) -> None:
@@ -92,7 +93,7 @@ def logged_search(
     data: Data,
     settings: SearchSettings,
     directory: Path,
-    cost_target_of: CostTargetOf | None,
+    cost_targets_of: CostTargetsOf | None,
     budget_gib: float,
 ) -> None:
     """`search` in place, with every decision kept in `search.jsonl` before it is acted on, and taken up from there.
@@ -102,7 +103,7 @@ def logged_search(
         data: where the images that score and measure are drawn from.
         settings: see `search`.
         directory: a run that holds its dense weights.
-        cost_target_of: see `search`.
+        cost_targets_of: see `search`.
         budget_gib: see `search`.
 
     Raises:
@@ -128,4 +129,4 @@ def logged_search(
     log = open_log(directory / SEARCH_FILE, header, slim)
     if not log.fresh:
         logger.info("resuming after the decisions in %s", directory / SEARCH_FILE)
-    search(slim, scoring, measuring, settings, directory, log, cost_target_of, budget_gib)
+    search(slim, scoring, measuring, settings, directory, log, cost_targets_of, budget_gib)

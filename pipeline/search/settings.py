@@ -15,8 +15,8 @@ TOLD_BY = 500  # images that top-1 is measured on where nothing hangs on it
 
 
 class SearchSettings(BaseModel):
-    """How far to prune, on which images, and by what. One of `target_macs`, `target_latency` and `allowable_drop` says
-    how far, unless a table of shapes settles it."""
+    """How far to prune, on which images, and by what. One of `target_macs`, `target_latency`, `target_throughput` and
+    `allowable_drop` says how far, unless a table of shapes settles it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,6 +24,10 @@ class SearchSettings(BaseModel):
     allowable_drop: Annotated[float, Field(gt=0, le=100)] | None = None
     target_latency: Annotated[
         float | None, Field(gt=0, allow_inf_nan=False, description="milliseconds of one batch")
+    ] = None
+    target_throughput: Annotated[float | None, Field(gt=0, allow_inf_nan=False, description="images a second")] = None
+    latency_limit: Annotated[
+        float | None, Field(gt=0, allow_inf_nan=False, description="milliseconds that a batch may take")
     ] = None
     runtime: str | None = None
     latency_batch: Count = 1
@@ -35,6 +39,7 @@ class SearchSettings(BaseModel):
     token_criterion: TokenCriterion = "lfe-attention"
     order: Literal["bottom-up", "top-down", "one-shot"] = "bottom-up"
     prune: Prune = "both"
+    sub_blocks: bool = False  # whether a block may lose its attention or its MLP whole
     lfs_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     token_share: Annotated[float, Field(ge=0, le=1)] = 0.56
     shaping: Shaping = SHAPINGS["tensorrt"]

@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lowpass.pipeline.base.errors import InputError, first_problem
 from lowpass.pipeline.method.block_shape import BlockShape
@@ -27,13 +27,27 @@ TunedFor = Literal["onnxruntime", "openvino", "tensorrt"]
 Prune = Literal["both", "channels", "tokens"]
 
 
+AUTO_STAGES = 6
+
+
+def _stages(given: object) -> object:
+    if isinstance(given, str) and given != "auto":
+        if not given.lstrip("-").isdecimal():
+            raise ValueError(f"{given!r} is neither a number nor auto")
+        given = int(given)
+    if isinstance(given, int) and given < 0:
+        raise ValueError(f"{given} is below 0")
+    return given
+
+
 class Shaping(BaseModel):
     """In which amounts tokens and channels may go.
 
     `align`: hidden widths are multiples of it, and so are token counts, prefix tokens included, of an eighth of it.
     `avoid`: hidden widths are no multiples of it, short of the whole; 0: they may be.
     `whole_heads`: heads go whole; otherwise the paper's head search thins them, query/key and value each to its own
-    size. `token_stages`: how many blocks may drop tokens, spread evenly; 0: every block, as in the paper.
+    size. `token_stages`: how many blocks may drop tokens, spread evenly; 0: every block, as in the paper; "auto": as
+    many as a plan finds worth what scoring tokens costs where it is to run, of `AUTO_STAGES`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,14 +55,15 @@ class Shaping(BaseModel):
     align: Annotated[int, Field(ge=1)]
     avoid: Annotated[int, Field(ge=0)] = 0
     whole_heads: bool
-    token_stages: Annotated[int, Field(ge=0)]
+    token_stages: Annotated[int | Literal["auto"], BeforeValidator(_stages)]
     token_score: TokenScore
 
     def stages(self, depth: int) -> tuple[int, ...]:
         """The blocks that may drop tokens."""
-        if self.token_stages == 0 or self.token_stages >= depth:
+        stages = AUTO_STAGES if self.token_stages == "auto" else self.token_stages
+        if stages == 0 or stages >= depth:
             return tuple(range(depth))
-        return tuple(depth * (stage + 1) // (self.token_stages + 1) for stage in range(self.token_stages))
+        return tuple(depth * (stage + 1) // (stages + 1) for stage in range(stages))
 
     def keep(self, keep: int, have: int, num_prefix_tokens: int) -> int:
         """The nearest count of image tokens, upwards, that suits: at most `have`."""
@@ -62,8 +77,11 @@ class Shaping(BaseModel):
             aligned += self.align
         return min(have, aligned)
 
-    def smallest(self, dense: DenseViT, first_keep: int, prune: Prune = "both") -> tuple[BlockShape, ...]:
-        """The smallest table there is, when block 0 keeps at least `first_keep` tokens."""
+    def smallest(
+        self, dense: DenseViT, first_keep: int, prune: Prune = "both", sub_blocks: bool = False
+    ) -> tuple[BlockShape, ...]:
+        """The smallest table there is, when block 0 keeps at least `first_keep` tokens. With `sub_blocks` one head of
+        block 0 is all that is left: without any attention a classifier would not see the image."""
         head = dense.blocks()[0]
         # Thinned, the head search prefers many heads of one channel to one head.
         shape = {"heads": 1} if self.whole_heads else {"qk_dim": dense.qk_step, "v_dim": 1}
@@ -74,6 +92,9 @@ class Shaping(BaseModel):
                 fewest = min(first_keep, tokens) if block == 0 else 1
                 tokens = self.keep(fewest, tokens, dense.num_prefix_tokens)
             table.append(least.model_copy(update={"keep": tokens}))
+        if sub_blocks and prune != "tokens":
+            gone = {"heads": 0, "qk_dim": 0, "v_dim": 0, "hidden": 0, "keep": table[0].keep}
+            return (table[0].model_copy(update={"hidden": 0}), *(least.model_copy(update=gone) for _ in table[1:]))
         return tuple(table)
 
 

@@ -5,6 +5,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ from torch.nn import functional as F
 from lowpass.pipeline.base.errors import RunError
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.data.datasets import Batches
-from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.frequency import lowpass_images
 from lowpass.pipeline.method.recovery import Moments, Refit
@@ -23,12 +23,22 @@ from lowpass.pipeline.method.structured_obs import BlockMetric
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
-from lowpass.pipeline.model.whole_parts import mean_added, missing_parts, remove_part
+from lowpass.pipeline.model.whole_parts import add_below, mean_added, missing_parts, take_out
 from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB, activation_store
 from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, SEE_LOW_PASSED, CriterionContext, ScoringBatch
 from lowpass.pipeline.search.error_metric import block_metrics
 from lowpass.pipeline.search.recovery_targets import REFIT_ROWS, RecoveryTargets
 from lowpass.pipeline.search.settings import SearchSettings
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A block with some of its channels, how what reads them was refitted, and the constant [C] that enters it in place
+    of a part that is gone and has left nothing in the block that could take it."""
+
+    block: SlimBlock
+    refits: tuple[Refit, ...]
+    added: Tensor | None = None
 
 
 class SearchState:
@@ -51,7 +61,7 @@ class SearchState:
     ) -> None:
         self.model, self.settings, self.index = model, settings, 0
         self._attention_refits = tuple[Refit, ...]()
-        self._cuts = dict[ChannelChoice | None, tuple[SlimBlock, tuple[Refit, ...]]]()
+        self._cuts = dict[ChannelChoice | None, Cut]()
         self.device = next(model.parameters()).device
         self.labels = [labels for _, labels in scoring]
         dense = model.architecture.dense
@@ -134,22 +144,26 @@ class SearchState:
         """[B, classes] with `blocks` from here to the top."""
         return self.model.classify(self._run(blocks, tokens)).float()
 
-    def top1(self, blocks: list[SlimBlock], floor: float = 0.0) -> float:
-        """Top-1 (percent) on the measuring images with `blocks` from here to the top. It stops as soon as `floor` is
-        out of reach; what it returns is then the most that top-1 can be, which is below `floor`."""
+    def top1(self, blocks: list[SlimBlock], floor: float = 0.0, added: Tensor | None = None) -> float:
+        """Top-1 (percent) on the measuring images with `blocks` from here to the top, the constant `added` [C] entering
+        them. It stops as soon as `floor` is out of reach; what it returns is then the most that top-1 can be, which is
+        below `floor`."""
         total = sum(map(len, self.measured_labels))
         wrong = 0
         for tokens, labels in zip(self.measured, self.measured_labels, strict=True):
-            wrong += int((self.logits(blocks, tokens).argmax(-1).cpu() != labels).sum())
+            wrong += int((self.logits(blocks, self._shifted(tokens, added)).argmax(-1).cpu() != labels).sum())
             if 100 * (total - wrong) / total < floor:
                 break
         return 100 * (total - wrong) / total
 
-    def divergence(self, blocks: list[SlimBlock], batches: list[Tensor], wanted: list[Tensor]) -> float:
-        """Mean KL divergence of the dense model's classes `wanted` (log-probabilities) from those with `blocks`."""
+    def divergence(
+        self, blocks: list[SlimBlock], batches: list[Tensor], wanted: list[Tensor], added: Tensor | None = None
+    ) -> float:
+        """Mean KL divergence of the dense model's classes `wanted` (log-probabilities) from those with `blocks`, which
+        `batches` enter and the constant `added` [C]."""
         total = 0.0
         for tokens, log_p in zip(batches, wanted, strict=True):
-            log_q = self.logits(blocks, tokens).log_softmax(-1).cpu()
+            log_q = self.logits(blocks, self._shifted(tokens, added)).log_softmax(-1).cpu()
             total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
         return total / sum(map(len, batches))
 
@@ -187,38 +201,55 @@ class SearchState:
             self._attention_refits = ()
         return max(after, top1)
 
-    @torch.no_grad()
-    def remove_parts(self, shape: BlockShape) -> None:
-        """Take the parts out of the block at hand that a block of `shape` does not have, in place, and put what they
-        add on average in their place.
-
-        A constant that a bias below the block takes is added to what enters it. Where a block below chooses tokens
-        between that bias and here, those stay that it has chosen without the constant.
-        """
-        for part in missing_parts(self.model.blocks[self.index], shape):
-            added = mean_added(self.model, self.index, part, (tokens.to(self.device) for tokens in self.clean))
-            if remove_part(self.model, self.index, part, added) == self.index:
-                continue
-            for stream in (self.clean, self.low, self.measured):
-                for i, tokens in enumerate(stream):
-                    stream[i] = self.store(self.model.stream.add(tokens, added.to(tokens)))
-
-    def cut(self, choice: ChannelChoice | None) -> tuple[SlimBlock, tuple[Refit, ...]]:
-        """A copy of the block at hand with the chosen channels alone (None: all), refitted; the model stays. The same
-        choice gives the same block: what was tried is there when it is accepted."""
+    def cut(self, choice: ChannelChoice | None) -> Cut:
+        """The block at hand with the chosen channels alone (None: all), refitted; the model stays. The same choice
+        gives the same block: what was tried is there when it is accepted."""
         if choice not in self._cuts:
             self._cuts[choice] = self._cut(choice)
         return self._cuts[choice]
 
-    def _cut(self, choice: ChannelChoice | None) -> tuple[SlimBlock, tuple[Refit, ...]]:
+    @torch.no_grad()
+    def _cut(self, choice: ChannelChoice | None) -> Cut:
         before = self.model.blocks[self.index]
-        block = copy.deepcopy(before)
+        block, dense, last = (
+            copy.deepcopy(before),
+            self.model.architecture.dense,
+            self.index == len(self.model.blocks) - 1,
+        )
+        added: Tensor | None = None
+        for part in missing_parts(block, block.shape if choice is None else choice.shape(block.keep)):
+            entering = (self._shifted(tokens.to(self.device), added) for tokens in self.clean)
+            left = take_out(block, part, mean_added(block, dense, last, part, entering))
+            if left is not None:
+                added = left if added is None else added + left
         if choice is not None:
             remove_channels(block, choice)
         if not self.targets.batches:
-            return block, ()
-        with torch.no_grad():
-            return block, self._attention_refits + self.targets.refit(block, before, choice, self.clean)
+            return Cut(block, (), added)
+        clean = [self._shifted(tokens, added) for tokens in self.clean[: self.targets.batches]]
+        attention_refits = self._attention_refits if block.has_attention else ()
+        return Cut(block, attention_refits + self.targets.refit(block, before, choice, clean), added)
+
+    def _shifted(self, tokens: Tensor, added: Tensor | None) -> Tensor:
+        return tokens if added is None else self.model.stream.add(tokens, added.to(tokens))
+
+    def accept(self, cut: Cut) -> None:
+        """Make a cut block the model's.
+
+        A constant that a bias below the block takes is added to what enters it. Where a block below chooses tokens
+        between that bias and here, those stay that it has chosen without the constant.
+        """
+        self.model.vit.blocks[self.index] = cut.block
+        if cut.added is None:
+            return
+        add_below(self.model, self.index, cut.added)
+        for stream in (self.clean, self.low, self.measured):
+            for i, tokens in enumerate(stream):
+                stream[i] = self.store(self._shifted(tokens, cut.added))
+
+    def top1_with(self, cut: Cut, floor: float = 0.0) -> float:
+        """`top1` with a cut in place of the block at hand."""
+        return self.top1([cut.block, *self.model.blocks[self.index + 1 :]], floor, cut.added)
 
     @torch.no_grad()
     def refit_classifier(self) -> tuple[Refit, ...]:

@@ -17,8 +17,6 @@ def apply_table(state: SearchState, blocks: Sequence[BlockShape]) -> None:
         if shape.heads:
             state.refit_attention()
         model.set_keep(index, shape.keep)
-        choice = choose(index)
-        state.remove_parts(shape)
-        model.vit.blocks[index], _ = state.cut(choice)
+        state.accept(state.cut(choose(index)))
         state.ascend()
     state.refit_classifier()

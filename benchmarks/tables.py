@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from lowpass.benchmarks.forecast.efficiency import forecast_efficiency
+from lowpass.benchmarks.forecast.targets import forecast_targets
 from lowpass.benchmarks.lookups import different, number, one, over_seeds, study
 from lowpass.benchmarks.rows import RESULTS, markdown
 from lowpass.benchmarks.serving.tables import serving, serving_floods, serving_pictures, serving_soak
+from lowpass.benchmarks.targets.sub_blocks import targets_sub_blocks
 from lowpass.benchmarks.training.arithmetic import training_arithmetic
 from lowpass.benchmarks.training.throughput import training_throughput
 from lowpass.pipeline.base.errors import InputError, RunError
@@ -286,6 +288,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "forecast": forecasts,
     "forecast-efficiency": forecast_efficiency,
+    "forecast-targets": forecast_targets,
+    "parts": accuracy("accuracy_parts"),
     "gains": gains,
     "agreement": agreement,
     "serving": serving,
@@ -294,6 +298,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "serving-pictures": serving_pictures,
     "search-cost": search_cost,
     "targets": targets,
+    "targets-sub-blocks": targets_sub_blocks,
     "compatibility": compatibility,
     "training": training_arithmetic,
     "training-throughput": training_throughput,

@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 
 from lowpass.benchmarks.latency.machine import describe
-from lowpass.benchmarks.rows import RESULTS, Row, write_rows
+from lowpass.benchmarks.lookups import different, over_seeds, study
+from lowpass.benchmarks.rows import RESULTS, Row, markdown, write_rows
 from lowpass.export.forecast.target import engine_kernels, forecast_target, parse_target
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.exits import exit_codes
@@ -72,6 +73,36 @@ def rows(seeds: int, shares: list[float], runs: Path) -> Iterator[Row]:
 
 def _always(target: CostTarget) -> CostTargetsOf:
     return lambda _: [target]
+
+
+def forecast_targets(results: Path) -> str:
+    """The table of the documents."""
+    found, lines = study(results, "forecast_targets"), []
+    (dense,) = study(results, "forecast_targets", parts="dense", figure="forecast_ms")
+    for share, parts in different(found, "share", "parts"):
+        of = {"share": share, "parts": parts}
+        if refused := [row for row in found if row["figure"] == "refused" and all(row[k] == v for k, v in of.items())]:
+            lines.append([share, parts, f"refused: {refused[0]['value']}", "-", "-", "-"])
+            continue
+        reached = [
+            float(row["value"]) / float(dense["value"])
+            for row in study(results, "forecast_targets", **of, figure="forecast_ms")
+        ]
+        kernels = [float(row["value"]) for row in study(results, "forecast_targets", **of, figure="kernels")]
+        spread = f"{min(reached):.3f} to {max(reached):.3f}" if parts != "dense" else "1"
+        counted = f"{min(kernels):.0f} to {max(kernels):.0f}" if parts != "dense" else f"{kernels[0]:.0f}"
+        lines.append(
+            [
+                share or "1",
+                parts,
+                spread,
+                counted,
+                over_seeds(found, "macs_share", **of),
+                over_seeds(found, "top1", **of),
+            ]
+        )
+    header = ["share of dense's time", "whole parts", "reached", "kernels", "share of MACs", "top-1, no training"]
+    return markdown(header, lines, 2)
 
 
 def main(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lowpass.goals import cost_targets_of
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import Listener, report_to
 from lowpass.pipeline.model.architecture import Architecture
@@ -20,9 +21,7 @@ from lowpass.pipeline.run.images import DataSource
 from lowpass.pipeline.run.metrics import Metrics
 from lowpass.pipeline.run.recipe import IN_MEMORY, Recipe, make_recipe
 from lowpass.pipeline.search.activation_store import DEFAULT_BUDGET_GIB
-from lowpass.pipeline.search.search import CostTargetsOf
 from lowpass.pipeline.search.shaping import Shaping, TunedFor, make_shaping
-from lowpass.pipeline.search.target import batches_for
 from lowpass.pipeline.train.finetune import SAVE_MINUTES
 from lowpass.pipeline.train.settings import Tracker
 
@@ -147,31 +146,6 @@ def run_recipe(
         data=data if isinstance(data, tuple) else None,
         check=not yes,
     )
-
-
-def cost_targets_of(recipe: Recipe) -> CostTargetsOf | None:
-    """What makes a recipe's latency targets for its dense model; None: it has none.
-
-    Raises:
-        InputError: its runtime is not here, or lacks the precision; or there is no such forecast.
-    """
-    if recipe.runtime is None:
-        return None
-    batches = dict[int, float]()
-    if recipe.target_latency is not None:
-        batches[recipe.latency_batch] = recipe.target_latency
-    elif recipe.target_throughput is not None and recipe.latency_limit is not None:
-        batches = batches_for(recipe.target_throughput, recipe.latency_limit)
-    from lowpass.export.forecast.target import forecast_target, is_forecast, parse_target
-
-    if is_forecast(recipe.runtime):
-        targets = {batch: parse_target(recipe.runtime, recipe.latency_precision, batch) for batch in batches}
-        return lambda dense: [forecast_target(dense, batches[batch], target) for batch, target in targets.items()]
-    from lowpass.benchmarks.latency.target import checked_runtime, latency_target
-
-    asked_precision: Any = recipe.latency_precision  # which it checks
-    runtime, precision = checked_runtime(recipe.runtime, asked_precision)
-    return lambda dense: [latency_target(dense, ms, runtime, precision, batch) for batch, ms in batches.items()]
 
 
 class Run:

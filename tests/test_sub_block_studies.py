@@ -1,5 +1,7 @@
 """What the studies of whole parts compare."""
 
+from itertools import pairwise
+
 import pytest
 import timm
 
@@ -25,7 +27,7 @@ def test_parts_are_spread_evenly_within_the_macs(dense: Architecture) -> None:
         assert len(with_attention) == attentions and len(with_mlp) == mlps
         assert with_attention[-1] == 11 and with_mlp[0] == 0  # the classifier reads the one, the other reads the image
         for found in (with_attention, with_mlp):
-            gaps = {two - one for one, two in zip(found, found[1:], strict=False)}
+            gaps = {two - one for one, two in pairwise(found)}
             assert not gaps or max(gaps) - min(gaps) <= 1
         assert len({block.hidden for block in slim.blocks} - {0}) == 1
     assert with_parts(dense, 12, 12, dense.macs() // 20) is None

@@ -375,7 +375,8 @@ def _start(
     timed: bool = False,
 ) -> None:
     """Compress, or say what that would take; with `ship` take the result all the way to timed engines."""
-    from lowpass.api import Run, cost_targets_of, run_recipe
+    from lowpass.api import Run, run_recipe
+    from lowpass.goals import cost_targets_of
     from lowpass.pipeline.run.dry_run import dry_run as estimated
     from lowpass.pipeline.run.estimate import as_table
 

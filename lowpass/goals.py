@@ -1,0 +1,32 @@
+"""What a recipe's target in milliseconds, or in images a second, is planned by: a runtime here, or a forecast."""
+
+from typing import Any
+
+from lowpass.pipeline.run.recipe import Recipe
+from lowpass.pipeline.search.search import CostTargetsOf
+from lowpass.pipeline.search.target import batches_for
+
+
+def cost_targets_of(recipe: Recipe) -> CostTargetsOf | None:
+    """What makes a recipe's latency targets for its dense model; None: it has none.
+
+    Raises:
+        InputError: its runtime is not here, or lacks the precision; or there is no such forecast.
+    """
+    if recipe.runtime is None:
+        return None
+    batches = dict[int, float]()
+    if recipe.target_latency is not None:
+        batches[recipe.latency_batch] = recipe.target_latency
+    elif recipe.target_throughput is not None and recipe.latency_limit is not None:
+        batches = batches_for(recipe.target_throughput, recipe.latency_limit)
+    from lowpass.export.forecast.target import forecast_target, is_forecast, parse_target
+
+    if is_forecast(recipe.runtime):
+        targets = {batch: parse_target(recipe.runtime, recipe.latency_precision, batch) for batch in batches}
+        return lambda dense: [forecast_target(dense, batches[batch], target) for batch, target in targets.items()]
+    from lowpass.benchmarks.latency.target import checked_runtime, latency_target
+
+    asked_precision: Any = recipe.latency_precision  # which it checks
+    runtime, precision = checked_runtime(recipe.runtime, asked_precision)
+    return lambda dense: [latency_target(dense, ms, runtime, precision, batch) for batch, ms in batches.items()]

@@ -4,20 +4,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from command_line import answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowpass
+from lowpass.api import recipe_of
 from lowpass.export.forecast.forecast import forecast_of
 from lowpass.export.forecast.target import ForecastCosts, engine_kernels, forecast_target, is_forecast, parse_target
 from lowpass.export.forecast.work import ENGINES, total_kernels, work_of
+from lowpass.goals import cost_targets_of
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.load import load_model
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.costs import total
+from lowpass.pipeline.search.curves import AttentionOption, BlockCurve, SizeOption
+from lowpass.pipeline.search.log import read_log
+from lowpass.pipeline.search.log_entries import Plan
+from lowpass.pipeline.search.plan import plan
+from lowpass.pipeline.search.shaping import SHAPINGS
+from lowpass.pipeline.search.target import check_measured_targets
 
 
 @st.composite
@@ -25,9 +34,13 @@ def tables(draw: st.DrawFn, architecture: Architecture) -> Architecture:
     """Some slim model of it."""
     keep, blocks = architecture.dense.num_tokens, []
     for _ in architecture.blocks:
-        keep = draw(st.integers(1, keep))
         heads, qk_dim, v_dim = (draw(st.integers(1, most)) for most in (3, 32, 32))
-        blocks.append(BlockShape(heads=heads, qk_dim=qk_dim, v_dim=v_dim, hidden=draw(st.integers(1, 384)), keep=keep))
+        if draw(st.integers(0, 3)):
+            keep = draw(st.integers(1, keep))
+        else:  # no attention
+            heads = qk_dim = v_dim = 0
+        hidden = draw(st.integers(1, 384)) if draw(st.integers(0, 3)) else 0
+        blocks.append(BlockShape(heads=heads, qk_dim=qk_dim, v_dim=v_dim, hidden=hidden, keep=keep))
     return architecture.model_copy(update={"blocks": tuple(blocks)})
 
 
@@ -104,3 +117,65 @@ def test_compress_to_a_forecast(tmp_path: Path, capsys: pytest.CaptureFixture[st
     made = forecast_target(SlimViT.load(run).architecture, asked, target).measure
     assert made is not None and made(SlimViT.load(run).architecture) == pytest.approx(asked, rel=0.05)
     assert "runtime: forecast:a100\n" in (run / "recipe.yaml").read_text()
+
+
+def test_parts_go_in_small_batches_and_tokens_in_large_ones() -> None:
+    """DeiT-Tiny on an A100, where parts lose the same wherever they are, and tokens less further up."""
+    vit = timm.create_model("deit_tiny_patch16_224", num_classes=10)
+    dense = SlimViT.from_timm(vit, token_score="cls").architecture
+    shaping = SHAPINGS["tensorrt"].model_copy(update={"token_stages": "auto"})
+    curves = []
+    for index in range(12):
+        there = [AttentionOption(heads=h, qk_dim=64, v_dim=64, loss=0.04 * (3 - h)) for h in (1, 2, 3)]
+        attention = (AttentionOption(heads=0, qk_dim=0, v_dim=0, loss=0.3), *there)
+        hidden = tuple(SizeOption(size=n, loss=0.3 if not n else 0.1 * (1 - n / 768)) for n in range(0, 769, 128))
+        # Few may go early at little loss, more further up.
+        dropped = [SizeOption(size=n, loss=(0.5 - index / 25) * (1 - n / 196) ** 2) for n in range(16, 197, 20)]
+        tokens = tuple(dropped) if index in shaping.stages(12) else ()
+        curves.append(BlockCurve(attention=attention, hidden=hidden, tokens=tokens))
+    found = {}
+    for batch in (1, 128):
+        costs = ForecastCosts(dense, parse_target("forecast:a100", None, batch))
+        blocks = plan(curves, dense, costs, 0.6 * total(costs, dense))
+        assert blocks is not None
+        slim = dense.model_copy(update={"blocks": blocks})
+        stages = sum(block.keep < slim.tokens_in(index) for index, block in enumerate(blocks))
+        found[batch] = (stages, sum(not block.heads for block in blocks) + sum(not block.hidden for block in blocks))
+    assert found[1][0] <= 1 and found[1][1] >= 4
+    assert found[128][0] >= 2 > found[128][1]
+
+
+def test_a_throughput_is_reached_in_the_batch_that_is_named(tmp_path: Path) -> None:
+    """The plan's own engine, in the batch that the log names, gives what was asked for within the limit."""
+    run = tmp_path / "run"
+    asked: dict[str, Any] = {"runtime": "forecast:t4", "target_throughput": 14000.0, "latency_limit": 0.4}
+    small: dict[str, Any] = {"score_images": 64, "measure_images": 64, "recovery": False}
+    lowpass.compress("digits_deit", "digits", run, **asked, **small)
+    (planned,) = [entry for entry in read_log(run / "search.jsonl")[1] if isinstance(entry, Plan)]
+    assert planned.batch in (1, 2, 4) and planned.cost <= 0.4 * 1.05
+    slim = SlimViT.load(run).architecture
+    measure = forecast_target(slim, 1.0, parse_target("forecast:t4", None, planned.batch)).measure
+    assert measure is not None and measure(slim) == pytest.approx(planned.cost)
+    assert 1000 * planned.batch / planned.cost >= 0.95 * 14000
+
+
+def test_a_throughput_that_cannot_be_asked_for_is_refused() -> None:
+    asked: dict[str, Any] = {"runtime": "forecast:t4", "target_throughput": 14000.0, "latency_limit": 0.4}
+    dense = SlimViT.from_timm(load_model("digits_deit"), token_score="cls").architecture
+    for rate, said in (
+        (10.0, r"digits_deit takes 0\.\d+ ms \(forecast\) for a batch of 1 as it is"),
+        (1e9, r"a target of 0.000128 ms \(forecast\) for a batch of 128 is out of reach"),
+    ):
+        recipe = recipe_of("digits_deit", "digits", **(asked | {"target_throughput": rate}))
+        targets_of = cost_targets_of(recipe)
+        assert targets_of is not None
+        with pytest.raises(InputError, match=said):
+            check_measured_targets(targets_of(dense), dense, recipe)
+    for changes, said in (
+        ({"latency_limit": None}, "--target-throughput IMAGES_PER_S and --latency-limit MS go together"),
+        ({"latency_batch": 8}, "--target-throughput picks a batch itself"),
+        ({"target_latency": 1.0}, "exactly one of"),
+        ({"runtime": None}, "on which runtime"),
+    ):
+        with pytest.raises(InputError, match=said):
+            recipe_of("digits_deit", "digits", **(asked | changes))

@@ -65,9 +65,9 @@ def compress(
         yes: go on although the dense model does no better than a guess, or far better under another reading.
         progress: called with a `Step` now and then.
         settings: one of `target_macs` (a share, such as 0.46), `target_latency` (ms, with `runtime`, which may be
-            `forecast:GPU`), `allowable_drop`
-            (points of top-1) and `architecture` (a table); and any option of the command by its name, such as
-            `weights`, `seed`, `score_images`, `recovery`, `align` or `whole_heads`.
+            `forecast:GPU`), `target_throughput` (images a second, with `latency_limit` in ms and `runtime`),
+            `allowable_drop` (points of top-1) and `architecture` (a table); and any option of the command by its name,
+            such as `weights`, `seed`, `score_images`, `recovery`, `align` or `sub_blocks`.
 
     Raises:
         InputError: some input cannot be used; nothing has been written.

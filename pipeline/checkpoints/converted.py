@@ -73,6 +73,6 @@ def vit_settings(
         "embed_dim": dim,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": hidden / dim,
+        "mlp_ratio": (hidden + 0.5) / dim,  # timm cuts off what the product has behind its point
         "norm_layer": partial(nn.LayerNorm, eps=eps),
     }

@@ -14,7 +14,7 @@ from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.model.from_timm import describe_dense
-from lowpass.pipeline.model.readout import TokenAndMeanViT
+from lowpass.pipeline.model.readout import TokenAndMeanEva, TokenAndMeanViT
 
 CLIP = {"pre_norm": True, "norm_layer": partial(nn.LayerNorm, eps=1e-5)}
 GAP = {"class_token": False, "global_pool": "avg"}
@@ -71,6 +71,10 @@ DINOV3 = AXIAL | {
 ROTARY: dict[str, tuple[dict[str, Any], str]] = {
     "DINOv3": (DINOV3 | {"qkv_bias": False}, "vit_small_patch16_dinov3"),
     "DINOv3 with biases, reads CLS": (DINOV3 | {"global_pool": "token"}, "vit_small_patch16_dinov3_qkvb"),
+    "DINOv3's linear head: CLS and average": (
+        DINOV3 | {"kind": TokenAndMeanEva, "global_pool": "token"},
+        "(Hugging Face)",
+    ),
     "RoPE-ViT": (ROPE_VIT | {"use_abs_pos_emb": False}, "vit_small_patch16_rope_224"),
     "RoPE-ViT with learned positions": (ROPE_VIT | {"no_embed_class": True}, "vit_small_patch16_rope_ape_224"),
     "rotary, averages, registers, no CLS": (

@@ -93,6 +93,13 @@ def test_hugging_face_in_memory(kind: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_an_mlp_of_any_width(tmp_path: Path) -> None:
+    """timm is told a ratio, and 61 / 28 * 28 is below 61."""
+    model = saved("ViT", tmp_path, hidden_size=28, num_attention_heads=4, intermediate_size=61)
+    agree(load_model(str(tmp_path)), noise(), model(noise()).logits)
+
+
+@torch.no_grad()
 def test_dinov2_at_the_size_of_its_processor(tmp_path: Path) -> None:
     """As Transformers does as it runs: positions of 16 pixels, images of 24."""
     model = saved("DINOv2", tmp_path)

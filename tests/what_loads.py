@@ -7,6 +7,7 @@ from pathlib import Path
 
 from families import FAMILIES, ROTARY, refused_rotary
 from test_checkpoints import WRAPPED
+from test_huggingface_dinov3 import READS
 from test_sources import HUGGING_FACE
 
 from lowpass.pipeline.checkpoints.torchvision_models import NAMES
@@ -21,6 +22,7 @@ def table() -> str:
     both = FAMILIES | ROTARY
     rows = [("timm", family, f"`{like}`" if "(" not in like else "") for family, (_, like) in both.items()]
     rows += [("Transformers", kind, f"`{model.__name__}`") for kind, (_, model, _) in HUGGING_FACE.items()]
+    rows += [("Transformers", f"DINOv3, reads {what}", "`DINOv3ViTModel` and a `classifier`") for what in READS]
     rows += [("torchvision", "ViT", ", ".join(f"`{name}`" for name in NAMES))]
     rows += [("timm's hub layout", "a folder with `config.json`, `local-dir:FOLDER`, `hf-hub:NAME`", "")]
     rows += [("a file", f"tensors: {wrapping}", "") for wrapping in WRAPPED]

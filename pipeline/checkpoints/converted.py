@@ -1,17 +1,26 @@
 """A ViT of another library as a timm ViT: its sizes, and its tensors under timm's names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
+from timm.layers import GELUTanh, QuickGELU
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.misfit import load_strictly
+
+# Transformers' names of what lowpass takes between the layers of an MLP.
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_pytorch_tanh": GELUTanh,
+    "gelu_new": GELUTanh,
+    "quick_gelu": QuickGELU,
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Conversion:
     `attn.query`, `attn.key` or `attn.value` becomes a third of `attn.qkv`.
     """
 
-    kind: type[VisionTransformer]
+    kind: Callable[..., VisionTransformer | Eva]  # makes the model of `settings`
     settings: Mapping[str, Any]
     renames: tuple[tuple[str, str], ...]
     dropped: tuple[str, ...] = ()  # names that a classifier does not need
@@ -73,6 +82,6 @@ def vit_settings(
         "embed_dim": dim,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": hidden / dim,
+        "mlp_ratio": (hidden + 0.5) / dim,  # timm cuts off what the product has behind its point
         "norm_layer": partial(nn.LayerNorm, eps=eps),
     }

@@ -1,4 +1,5 @@
-"""Models that Hugging Face Transformers saved: ViT, DeiT with and without a teacher's head, DINOv2 with its head.
+"""Models that Hugging Face Transformers saved: ViT, DeiT with and without a teacher's head, DINOv2 with its head, and
+DINOv3 with a linear one.
 
 Read from `config.json`, `preprocessor_config.json` and the weights; the library itself is not needed.
 """
@@ -9,26 +10,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import GELUTanh, QuickGELU
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger
-from lowpass.pipeline.checkpoints.converted import Conversion, vit_settings
+from lowpass.pipeline.checkpoints.converted import ACTIVATIONS, Conversion, vit_settings
+from lowpass.pipeline.checkpoints.huggingface_dinov3 import DINOV3, check_dinov3, dinov3_conversion, dinov3_size
 from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, set_preprocessing
 from lowpass.pipeline.checkpoints.shape import fit_positions
 from lowpass.pipeline.model.readout import TokenAndMeanViT
 
 PREPROCESSOR = "preprocessor_config.json"
-KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers")
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_pytorch_tanh": GELUTanh,
-    "gelu_new": GELUTanh,
-    "quick_gelu": QuickGELU,
-}
+KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers", DINOV3)
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 RENAMES = (
     (r"^embeddings\.cls_token$", "cls_token"),
@@ -74,6 +69,8 @@ def from_huggingface(
     kind = str(config.get("model_type"))
     if kind not in KINDS:
         raise InputError(f"{source} is a Hugging Face {kind!r}; lowpass takes {', '.join(KINDS)} with a classifier")
+    if kind == DINOV3:
+        check_dinov3(config, state, source)
     if "classifier.weight" not in state and "cls_classifier.weight" not in state:
         raise InputError(f"{source} is a Hugging Face {kind} without a classifier; save the ...ForImageClassification")
     activation = str(config.get("hidden_act", "gelu"))
@@ -106,18 +103,10 @@ def _converted(
     processed: tuple[int, int] | None,
     activation: str,
 ) -> Conversion:
-    """Sizes and renames of one kind. Positions of DINOv2 are resampled to what its processor gives, as Transformers
-    does as it runs."""
-    dim, patch = int(config["hidden_size"]), _pair(config["patch_size"])
-    own, dino = _pair(config["image_size"]), kind.startswith("dinov2")
+    """Sizes and renames of one kind."""
+    dim, patch, dino = int(config["hidden_size"]), _pair(config["patch_size"]), kind.startswith("dinov2")
     hidden = int(config["mlp_ratio"] * dim) if dino else int(config["intermediate_size"])
-    positions = {"pos_embed": state["embeddings.position_embeddings"]}
-    asked = choices.img_size or (processed if dino else None)
-    prefix = 2 if kind == "deit" else 1
-    size = fit_positions(positions, Path(str(source)), patch, prefix, own, asked, antialias=not dino)
-    state["embeddings.position_embeddings"] = positions["pos_embed"]
-    if size != own:
-        logger.info("images of %dx%d, where %s was made for %dx%d", *size, source, *own)
+    size = _image_size(kind, config, state, source, choices, processed)
     channels = int(config.get("num_channels", 3))
     if choices.in_chans not in (None, channels):
         raise InputError(f"--in-chans is {choices.in_chans}, but {source} takes images of {channels} channels")
@@ -126,6 +115,8 @@ def _converted(
     settings = vit_settings(
         size, patch, channels, len(head), dim, depth, heads, hidden, float(config["layer_norm_eps"])
     )
+    if kind == DINOV3:
+        return dinov3_conversion(config, state, source, settings)
     settings |= {"qkv_bias": bool(config.get("qkv_bias", True)), "act_layer": ACTIVATIONS[activation]}
     dropped, renames = ["embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias"], list(RENAMES)
     model: type[VisionTransformer] = VisionTransformer
@@ -147,14 +138,39 @@ def _converted(
     return Conversion(model, settings, tuple(renames), tuple(dropped))
 
 
+def _image_size(
+    kind: str,
+    config: Mapping[str, Any],
+    state: dict[str, Tensor],
+    source: object,
+    choices: Choices,
+    processed: tuple[int, int] | None,
+) -> tuple[int, int]:
+    """Height and width of the images. Positions are resampled to them, in place; those of DINOv2 to what its processor
+    gives, as Transformers does as it runs."""
+    patch, own, dino = _pair(config["patch_size"]), _pair(config["image_size"]), kind.startswith("dinov2")
+    if kind == DINOV3:
+        size = dinov3_size(own, patch, source, choices.img_size, processed)
+    else:
+        positions = {"pos_embed": state["embeddings.position_embeddings"]}
+        asked = choices.img_size or (processed if dino else None)
+        prefix = 2 if kind == "deit" else 1
+        size = fit_positions(positions, Path(str(source)), patch, prefix, own, asked, antialias=not dino)
+        state["embeddings.position_embeddings"] = positions["pos_embed"]
+    if size != own:
+        logger.info("images of %dx%d, where %s was made for %dx%d", *size, source, *own)
+    return size
+
+
 def _preprocessing(kind: str, processor: Mapping[str, Any] | None) -> dict[str, Any]:
     """A processor's settings in timm's words; its default for the kind where there is none."""
     half, imagenet = ((0.5,) * 3, (0.5,) * 3), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     mean, std = half if kind == "vit" else imagenet
     if processor is None:
-        crop = {"vit": 1.0, "deit": 224 / 256}.get(kind, 224 / 256)
+        whole = kind in ("vit", DINOV3)
+        crop = 1.0 if whole else 224 / 256
         mode = "center" if kind.startswith("dinov2") else "squash"
-        interpolation = "bilinear" if kind == "vit" else "bicubic"
+        interpolation = "bilinear" if whole else "bicubic"
         return {"mean": mean, "std": std, "crop_pct": crop, "crop_mode": mode, "interpolation": interpolation}
     if not processor.get("do_normalize", True):
         mean, std = (0.0,) * 3, (1.0,) * 3

@@ -16,6 +16,7 @@ LOOKS: tuple[tuple[str, str], ...] = (
         "embeddings.patch_embeddings.projection.weight",
         "a Hugging Face ViT: give its folder, with config.json, as --model",
     ),
+    ("embeddings.patch_embeddings.weight", "a Hugging Face DINOv3: give its folder, with config.json, as --model"),
     ("conv_proj.weight", "torchvision's: give --model vit_b_16 or another of its names"),
     ("decoder_embed.weight", "an autoencoder (MAE) as pretrained, without a classifier"),
     ("layers.0.blocks.0.attn.relative_position_bias_table", "a Swin transformer, which lowpass does not take"),

@@ -12,8 +12,14 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.checkpoints.files import read_checkpoint
 
-# The patch embedding, by which a ViT is told from what lies beside it: timm's, Hugging Face's and torchvision's name.
-ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "conv_proj.weight")
+# The patch embedding, by which a ViT is told from what lies beside it: under the names of timm, Hugging Face (two) and
+# torchvision.
+ANCHORS = (
+    "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.weight",
+    "embeddings.patch_embeddings.weight",
+    "conv_proj.weight",
+)
 # Classifiers may lie outside a backbone's prefix.
 HEADS = ("head.", "head_dist.", "classifier.", "cls_classifier.", "distillation_classifier.", "heads.")
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")

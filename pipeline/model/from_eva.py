@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.rotary import Rotary, rotary_table
-from lowpass.pipeline.model.architecture import DenseViT
+from lowpass.pipeline.model.architecture import DenseViT, GlobalPool
 from lowpass.pipeline.model.stream import MOST
 from lowpass.pipeline.model.timm_parts import (
     activation_of,
@@ -37,8 +37,8 @@ TENSORS = {"cls_token", "reg_token", "pos_embed", "gamma_1", "gamma_2", "q_bias"
 NEAR = 1e-4  # of timm's own cosines and sines, which are FP32 all the way
 
 
-def describe_eva(model: nn.Module, name: str) -> DenseViT:
-    """What makes up a dense `Eva` with rotary positions.
+def describe_eva(model: nn.Module, name: str, pool: GlobalPool) -> DenseViT:
+    """What makes up a dense `Eva` with rotary positions, whose classifier reads what `pool` says.
 
     Raises:
         InputError: it has what the method or the slim blocks do not cover.
@@ -54,7 +54,7 @@ def describe_eva(model: nn.Module, name: str) -> DenseViT:
         layer_scale=block.gamma_1 is not None,
         qkv_bias=_has_bias(block.attn),
         class_token=vit.cls_token is not None,
-        global_pool=vit.global_pool,
+        global_pool=pool,
         rotary=rotary_of(vit.rope, vit.patch_embed.grid_size),
         learned_positions=vit.pos_embed is not None,
     )

@@ -2,7 +2,7 @@
 positions."""
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 from timm.layers import Attention, DiffAttention, LayerScale, Mlp
 from timm.models import Eva, VisionTransformer
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.model.architecture import DenseViT
 from lowpass.pipeline.model.from_eva import describe_eva, eva_state
-from lowpass.pipeline.model.readout import TokenAndMeanViT
+from lowpass.pipeline.model.readout import TokenAndMeanEva, TokenAndMeanViT
 from lowpass.pipeline.model.timm_parts import (
     activation_of,
     alike,
@@ -49,8 +49,9 @@ def describe_dense(model: nn.Module) -> DenseViT:
         InputError: it is not a plain ViT, which is all the method is defined for.
     """
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-    if type(model) is Eva and model.rope is not None:
-        return describe_eva(model, name)
+    if type(model) in (Eva, TokenAndMeanEva) and cast(Eva, model).rope is not None:
+        pool: Any = "token+avg" if isinstance(model, TokenAndMeanEva) else cast(Eva, model).global_pool
+        return describe_eva(model, name, pool)
     if type(model) not in (VisionTransformer, VisionTransformerDistilled, TokenAndMeanViT):
         raise InputError(
             f"{name} is a {type(model).__name__}, not a plain ViT; use a DeiT or ViT such as deit_small_patch16_224"

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.models import VisionTransformer
+from timm.models import Eva, VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
@@ -22,7 +22,24 @@ class TokenAndMeanViT(VisionTransformer):
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens [B, P + N, C] -> [B, 2 C]."""
-        return torch.cat([x[:, 0], x[:, self.num_prefix_tokens :].mean(1)], -1)
+        return token_and_mean(x, self.num_prefix_tokens)
+
+
+class TokenAndMeanEva(Eva):
+    """The same of a ViT with rotary positions, as the linear head of DINOv3 (Simeoni et al., 2025)."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.head = nn.Linear(2 * self.embed_dim, self.num_classes)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Tokens [B, P + N, C] -> [B, 2 C]."""
+        return token_and_mean(x, self.num_prefix_tokens)
+
+
+def token_and_mean(tokens: Tensor, prefix: int) -> Tensor:
+    """CLS, the first of `prefix` tokens, beside the mean of those behind: [B, P + N, C] -> [B, 2 C]."""
+    return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(1)], -1)
 
 
 def keep_classes(model: nn.Module, rows: Sequence[int]) -> None:
@@ -48,7 +65,8 @@ def embedding_and_head(dense: DenseViT) -> VisionTransformer:
         "num_classes": dense.num_classes,
         "embed_dim": dense.embed_dim,
         "num_heads": dense.num_heads,
-        "mlp_ratio": dense.hidden / dense.embed_dim,  # of a pool that attends
+        "mlp_ratio": (dense.hidden + 0.5)
+        / dense.embed_dim,  # of a pool that attends; timm cuts off what is behind its point
         "depth": 0,
         "class_token": dense.class_token,
         "reg_tokens": dense.reg_tokens,

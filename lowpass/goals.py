@@ -1,5 +1,8 @@
 """What a recipe's target in milliseconds, or in images a second, is planned by: a runtime here, or a forecast."""
 
+import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lowpass.pipeline.run.recipe import Recipe
@@ -22,11 +25,22 @@ def cost_targets_of(recipe: Recipe) -> CostTargetsOf | None:
         batches = batches_for(recipe.target_throughput, recipe.latency_limit)
     from lowpass.export.forecast.target import forecast_target, is_forecast, parse_target
 
+    limited = partial(
+        replace,
+        limit=math.inf if recipe.latency_limit is None else recipe.latency_limit,
+        throughput=recipe.target_throughput,
+    )
     if is_forecast(recipe.runtime):
         targets = {batch: parse_target(recipe.runtime, recipe.latency_precision, batch) for batch in batches}
-        return lambda dense: [forecast_target(dense, batches[batch], target) for batch, target in targets.items()]
+        first = min(batches)
+        return lambda dense: [
+            limited(forecast_target(dense, batches[batch], target, say=batch == first))
+            for batch, target in targets.items()
+        ]
     from lowpass.benchmarks.latency.target import checked_runtime, latency_target
 
     asked_precision: Any = recipe.latency_precision  # which it checks
     runtime, precision = checked_runtime(recipe.runtime, asked_precision)
-    return lambda dense: [latency_target(dense, ms, runtime, precision, batch) for batch, ms in batches.items()]
+    return lambda dense: [
+        limited(latency_target(dense, ms, runtime, precision, batch)) for batch, ms in batches.items()
+    ]

@@ -152,7 +152,7 @@ def test_a_throughput_is_reached_in_the_batch_that_is_named(tmp_path: Path) -> N
     small: dict[str, Any] = {"score_images": 64, "measure_images": 64, "recovery": False}
     lowpass.compress("digits_deit", "digits", run, **asked, **small)
     (planned,) = [entry for entry in read_log(run / "search.jsonl")[1] if isinstance(entry, Plan)]
-    assert planned.batch in (1, 2, 4) and planned.cost <= 0.4 * 1.05
+    assert planned.batch in (1, 2, 4, 8) and planned.cost <= 0.4
     slim = SlimViT.load(run).architecture
     measure = forecast_target(slim, 1.0, parse_target("forecast:t4", None, planned.batch)).measure
     assert measure is not None and measure(slim) == pytest.approx(planned.cost)
@@ -163,8 +163,14 @@ def test_a_throughput_that_cannot_be_asked_for_is_refused() -> None:
     asked: dict[str, Any] = {"runtime": "forecast:t4", "target_throughput": 14000.0, "latency_limit": 0.4}
     dense = SlimViT.from_timm(load_model("digits_deit"), token_score="cls").architecture
     for rate, said in (
-        (10.0, r"digits_deit takes 0\.\d+ ms \(forecast\) for a batch of 1 as it is"),
-        (1e9, r"a target of 0.000128 ms \(forecast\) for a batch of 128 is out of reach"),
+        (
+            10.0,
+            r"for a batch of 1 as it is, \d+ images a second; a target must be above that",
+        ),
+        (
+            1e9,
+            r"1e\+09 images a second within 0.4 ms are out of reach: there are 1.3\d+e\+06 in batches of 128",
+        ),
     ):
         recipe = recipe_of("digits_deit", "digits", **(asked | {"target_throughput": rate}))
         targets_of = cost_targets_of(recipe)

@@ -18,6 +18,7 @@ from lowpass.pipeline.method.channels import choose_for_shape
 from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import SlimViT
+from lowpass.pipeline.run.recipe import make_recipe
 from lowpass.pipeline.search.costs import Macs
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import ChannelDecision, Curve, Entry, Plan, TokenDecision, in_a_line
@@ -179,6 +180,10 @@ def test_parts_may_go_where_time_is_the_target() -> None:
     assert settled(**by_time, sub_blocks=False, token_stages="2") == (False, 2)
     assert settled(**by_time, as_published=True) == (False, 0)
     assert settled(**by_time, prune="tokens") == (False, "auto")
+    # A recipe file that says nothing of either means the same.
+    recipe = make_recipe(model="digits_deit", data="digits", **by_time)
+    assert recipe.sub_blocks and recipe.shaping.token_stages == "auto"
+    assert not make_recipe(model="digits_deit", data="digits", **by_time, shaping=SMALL).sub_blocks
     assert settled(target_macs=0.5) == (False, 3) and settled(target_macs=0.5, sub_blocks=True) == (True, 3)
     assert settled(allowable_drop=9.5) == (False, 3)
     for given, said in (
@@ -186,6 +191,7 @@ def test_parts_may_go_where_time_is_the_target() -> None:
         (by_time | {"prune": "tokens", "sub_blocks": True}, "--sub-blocks removes channels"),
         (by_time | {"token_stages": "some"}, "token_stages.*'some' is neither a number nor auto"),
         (by_time | {"token_stages": -1}, "token_stages.*-1 is below 0"),
+        (by_time | {"token_stages": "--3"}, "'--3' is neither a number nor auto"),
     ):
         with pytest.raises(InputError, match=said):
             recipe_of("digits_deit", "digits", **given)

@@ -2,15 +2,20 @@
 
     python -m lowpass.benchmarks.forecast.targets
 
-The embedded digits model, to 0.6 and 0.4 of what the dense one would take on an A100 in FP16. A plan is corrected by
+The embedded digits model, to 0.6 of what the dense one would take on an A100 in FP16. A plan is corrected by
 the kernels of the engine that TensorRT-RTX builds of it. Top-1 is that of the test split before any fine-tuning.
-Nothing was measured on a GPU.
+Nothing was measured on a GPU. A run that is already there is not repeated.
 """
 
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from lowpass.benchmarks.latency.machine import describe
@@ -21,58 +26,72 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.progress import console
 from lowpass.pipeline.checkpoints.load import load_model
+from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.compress import compress
 from lowpass.pipeline.run.recipe import make_recipe
-from lowpass.pipeline.search.search import CostTargetsOf
 from lowpass.pipeline.search.shaping import make_shaping
-from lowpass.pipeline.search.target import CostTarget
 
 MODEL, RUNTIME = "digits_deit", "forecast:a100"
 
 
-def rows(seeds: int, shares: list[float], runs: Path) -> Iterator[Row]:
-    """What was asked and what came of it."""
-    dense = SlimViT.from_timm(load_model(MODEL), token_score="cls").architecture
-    target = parse_target(RUNTIME, None, 1)
-    measure = forecast_target(dense, 1.0, target).measure
-    assert measure is not None
-    dense_ms, before = measure(dense), {"share": "", "parts": "dense", "seed": ""}
+def rows(seeds: int, shares: list[float], runs: Path, jobs: int) -> Iterator[Row]:
+    """What was asked and what came of it, `jobs` searches at a time."""
+    dense, measure = _dense(), _measure(1.0)
+    dense_ms, before = measure(_dense()), {"share": "", "parts": "dense", "seed": ""}
     yield Row(before, "forecast_ms", dense_ms)
     yield Row(before, "kernels", len(engine_kernels(dense, "fp16", 1)))
-    for share in shares:
-        for parts, sub_blocks in (("may go", True), ("stay", False)):
-            for seed in range(seeds):
-                of = {"share": share, "parts": parts, "seed": seed}
-                asked = forecast_target(dense, float(f"{share * dense_ms:.4g}"), target)
-                recipe = make_recipe(
-                    model=MODEL,
-                    data="digits",
-                    target_latency=asked.value,
-                    runtime=RUNTIME,
-                    shaping=make_shaping("tensorrt", False, token_stages="auto"),
-                    sub_blocks=sub_blocks,
-                    seed=seed,
-                )
-                run = runs / f"{share:g}-{parts.replace(' ', '-')}-{seed}"
-                try:
-                    metrics = compress(recipe, run, resume=True, cost_targets_of=_always(asked))
-                except InputError as error:
-                    yield Row(of, "refused", str(error))
-                    console.print(f"{of}: {error}", soft_wrap=True)
-                    continue
-                slim = SlimViT.load(run).architecture
-                if seed == 0:
-                    yield Row(before, "top1", metrics.dense.top1 or 0.0)
-                yield Row(of, "forecast_ms", measure(slim))
-                yield Row(of, "kernels", len(engine_kernels(slim, "fp16", 1)))
-                yield Row(of, "macs_share", slim.macs() / dense.macs())
-                yield Row(of, "top1", metrics.slim.top1 or 0.0)
-                console.print(f"{of}: {measure(slim) / dense_ms:.3f} of dense, {metrics.slim.top1:.2f} %")
+    tasks = [
+        (runs, share, parts, seed, float(f"{share * dense_ms:.4g}"))
+        for share in shares
+        for parts in ("may go", "stay")
+        for seed in range(seeds)
+    ]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for done in pool.map(_searched, tasks):
+            yield from done
 
 
-def _always(target: CostTarget) -> CostTargetsOf:
-    return lambda _: [target]
+def _searched(task: tuple[Path, float, str, int, float]) -> list[Row]:
+    """One search, or what there is of it."""
+    runs, share, parts, seed, asked_ms = task
+    torch.set_num_threads(1)
+    of = {"share": share, "parts": parts, "seed": seed}
+    asked = forecast_target(_dense(), asked_ms, parse_target(RUNTIME, None, 1))
+    recipe = make_recipe(
+        model=MODEL,
+        data="digits",
+        target_latency=asked.value,
+        runtime=RUNTIME,
+        shaping=make_shaping("tensorrt", False, token_stages="auto"),
+        sub_blocks=parts == "may go",
+        seed=seed,
+    )
+    run = runs / f"{share:g}-{parts.replace(' ', '-')}-{seed}"
+    try:
+        metrics = compress(recipe, run, resume=True, cost_targets_of=lambda _: [asked])
+    except InputError as error:
+        console.print(f"{of}: {error}", soft_wrap=True)
+        return [Row(of, "refused", str(error))]
+    slim = SlimViT.load(run).architecture
+    console.print(f"{of}: {metrics.slim.top1:.2f} %", soft_wrap=True)
+    return [
+        Row(of, "forecast_ms", _measure(1.0)(slim)),
+        Row(of, "kernels", len(engine_kernels(slim, "fp16", 1))),
+        Row(of, "macs_share", slim.macs() / metrics.dense.macs),
+        Row(of, "top1_dense", metrics.dense.top1 or 0.0),
+        Row(of, "top1", metrics.slim.top1 or 0.0),
+    ]
+
+
+def _dense() -> Architecture:
+    return SlimViT.from_timm(load_model(MODEL), token_score="cls").architecture
+
+
+def _measure(ms: float) -> Callable[[Architecture], float]:
+    measure = forecast_target(_dense(), ms, parse_target(RUNTIME, None, 1)).measure
+    assert measure is not None
+    return measure
 
 
 def forecast_targets(results: Path) -> str:
@@ -108,12 +127,15 @@ def forecast_targets(results: Path) -> str:
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="From 0 upwards.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    shares: Annotated[str, typer.Option(help="Of dense's time, separated by commas.")] = "0.6",
     runs: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/forecast-targets"),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
 ) -> None:
     """Targets in forecast milliseconds."""
     with exit_codes():
-        found = list(rows(seeds, [0.6, 0.4], runs))
-        write_rows(out / "forecast_targets.csv", found, describe(), "python -m lowpass.benchmarks.forecast.targets")
+        found = list(rows(seeds, [float(share) for share in shares.split(",")], runs, jobs))
+        command = shlex.join(["python", "-m", "lowpass.benchmarks.forecast.targets", *sys.argv[1:]])
+        write_rows(out / "forecast_targets.csv", found, describe(), command)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class ForecastCosts:
         return 1000 * float(times(Flat.of(found), speeds, self._rates).whole.sum())
 
 
-def forecast_target(architecture: Architecture, target_ms: float, target: Target) -> CostTarget:
+def forecast_target(architecture: Architecture, target_ms: float, target: Target, say: bool = True) -> CostTarget:
     """A target in forecast milliseconds of one batch.
 
     Where TensorRT-RTX is installed and the engine is TensorRT's in FP16 or BF16, a plan's engine is built, which takes
@@ -130,15 +130,17 @@ def forecast_target(architecture: Architecture, target_ms: float, target: Target
         architecture: of the dense model, with the token score it will be searched with.
         target_ms: of one batch.
         target: where.
+        say: in the log, how wrong such forecasts are.
 
     Raises:
         InputError: the GPU does not compute in the precision.
     """
-    error = next(iter(held_out(calibration(), target).items()))
-    logger.info(
-        f"the target is a forecast for {target.gpu.name}, not measured: of published latencies left out "
-        f"({error[0]}) nine in ten are within {100 * error[1].nine_in_ten:.0f}%"
-    )
+    if say:
+        error = next(iter(held_out(calibration(), target).items()))
+        logger.info(
+            f"the target is a forecast for {target.gpu.name}, not measured: of published latencies left out "
+            f"({error[0]}) nine in ten are within {100 * error[1].nine_in_ten:.0f}%"
+        )
     builds = target.engine == "tensorrt" and target.precision in HALVES and "tensorrt-rtx" in installed_flavours()
 
     def measure(slim: Architecture) -> float:

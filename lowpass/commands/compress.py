@@ -241,8 +241,8 @@ def compress(
         str | None,
         typer.Option(
             metavar="N|auto",
-            help="How many blocks may drop tokens, evenly spread; 0: every block; auto, the default of "
-            "--target-latency: as many as pay there.",
+            help="How many blocks may drop tokens, evenly spread; 0: every block; auto, the default where "
+            "the target is of time: as many as pay there.",
             rich_help_panel=SHAPES,
         ),
     ] = None,
@@ -250,7 +250,7 @@ def compress(
         bool | None,
         typer.Option(
             "--sub-blocks/--no-sub-blocks",
-            help="Whether a block may lose its attention or its MLP whole. Default: with --target-latency it may.",
+            help="Whether a block may lose its attention or its MLP whole. Default: where the target is of time.",
             rich_help_panel=SHAPES,
         ),
     ] = None,

@@ -64,6 +64,7 @@ class Searched:
     decisions: tuple[Decision, ...]
     curves: tuple[Curve, ...]
     plan: tuple[PlannedBlock, ...]
+    plan_cost: str | None  # in words, and of which batch
     recovered: tuple[Recovered, ...]
 
 
@@ -90,6 +91,7 @@ def read_search(directory: Path, architecture: Architecture) -> Searched | str:
         decisions=tuple(decisions),
         curves=curves,
         plan=tuple(_planned(plans[-1], curves, architecture)) if plans else (),
+        plan_cost=_cost(plans[-1]) if plans else None,
         recovered=tuple(_recovered(entries)),
     )
 
@@ -121,12 +123,18 @@ def _acted_on(entry: TokenDecision | ChannelDecision, before: Architecture) -> t
         return "keeps its channels", before
     now = entry.choice.shape(had.keep)
     names = {"heads": "heads", "qk_dim": "query/key", "v_dim": "value", "hidden": "hidden"}
+    gone = {"heads": ("its attention goes", not now.heads), "hidden": ("its MLP goes", not now.hidden)}
     changed = [
-        f"{name} {getattr(had, field)} → {getattr(now, field)}"
+        gone[field][0] if field in gone and gone[field][1] else f"{name} {getattr(had, field)} → {getattr(now, field)}"
         for field, name in names.items()
-        if getattr(had, field) != getattr(now, field)
+        if getattr(had, field) != getattr(now, field) and (now.heads or field not in ("qk_dim", "v_dim"))
     ]
     return ", ".join(changed) or "keeps its channels", before.with_block(entry.block, now)
+
+
+def _cost(plan: Plan) -> str:
+    """What a plan takes: milliseconds are always of some batch."""
+    return f"{plan.cost / 1e9:.4g} G MACs" if plan.batch is None else f"{plan.cost:.4g} ms for a batch of {plan.batch}"
 
 
 def _planned(plan: Plan, curves: tuple[Curve, ...], architecture: Architecture) -> list[PlannedBlock]:

@@ -11,6 +11,7 @@ from lowpass.pipeline.base.files import write_text
 from lowpass.pipeline.checkpoints.origin import LEAST_CROP
 from lowpass.pipeline.data.options import DataOptions, ReadingOptions
 from lowpass.pipeline.search.settings import Count, SearchSettings
+from lowpass.pipeline.search.shaping import SHAPINGS
 from lowpass.pipeline.train.settings import FinetuneSettings
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -43,6 +44,16 @@ class Recipe(SearchSettings, ReadingOptions):
     pulled: str | None = None
     finetune: FinetuneSettings | None = None  # None: what suits the data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _where_time_is_saved(cls, given: Any) -> Any:
+        """Where a target is of time, a part costs more than its arithmetic, and a stage of tokens costs something:
+        both are left to the plan, unless something else is said."""
+        if not isinstance(given, dict) or given.get("runtime") is None or "shaping" in given:
+            return given
+        shaping = SHAPINGS["tensorrt"].model_copy(update={"token_stages": "auto"})
+        return {"sub_blocks": given.get("prune") != "tokens"} | given | {"shaping": shaping}
+
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
         if self.imported:
@@ -66,7 +77,9 @@ class Recipe(SearchSettings, ReadingOptions):
         if self.target_throughput is not None and self.latency_batch != 1:
             raise ValueError("--batch is for --target-latency; --target-throughput picks a batch itself")
         if self.shaping.token_stages == "auto" and not any(by_time):
-            raise ValueError("--token-stages auto goes with --target-latency: it is by time that a stage pays or not")
+            raise ValueError(
+                "--token-stages auto goes with --target-latency or --target-throughput: by time a stage pays or not"
+            )
         if self.sub_blocks and self.prune == "tokens":
             raise ValueError("--sub-blocks removes channels, which --prune tokens leaves alone")
         if self.order != "bottom-up" and self.allowable_drop is not None:

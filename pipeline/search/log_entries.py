@@ -89,9 +89,8 @@ def in_a_line(entry: Entry, before: Architecture, dense_macs: int) -> str:
         left = "one head would lose" if least.heads else "without attention it would lose"
         return f"profiled block {entry.block}: {left} {least.loss:.3g}"
     if isinstance(entry, Plan):
-        return ("plan: " if entry.batch is None else f"plan for batches of {entry.batch}: ") + ", ".join(
-            _numbers(shape) for shape in entry.blocks
-        )
+        of = "" if entry.batch is None else f" for batches of {entry.batch}, which take {entry.cost:.4g} ms"
+        return f"plan{of}: " + ", ".join(_numbers(shape) for shape in entry.blocks)
     if isinstance(entry, ClassifierDecision):
         return f"classifier refitted; top-1 {entry.top1:.2f}"
     index = entry.block

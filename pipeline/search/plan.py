@@ -21,6 +21,7 @@ from lowpass.pipeline.search.curves import AttentionOption, BlockCurve, SizeOpti
 
 BINS = 8192  # of the target, in which costs are counted
 NEAR = 0.99  # of the target: a table that costs less misses it
+NEARNESS = (NEAR, 0.95, 0.9, 0.8, 0.6, 0.0)  # shares of the target, in which a table is looked for one after the other
 
 
 def plan(
@@ -38,7 +39,7 @@ def plan(
     # From the last block with attention on, a block costs less: each that it may be is a problem of its own.
     for last in reversed(range(len(curves))):
         gone = [[option.loss for option in curve.attention if not option.heads] for curve in curves[last + 1 :]]
-        if not all(gone) or (best is not None and best.near and sum(map(min, gone)) >= best.loss):
+        if not all(gone) or (best is not None and best.near == NEAR and sum(map(min, gone)) >= best.loss):
             break
         table = _of_last(curves, architecture, costs, target, last)
         if table is not None and (best is None or (-table.near, table.loss) < (-best.near, best.loss)):
@@ -49,7 +50,7 @@ def plan(
 class _Table(NamedTuple):
     blocks: tuple[BlockShape, ...]
     loss: float
-    near: bool
+    near: float
 
 
 def _of_last(
@@ -59,18 +60,32 @@ def _of_last(
     problem = _Knapsack(curves, architecture, costs, target, last)
     final = problem.solve()
     # What is near the target goes first: a table further below it would only lose less by an accident of measuring.
-    near = round((NEAR * target - costs.ends()) / problem.unit)
-    for is_near, bins in ((True, np.arange(final.shape[1]) >= near), (False, np.full(final.shape[1], True))):
-        allowed = np.where(bins, final, np.inf)
+    for near in NEARNESS:
+        least = round((near * target - costs.ends()) / problem.unit)
+        allowed = np.where(np.arange(final.shape[1]) >= least, final, np.inf)
         for flat in np.argsort(allowed, axis=None, kind="stable"):
             level, bin_ = divmod(int(flat), final.shape[1])
             if not np.isfinite(allowed[level, bin_]):
                 break
-            blocks = problem.trace_back(level, bin_)
+            slim = architecture.model_copy(update={"blocks": problem.trace_back(level, bin_)})
             # Costs were rounded to bins; the exact one counts.
-            if total(costs, architecture.model_copy(update={"blocks": blocks})) <= target:
-                return _Table(blocks, float(final[level, bin_]), is_near)
+            if (cost := total(costs, slim)) <= target and not _wastes_a_stage(costs, slim, cost):
+                return _Table(slim.blocks, float(final[level, bin_]), near)
     return None
+
+
+def _wastes_a_stage(costs: Costs, slim: Architecture, cost: float) -> bool:
+    """Whether a block drops tokens at a cost above what their absence saves: a table without that is better."""
+    for index, block in enumerate(slim.blocks):
+        tokens = slim.tokens_in(index)
+        if block.keep < tokens:
+            same = [later.keep == block.keep for later in slim.blocks[index:]]
+            until = index + (same.index(False) if False in same else len(same))
+            kept = [shape.model_copy(update={"keep": tokens}) for shape in slim.blocks[index:until]]
+            blocks = (*slim.blocks[:index], *kept, *slim.blocks[until:])
+            if total(costs, slim.model_copy(update={"blocks": blocks})) <= cost:
+                return True
+    return False
 
 
 @dataclass(frozen=True)

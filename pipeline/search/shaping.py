@@ -5,6 +5,7 @@ turn into time when matrix products keep full tiles, attention keeps one head si
 """
 
 import math
+import re
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -32,7 +33,7 @@ AUTO_STAGES = 6
 
 def _stages(given: object) -> object:
     if isinstance(given, str) and given != "auto":
-        if not given.lstrip("-").isdecimal():
+        if not re.fullmatch(r"-?\d+", given):
             raise ValueError(f"{given!r} is neither a number nor auto")
         given = int(given)
     if isinstance(given, int) and given < 0:

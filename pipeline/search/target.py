@@ -17,12 +17,12 @@ from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.search.cascade import apply, refit_classifier
-from lowpass.pipeline.search.costs import Costs, total
+from lowpass.pipeline.search.costs import Costs, Macs, total
 from lowpass.pipeline.search.curves import BlockCurve
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import ChannelDecision, Plan, TokenDecision
 from lowpass.pipeline.search.order import chooser
-from lowpass.pipeline.search.plan import least_cost, lost, plan
+from lowpass.pipeline.search.plan import NEAR, least_cost, lost, plan
 from lowpass.pipeline.search.settings import SearchSettings
 from lowpass.pipeline.search.shaping import first_keep
 from lowpass.pipeline.search.state import SearchState, keeping
@@ -34,7 +34,8 @@ REFUSED_BEYOND = 0.05
 @dataclass(frozen=True)
 class CostTarget:
     """A target, the costs it is planned by, and its unit. `measure` gives the cost of a whole model where the sum of
-    its parts is not exact: its latency. `how` it does; `batch` is how many images at once it is of."""
+    its parts is not exact: its latency. `how` it does; `batch` is how many images at once it is of. `limit`: what must
+    not be exceeded at all, where a `throughput` in images a second is what is asked for."""
 
     value: float
     costs: Costs
@@ -42,6 +43,23 @@ class CostTarget:
     measure: Callable[[Architecture], float] | None = None
     how: str = "measured"
     batch: int | None = None
+    limit: float = math.inf
+    throughput: float | None = None
+
+    @property
+    def most(self) -> float:
+        """What a plan may cost."""
+        return min(self.value * (1 + REFUSED_BEYOND), self.limit)
+
+    def out_of_reach(self, least: float) -> str:
+        """How it is refused, where `least` is the least that a model was seen to cost."""
+        if self.throughput is None or self.batch is None:
+            return f"a target of {self.value:g} {self.named} is out of reach"
+        images = 1000 * self.batch / least
+        return (
+            f"{self.throughput:g} images a second within {self.limit:g} ms are out of reach: there are {images:.4g} in "
+            f"batches of {self.batch}, which take {least:.3g} {self.unit}"
+        )
 
     @property
     def named(self) -> str:
@@ -104,9 +122,13 @@ def best_plan(curves: Sequence[BlockCurve], dense: Architecture, targets: Sequen
     refused = list[InputError]()
     for target in order:
         try:
-            return make_plan(curves, dense, target)
+            made = make_plan(curves, dense, target)
         except InputError as error:
             refused.append(error)
+        else:
+            if target.throughput is not None:
+                logger.info(f"batches of {made.batch}: build with --batch 1:{made.batch}:{made.batch}")
+            return made
     raise refused[0]
 
 
@@ -116,38 +138,55 @@ def make_plan(curves: Sequence[BlockCurve], dense: Architecture, target: CostTar
     Raises:
         InputError: the target is out of reach; the message says what is not.
     """
-    budget, tries = target.value, list[Plan]()
+    budget, tries, least = min(target.value, target.limit), list[Plan](), least_cost(curves, dense, target.costs)
     while True:
         blocks = plan(curves, dense, target.costs, budget)
         if blocks is None:
             break
         slim = dense.model_copy(update={"blocks": blocks})
         if target.measure is None:
+            _say_if_far(total(target.costs, slim), target)
             return Plan(blocks=blocks, cost=total(target.costs, slim), batch=target.batch)
         tries.append(Plan(blocks=blocks, cost=target.measure(slim), batch=target.batch))
         logger.info(f"planned for {budget:.3g} {target.named}, {target.how} {tries[-1].cost:.3g}")
-        if abs(tries[-1].cost / target.value - 1) <= TOLERANCE or len(tries) == TRIES:
+        near = abs(tries[-1].cost / target.value - 1) <= TOLERANCE and tries[-1].cost <= target.most
+        if near or budget <= least or len(tries) == TRIES:
             break
-        # The parts do not quite add up: aim as far beside the target as the measure was.
-        budget *= target.value / tries[-1].cost
-    refused = f"a target of {target.value:g} {target.unit} is out of reach"
+        # The parts do not quite add up: aim as far beside the target as the measure was, down to the cheapest table.
+        aim = min(target.value, target.limit * (1 - TOLERANCE))
+        budget = max(budget * aim / tries[-1].cost, least)
     if not tries:
-        raise InputError(f"{refused}: at least {least_cost(curves, dense, target.costs):.4g} {target.unit} remain")
-    met = [made for made in tries if made.cost <= target.value * (1 + REFUSED_BEYOND)]
+        raise InputError(f"{target.out_of_reach(least)}: at least {least:.4g} {target.unit} remain")
+    met = [made for made in tries if made.cost <= target.most]
     if not met:
-        raise InputError(f"{refused}: the fastest model tried takes {min(made.cost for made in tries):.3g}")
-    return min(met, key=lambda made: abs(made.cost / target.value - 1))
+        fastest = min(made.cost for made in tries)
+        raise InputError(f"{target.out_of_reach(fastest)}: the fastest model tried takes {fastest:.3g}")
+    made = min(met, key=lambda made: abs(made.cost / target.value - 1))
+    _say_if_far(made.cost, target)
+    return made
 
 
-def smallest(dense: Architecture, settings: SearchSettings) -> Architecture:
-    """With every block as small as it can be."""
-    blocks = settings.shaping.smallest(dense.dense, first_keep(dense), settings.prune, settings.sub_blocks)
-    return dense.model_copy(update={"blocks": blocks})
+def _say_if_far(cost: float, target: CostTarget) -> None:
+    """A plan may be far below its target: what lies between loses more, or costs more."""
+    if cost < target.value * (1 - (REFUSED_BEYOND if target.measure else 1 - NEAR)):
+        logger.warning(
+            f"planned: {cost:.4g} {target.named}, {100 * (1 - cost / target.value):.0f}% below the target of "
+            f"{target.value:.4g}; no table is nearer that it would pay to cut to"
+        )
+
+
+def smallest(dense: Architecture, settings: SearchSettings, costs: Costs) -> Architecture:
+    """With every block as small as it can be; with all its tokens where scoring them costs more than dropping saves."""
+    found = [dense]
+    for prune in {settings.prune, "channels" if settings.prune == "both" else settings.prune}:
+        blocks = settings.shaping.smallest(dense.dense, first_keep(dense), prune, settings.sub_blocks)
+        found.append(dense.model_copy(update={"blocks": blocks}))
+    return min(found, key=lambda slim: total(costs, slim))
 
 
 def smallest_share(architecture: Architecture, settings: SearchSettings) -> float:
     """The share of the MACs that is left when every block is as small as it can be."""
-    return smallest(architecture, settings).macs() / architecture.macs()
+    return smallest(architecture, settings, Macs(architecture)).macs() / architecture.macs()
 
 
 def check_target(architecture: Architecture, target_macs: float, settings: SearchSettings) -> None:
@@ -179,14 +218,15 @@ def check_measured_targets(targets: Sequence[CostTarget], dense: Architecture, s
         measure = target.measure if len(targets) == 1 else partial(total, target.costs)
         before = measure(dense)
         if before <= target.value:
-            raise InputError(
-                f"{dense.dense.name} takes {before:.3g} {target.named} as it is; a target must be below that"
-            )
-        least = measure(smallest(dense, settings))
-        if least > target.value * (1 + REFUSED_BEYOND):
+            met = f"{dense.dense.name} takes {before:.3g} {target.named} as it is"
+            if target.throughput is None or target.batch is None:
+                raise InputError(f"{met}; a target must be below that")
+            raise InputError(f"{met}, {1000 * target.batch / before:.4g} images a second; a target must be above that")
+        least = measure(smallest(dense, settings, target.costs))
+        if least > target.most:
             missed[least / target.value] = (
-                f"a target of {target.value:g} {target.named} is out of reach: the smallest model takes {least:.3g} "
-                f"{target.unit}, the dense one {before:.3g}"
+                f"{target.out_of_reach(least)}: the smallest model takes {least:.3g} {target.unit}, the dense one "
+                f"{before:.3g}"
             )
     if len(missed) == len(targets):
         raise InputError(missed[min(missed)])
@@ -196,14 +236,12 @@ MOST_AT_ONCE = 128  # images in the largest batch that is thought of
 
 
 def batches_for(images_per_s: float, limit_ms: float) -> dict[int, float]:
-    """The batches by which a throughput may be had within a limit, each with the milliseconds it may then take.
-
-    A batch that takes all of the limit and more for its share of the throughput gains nothing over the largest that
-    does not.
-    """
-    batches = {1: min(1000 / images_per_s, limit_ms)}
-    batch = 2
-    while batch <= MOST_AT_ONCE and 1000 * batch / images_per_s <= limit_ms:
-        batches[batch] = 1000 * batch / images_per_s
+    """The batches by which a throughput may be had within a limit, each with the milliseconds it may then take: powers
+    of two, up to the first that may take all of the limit. A larger one would have to be faster still."""
+    batches, batch = dict[int, float](), 1
+    while batch <= MOST_AT_ONCE:
+        batches[batch] = min(1000 * batch / images_per_s, limit_ms)
+        if 1000 * batch / images_per_s >= limit_ms:
+            break
         batch *= 2
     return batches

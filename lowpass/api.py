@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # runtimes are imported once they are used
     from lowpass.export.triton.repository import Deployed
 
 BESIDE_SEARCH = ("model", "data", "released", "pulled")  # fields of a recipe that are arguments of their own, or none
+RENAMED = {"batch": "latency_batch", "precision": "latency_precision"}  # of the command's options -> a recipe's
 SETTINGS = {name for name in (*Recipe.model_fields, *Shaping.model_fields) if name not in (*BESIDE_SEARCH, "shaping")}
 
 
@@ -96,6 +97,7 @@ def recipe_of(
     Raises:
         InputError: a setting is unknown or out of range.
     """
+    settings = {RENAMED.get(name, name): value for name, value in settings.items()}
     for name in settings.keys() - SETTINGS:
         near = difflib.get_close_matches(name, SETTINGS, n=1)
         raise InputError(f"there is no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))

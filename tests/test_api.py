@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import lowpass
+from lowpass.api import recipe_of
 from lowpass.pipeline.base.progress import report_to
 from lowpass.pipeline.data.digits import DigitScenes
 
@@ -150,6 +151,12 @@ def test_bad_settings_are_refused_by_name(tmp_path: Path, settings: dict[str, An
     with pytest.raises(lowpass.InputError, match=message):
         lowpass.compress("digits_deit", "digits", tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_options_go_by_the_command_s_names() -> None:
+    asked: dict[str, Any] = {"target_latency": 5.0, "runtime": "onnxruntime", "batch": 8, "precision": "fp32"}
+    recipe = recipe_of("digits_deit", "digits", **asked)
+    assert (recipe.latency_batch, recipe.latency_precision) == (8, "fp32")
 
 
 class Endless(IterableDataset[tuple[Tensor, int]]):

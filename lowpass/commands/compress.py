@@ -35,8 +35,6 @@ BESIDE_RECIPE = (
     "recipe_file", "weights", "data", "out", "resume", "ship", "dry_run", "epochs", "memory_budget", "as_json", "yes",
     "timed",
 )  # fmt: skip
-# Arguments of the function that are no settings of a recipe by that name.
-RENAMED = {"batch": "latency_batch", "precision": "latency_precision"}
 GOAL, MODEL, SHAPES = "How far to go (one of them)", "Model", "Shapes for the hardware"
 METHOD = "Method, for experts"
 
@@ -346,7 +344,7 @@ def compress(
         raise InputError("give --model NAME, or --recipe FILE")
     else:
         beside = {*BESIDE_RECIPE, "model", "tune_for", "as_published"} - {"weights"}
-        settings = {RENAMED.get(name, name): value for name, value in context.params.items() if name not in beside}
+        settings = {name: value for name, value in context.params.items() if name not in beside}
         settings |= {name: numbers(f"--{name}", settings[name]) for name in ("mean", "std")}
         recipe = recipe_of(model, data, tune_for, as_published, **settings)
     if timed and not dry_run:

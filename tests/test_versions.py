@@ -23,7 +23,7 @@ from lowpass.export.triton.canary import abort_canary, start_canary
 from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.repository import deploy, roll_back
 from lowpass.export.triton.split import Split
-from lowpass.export.triton.version import CONFIG_FILE, SUMS_FILE
+from lowpass.export.triton.version import CONFIG_FILE, FACTS_FILE, SUMS_FILE
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.run.images import verification_batches
 
@@ -275,7 +275,8 @@ def test_a_client_that_prepared_for_another_version_is_told(running: Running) ->
         config = re.sub(r'(\\"crop_pct\\":)[0-9.]+', r"\g<1>0.5", config).replace("2/labels.txt", "3/labels.txt")
         shutil.copytree(model / "2", model / "3")
         (model / "3" / CONFIG_FILE).write_text(config)
-        (model / "3" / SUMS_FILE).unlink()  # as somebody else deploys
+        for name in (SUMS_FILE, FACTS_FILE):  # as somebody else deploys
+            (model / "3" / name).unlink()
         roll_back(running.repository, "moving", 3)
         until(lambda: serves_alone(running, "moving", 3))
         with pytest.raises(RunError, match="version 3 of moving took the place of version 2 meanwhile"):

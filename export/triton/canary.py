@@ -7,12 +7,14 @@ its batches. Promoting serves the very folder that was tried; aborting removes i
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lowpass.export.triton.client import CANARY_SHARE
 from lowpass.export.triton.config import config_of
+from lowpass.export.triton.decode import label_text
 from lowpass.export.triton.prepared import DeployOptions, prepare
 from lowpass.export.triton.repository import (
     Deployed,
@@ -21,10 +23,12 @@ from lowpass.export.triton.repository import (
     canary_name,
     check_version,
     existing,
+    foreign,
     served,
 )
 from lowpass.export.triton.version import (
     CONFIG_FILE,
+    CONFIG_REMEDY,
     ModelVersion,
     locked,
     remove_version,
@@ -60,7 +64,7 @@ def start_canary(directory: Path, repository: Path, name: str, options: DeployOp
         prepared.settings, name=canary.name, parameters=prepared.settings.parameters | {CANARY_SHARE: f"{share:g}"}
     )
     with locked(repository):
-        if canary.exists():
+        if (canary / CONFIG_FILE).exists() or foreign(canary):  # a start that was killed leaves less
             tried = served_version(canary) if _is_canary(canary) else None
             raise InputError(
                 f"{canary} is no canary of {name}, and in its place; rename or remove it first"
@@ -72,6 +76,7 @@ def start_canary(directory: Path, repository: Path, name: str, options: DeployOp
                 f"{name} takes other inputs or has other classes than the new version, so that requests cannot be "
                 "split between them; deploy it without --canary, or under another --name"
             )
+        _check_labels(model, prepared.labels)
         (version,) = add_versions(repository, [prepared], options.version)
         try:
             write_version(repository, version, ModelVersion(canary.name, config_of(settings, version), prepared.files))
@@ -81,6 +86,20 @@ def start_canary(directory: Path, repository: Path, name: str, options: DeployOp
             remove_version(model, version)
             raise
     return Deployed(canary.name, version, versions_of(model), options.backend, canary)
+
+
+def _check_labels(model: Path, labels: Sequence[str]) -> None:
+    """That the same number means the same class in both models, between which answers are compared."""
+    served_labels = model / served_config(model).output[0].label_filename
+    try:
+        same = served_labels.read_text(encoding="utf-8") == label_text(labels)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{served_labels} cannot be read ({error}); `--rollback --version N` mends it") from None
+    if not same:
+        raise InputError(
+            f"{model.name} names its classes otherwise than the new version ({served_labels}), so that answers cannot "
+            "be compared; deploy it without --canary, or with the same --labels"
+        )
 
 
 def _interface(config: Any) -> tuple[Any, ...]:
@@ -113,6 +132,8 @@ def abort_canary(repository: Path, name: str) -> Deployed:
     existing(repository, name)
     with locked(repository):
         model, canary, version = _tried(repository, name)
+        if served_version(model) is None:  # before anything is removed
+            raise InputError(f"{model / CONFIG_FILE} does not say which version serves; {CONFIG_REMEDY}")
         _remove_model(canary, model)
         if version != served_version(model) and version in versions_of(model):
             remove_version(model, version)

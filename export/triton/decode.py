@@ -17,6 +17,7 @@ from lowpass.pipeline.base.errors import InputError
 
 PREPARED = ("preprocessing", "input_size", "input")  # parameters that say how
 AROUND = ("prepare", "labels", "pictures")
+AROUND_OF = "lowpass_around"  # a parameter that names the model which another stands around
 BACKENDS = Path(__file__).parent / "backend"
 TOP = 5
 
@@ -76,6 +77,8 @@ def picture_models(
         step.input_map.update({each: each for each in takes})
         step.output_map.update({each: each for each in gives})
 
+    for one in (prepare, name_classes, ensemble):
+        _set(one, {AROUND_OF: settings.name})
     return [
         ModelVersion(prepare.name, prepare, {"model.py": BACKENDS / "prepare.py"}),
         ModelVersion(
@@ -93,7 +96,7 @@ def label_text(labels: Sequence[str]) -> str:
 def takes_pictures(model: Path) -> bool:
     """Whether `NAME-pictures` stands around a model; somebody's own model may have that name."""
     pictures = model.with_name(f"{model.name}-pictures")
-    return (pictures / CONFIG_FILE).is_file() and served_config(pictures).platform == "ensemble"
+    return (pictures / CONFIG_FILE).is_file() and _stands_around(served_config(pictures), model.name)
 
 
 def check_place(model: Path) -> None:
@@ -103,13 +106,20 @@ def check_place(model: Path) -> None:
         InputError: there are models of these names that are somebody's own.
     """
     for one in (model.with_name(f"{model.name}-{what}") for what in AROUND):
-        if (one / CONFIG_FILE).is_file() and not _stands_around(served_config(one)):
+        if (one / CONFIG_FILE).is_file() and not _stands_around(served_config(one), model.name):
             raise InputError(f"{one} is in the place of what --decode puts around {model.name}; give another --name")
 
 
-def _stands_around(config: Any) -> bool:
-    """Whether `picture_models` made it; a deploy that was killed may have left some of them."""
-    return config.platform == "ensemble" or "decode_bytes" in config.parameters or "top" in config.parameters
+def stands_around(model: Path) -> str | None:
+    """The model that `picture_models` made this one for; None: for none."""
+    if not (model / CONFIG_FILE).is_file():
+        return None
+    return served_config(model).parameters[AROUND_OF].string_value or None
+
+
+def _stands_around(config: Any, name: str) -> bool:
+    """Whether `picture_models` made it for the model `name`; a deploy that was killed may have left some of them."""
+    return AROUND_OF in config.parameters and config.parameters[AROUND_OF].string_value == name
 
 
 def check_pictures(model: Path, config: Any, labels: str) -> None:

@@ -202,7 +202,7 @@ def _measured(directory: Path, runtime: str, profile: BatchProfile, dense: bool)
         }
         best = max(batches, key=lambda batch: batches[batch]["images_per_s"])
         return best, int(min(LONGEST_DELAY_US, max(100, 100 * batches[best]["p50_ms"])))
-    except (OSError, ValueError, KeyError, TypeError):  # not measured
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not measured
         return profile.best, DEFAULT_DELAY_US
 
 
@@ -219,6 +219,10 @@ def _labels(directory: Path, file: Path | None, classes: int) -> Sequence[str]:
             raise InputError(f"{file} has {len(labels)} lines, the model {classes} classes; give one label a line")
         labels, source = [label.removesuffix("\r") for label in labels], str(file)
     for index, label in enumerate(labels):
-        if not label.strip() or "\n" in label:  # Triton reads a label a line, and answers with none for an empty one
+        if (
+            not label.strip() or "\n" in label or "\r" in label
+        ):  # Triton reads a label a line, and answers with none for an empty one
             raise InputError(f"{source}: class {index} is called {label!r}; a label is one line that is not empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in label):  # of a folder's name that is not UTF-8
+            raise InputError(f"{source}: class {index} is called {label!r}, which is no text; give --labels FILE")
     return labels

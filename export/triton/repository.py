@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import cast
 
 from lowpass.export.triton.client import CANARY_SHARE
-from lowpass.export.triton.config import CONFIG_REMEDY, MODEL_FILES, Backend, config_of
-from lowpass.export.triton.decode import AROUND, check_pictures, check_place, label_text, takes_pictures
+from lowpass.export.triton.config import CONFIG_REMEDY, Backend, config_of
+from lowpass.export.triton.decode import (
+    AROUND,
+    check_pictures,
+    check_place,
+    label_text,
+    stands_around,
+    takes_pictures,
+)
 from lowpass.export.triton.prepared import LAST_VERSION, DeployOptions, Prepared, prepare
 from lowpass.export.triton.version import (
     CONFIG_FILE,
+    SUMS_FILE,
     VersionFacts,
     check_whole,
     checked_name,
@@ -28,7 +36,6 @@ from lowpass.export.triton.version import (
     write_version,
 )
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.files import sha256
 
 CANARY = "-canary"
 
@@ -98,6 +105,8 @@ def add_versions(repository: Path, prepared: Sequence[Prepared], wanted: int | N
     versions = [_free_version(repository, [each.name for each in one.models(1)], wanted) for one in prepared]
     for one, version in zip(prepared, versions, strict=True):
         settings = one.settings
+        if around := stands_around(repository / settings.name):
+            raise InputError(f"{settings.name} stands around {around}, see --decode; give another --name")
         if one.decode is not None:
             check_place(repository / settings.name)
         check_pictures(repository / settings.name, config_of(settings, version), label_text(one.labels))
@@ -117,7 +126,7 @@ def add_versions(repository: Path, prepared: Sequence[Prepared], wanted: int | N
 def _free_version(repository: Path, names: Sequence[str], wanted: int | None) -> int:
     models = [repository / name for name in names]
     for model in models:
-        if model.exists() and not (model / CONFIG_FILE).exists() and _foreign(model):
+        if model.exists() and not (model / CONFIG_FILE).exists() and foreign(model):
             raise InputError(f"{model} is there and holds no {CONFIG_FILE}; give another --name")
         if (model / CONFIG_FILE).exists() and CANARY_SHARE in served_config(model).parameters:
             raise InputError(f"{model.name} is a model on trial; --promote or --abort it, or give another --name")
@@ -132,8 +141,10 @@ def _free_version(repository: Path, names: Sequence[str], wanted: int | None) ->
     return version
 
 
-def _foreign(model: Path) -> bool:
+def foreign(model: Path) -> bool:
     """Whether a folder without a configuration holds more than a deploy leaves that was killed."""
+    if not model.exists():
+        return False
     return not model.is_dir() or any(
         not entry.name.startswith(".") and not (entry / CONFIG_FILE).is_file() for entry in model.iterdir()
     )
@@ -175,8 +186,10 @@ def _earlier(model: Path, version: int | None) -> int:
     if version is not None:  # whatever is served: also where somebody damaged the configuration that says so
         chosen, wanted = version, f"version {version}"
     else:
-        now = served_version(model) or 0
-        chosen, wanted = max((one for one in present if one < now), default=0), f"version before {now}"
+        now, tried = served_version(model) or 0, served_version(model.with_name(canary_name(model.name)))
+        # What is on trial was never served to everybody.
+        chosen = max((one for one in present if one < now and one != tried), default=0)
+        wanted = f"version before {now}"
     if chosen not in present:
         raise InputError(f"{model} has no {wanted}; there are {', '.join(map(str, present))}")
     return chosen
@@ -202,11 +215,8 @@ def check_version(model: Path, version: int) -> None:
             the model.
     """
     config = own_config(model, version)
-    if not check_whole(model, version) and (facts := facts_of(model, version)) is not None:
-        # Deployed before versions had sums. An engine is large: it is read once.
-        file = model / str(version) / MODEL_FILES[facts.backend]
-        if not file.is_file() or sha256(file) != facts.sha256:
-            raise InputError(f"{file} is not what was deployed: it was damaged or replaced; give another --version")
+    if not check_whole(model, version) and facts_of(model, version) is not None:
+        raise InputError(f"{model / str(version)} has lost its {SUMS_FILE}; deploy it again, or give another --version")
     if labels := config.output[0].label_filename:  # what stands around a model has none
         try:
             text = (model / labels).read_text(encoding="utf-8")
@@ -283,7 +293,9 @@ def prune_versions(repository: Path, names: Sequence[str], keep: int) -> list[Li
         for model in models:
             if served_version(model) is None:
                 raise InputError(f"{model / CONFIG_FILE} does not say which version serves; {CONFIG_REMEDY}")
-            used = {served_version(model), served_version(model.with_name(canary_name(model.name)))}
+            # Somebody may have several served.
+            used: set[int | None] = {*served_config(model).version_policy.specific.versions}
+            used.add(served_version(model.with_name(canary_name(model.name))))
             used.add(max((one for one in versions_of(model) if one < (served_version(model) or 0)), default=None))
             for version in versions_of(model)[:-keep]:
                 if version not in used:

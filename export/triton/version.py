@@ -30,6 +30,7 @@ from lowpass.export.triton.config import CONFIG_REMEDY, Backend, as_text, parse_
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import PART, sha256, write_text
 
+DEPLOYED = (".onnx", ".plan", ".pbtxt", ".txt", ".json", ".py")  # suffixes of what lies in a version
 CONFIG_FILE, FACTS_FILE, LOCK_FILE = "config.pbtxt", "version.json", ".lowpass.lock"
 SUMS_FILE = "SHA256SUMS"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # with what is put beside it, less than a file system takes
@@ -92,8 +93,10 @@ def locked(repository: Path) -> Iterator[None]:
         raise InputError(f"{repository} is a file; --repository takes a folder")
     try:
         if not repository.exists():
-            repository.mkdir(parents=True)
-            repository.chmod(ENTERABLE)
+            for folder in (*reversed(repository.parents), repository):
+                if not folder.exists():
+                    folder.mkdir(exist_ok=True)  # another deploy may begin as well
+                    folder.chmod(ENTERABLE)
         lock = FileLock(repository / LOCK_FILE, timeout=PATIENCE_S, mode=READABLE)
         lock.acquire()
     except Timeout:
@@ -172,8 +175,13 @@ def check_whole(model: Path, version: int) -> bool:
         return False
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / SUMS_FILE} cannot be read: {error}; give another --version") from None
-    for sum_, _, name in (line.partition("  ") for line in lines):
-        file = folder / Path(name).name
+    sums = {Path(name).name: sum_ for sum_, _, name in (line.partition("  ") for line in lines)}
+    # An empty list, or one that ends early, would let anything pass.
+    present = {file.name for file in folder.iterdir() if file.is_file() and file.suffix in DEPLOYED}
+    if left_out := sorted((present | {CONFIG_FILE}) - sums.keys()):
+        raise InputError(f"{folder / SUMS_FILE} does not list {left_out[0]}: it was damaged; give another --version")
+    for name, sum_ in sums.items():
+        file = folder / name
         if not file.is_file() or sha256(file) != sum_:
             raise InputError(f"{file} is not what was deployed: it was damaged or replaced; give another --version")
     return True
@@ -196,6 +204,8 @@ def own_config(model: Path, version: int) -> Any:
     config = read_config(folder / CONFIG_FILE)
     if list(config.version_policy.specific.versions) != [version] or not config.output:
         raise InputError(f"{folder / CONFIG_FILE} does not serve version {version}; give another --version")
+    if config.name != model.name:
+        raise InputError(f"{folder / CONFIG_FILE} is of a model {config.name!r}; give another --version")
     return config
 
 

@@ -126,11 +126,11 @@ def test_what_is_on_trial_is_no_way_back(run: Path, repository: Path) -> None:
     assert versions_of(repository / "digits") == (1, 2, 4)
 
 
-def test_a_canary_names_its_classes_alike(run: Path, repository: Path, tmp_path: Path) -> None:
+def test_a_canary_has_its_classes_in_the_same_order(run: Path, repository: Path, tmp_path: Path) -> None:
     deploy(run, repository, "digits", ONE)
     turned = tmp_path / "labels.txt"
     turned.write_text("".join(f"{digit}\n" for digit in reversed(range(10))))
-    with pytest.raises(InputError, match="digits names its classes otherwise than the new version"):
+    with pytest.raises(InputError, match="digits has the new version's classes in another order"):
         start_canary(run, repository, "digits", DeployOptions(instances=1, threads=1, labels=turned), 10)
     assert versions_of(repository / "digits") == (1,) and not (repository / "digits-canary").exists()
 

@@ -89,16 +89,18 @@ def start_canary(directory: Path, repository: Path, name: str, options: DeployOp
 
 
 def _check_labels(model: Path, labels: Sequence[str]) -> None:
-    """That the same number means the same class in both models, between which answers are compared."""
+    """That the classes are not the same in another order: answers are compared by number. Other names are a change that
+    a new version may make."""
     served_labels = model / served_config(model).output[0].label_filename
     try:
-        same = served_labels.read_text(encoding="utf-8") == label_text(labels)
+        served_text = served_labels.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{served_labels} cannot be read ({error}); `--rollback --version N` mends it") from None
-    if not same:
+    new_text = label_text(labels)
+    if new_text != served_text and sorted(new_text.splitlines()) == sorted(served_text.splitlines()):
         raise InputError(
-            f"{model.name} names its classes otherwise than the new version ({served_labels}), so that answers cannot "
-            "be compared; deploy it without --canary, or with the same --labels"
+            f"{model.name} has the new version's classes in another order ({served_labels}), so that answers cannot be "
+            "compared; deploy it without --canary, or with the same --labels"
         )
 
 

@@ -11,7 +11,8 @@ import pytest
 from served import exported
 
 from lowpass.export.triton.canary import abort_canary, promote_canary, start_canary
-from lowpass.export.triton.decode import DecodeLimits
+from lowpass.export.triton.config import as_text, parse_config
+from lowpass.export.triton.decode import AROUND_OF, DecodeLimits
 from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.repository import deploy, prune_versions, roll_back
 from lowpass.export.triton.version import CONFIG_FILE, FACTS_FILE, SUMS_FILE, served_version, versions_of
@@ -61,6 +62,23 @@ def test_what_stands_around_a_model_is_no_name_for_another(run: Path, repository
             deploy(run, repository, f"digits-{what}", ONE)
         assert versions_of(repository / f"digits-{what}") == (1,)
     deploy(run, repository, "others-labels", ONE)  # of no model that takes pictures
+
+
+def test_pictures_from_before_they_were_marked_are_still_looked_after(
+    run: Path, repository: Path, tmp_path: Path
+) -> None:
+    deploy(run, repository, "digits", PICTURES)
+    for what in ("prepare", "labels", "pictures"):
+        for config in (repository / f"digits-{what}").rglob(CONFIG_FILE):
+            unmarked = parse_config(config.read_text(), str(config))
+            del unmarked.parameters[AROUND_OF]
+            config.write_text(as_text(unmarked))
+    other = tmp_path / "labels.txt"
+    other.write_text("".join(f"new {digit}\n" for digit in range(10)))
+    with pytest.raises(InputError, match="digits-pictures stands around digits, and this version differs in labels"):
+        deploy(run, repository, "digits", DeployOptions(instances=1, threads=1, labels=other))
+    deploy(run, repository, "digits", PICTURES)
+    assert versions_of(repository / "digits-pictures") == (1, 2)
 
 
 def emptied(folder: Path) -> None:

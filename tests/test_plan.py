@@ -83,6 +83,13 @@ def every_table(of: list[BlockCurve]) -> list[tuple[float, tuple[BlockShape, ...
     return found
 
 
+def smooth_curves() -> list[BlockCurve]:
+    """Of which a table can be made for nearly any cost; no token may go."""
+    attention = tuple(AttentionOption(heads=h, qk_dim=16, v_dim=16, loss=0.1 * (3 - h)) for h in (1, 2, 3))
+    hidden = tuple(SizeOption(size=s, loss=(192 - s) / 192) for s in range(4, 193, 4))
+    return [BlockCurve(attention=attention, hidden=hidden, tokens=())] * DEPTH
+
+
 class Kernels:
     """Every part takes time for its being there, and hardly any where but a row is computed."""
 
@@ -115,6 +122,18 @@ def test_so_it_does_where_whole_parts_may_go(
     check_loses_least(architecture, of, costs, share * total(costs, architecture))
 
 
+def wasteful(architecture: Architecture, costs: Costs, entry: tuple[float, tuple[BlockShape, ...], float]) -> bool:
+    """Whether a drop of tokens could be left out and all would cost no more."""
+    _, blocks, cost = entry
+    entering = [36, *(block.keep for block in blocks)]
+    for before, after in itertools.pairwise(entering):
+        if after < before:
+            kept = tuple(b.model_copy(update={"keep": before if b.keep == after else b.keep}) for b in blocks)
+            if total(costs, architecture.model_copy(update={"blocks": kept})) <= cost:
+                return True
+    return False
+
+
 def check_loses_least(architecture: Architecture, of: list[BlockCurve], costs: Costs, target: float) -> None:
     within = [
         (loss, blocks, cost)
@@ -132,12 +151,12 @@ def check_loses_least(architecture: Architecture, of: list[BlockCurve], costs: C
     if not within:
         assert planned is None
         return
-    near = [entry for entry in within if entry[2] >= NEAR * target]
+    # Costs are binned: what is just near may not be seen so. And no stage is taken that costs more than it saves.
+    near = [entry for entry in within if entry[2] >= 1.001 * NEAR * target and not wasteful(architecture, costs, entry)]
     by_table = {blocks: loss for loss, blocks, _ in within}
     assert planned in by_table  # within the target, and made of what was measured
     assert lost(of, architecture, planned) == pytest.approx(by_table[planned])
-    best = min(loss for loss, *_ in near or within)
-    assert by_table[planned] <= best + 1e-9 or not near  # costs are binned: what is just near may not be seen so
+    assert not near or by_table[planned] <= min(loss for loss, *_ in near) + 1e-9
 
 
 @given(share=st.floats(0.01, 1))
@@ -208,13 +227,7 @@ def test_the_last_block_counts_as_the_last(architecture: Architecture) -> None:
 def test_a_measured_target_is_met_though_parts_do_not_add_up(architecture: Architecture, off: float) -> None:
     """The whole model takes other than its parts: the plan is made again until the measure agrees."""
     costs = Macs(architecture)
-    of = [
-        BlockCurve(
-            attention=tuple(AttentionOption(heads=h, qk_dim=16, v_dim=16, loss=0.1 * (3 - h)) for h in (1, 2, 3)),
-            hidden=tuple(SizeOption(size=s, loss=(192 - s) / 192) for s in range(4, 193, 4)),
-            tokens=(),
-        )
-    ] * DEPTH
+    of = smooth_curves()
     asked: list[float] = []
 
     def measure(slim: Architecture) -> float:
@@ -290,13 +303,7 @@ def test_what_misses_its_target_by_far_is_the_nearest_there_is_and_said(
 
 def test_a_limit_is_not_exceeded(architecture: Architecture) -> None:
     """A target may be missed by a little; what a batch may take at most, not."""
-    of = [
-        BlockCurve(
-            attention=tuple(AttentionOption(heads=h, qk_dim=16, v_dim=16, loss=0.1 * (3 - h)) for h in (1, 2, 3)),
-            hidden=tuple(SizeOption(size=s, loss=(192 - s) / 192) for s in range(4, 193, 4)),
-            tokens=(),
-        )
-    ] * DEPTH
+    of = smooth_curves()
     whole, steps = architecture.macs(), itertools.count()
 
     def measure(slim: Architecture) -> float:  # a little more than its parts, and never the same
@@ -342,13 +349,7 @@ def test_batches_of_a_throughput_keep_to_the_limit(rate: float, limit: float) ->
 
 def test_of_several_targets_the_one_that_costs_least_is_planned_for(architecture: Architecture) -> None:
     """Beyond what dense does in a batch of one; larger batches come cheaper."""
-    of = [
-        BlockCurve(
-            attention=tuple(AttentionOption(heads=h, qk_dim=16, v_dim=16, loss=0.1 * (3 - h)) for h in (1, 2, 3)),
-            hidden=tuple(SizeOption(size=s, loss=(192 - s) / 192) for s in range(4, 193, 4)),
-            tokens=(),
-        )
-    ] * DEPTH
+    of = smooth_curves()
     whole = architecture.macs()
 
     def target(batch: int, share: float, out_of: float = 1.0) -> CostTarget:

@@ -37,8 +37,8 @@ MODEL, RUNTIME = "digits_deit", "forecast:a100"
 
 def rows(seeds: int, shares: list[float], runs: Path, jobs: int) -> Iterator[Row]:
     """What was asked and what came of it, `jobs` searches at a time."""
-    dense, measure = _dense(), _measure(1.0)
-    dense_ms, before = measure(_dense()), {"share": "", "parts": "dense", "seed": ""}
+    dense, measure = _dense(), _measure()
+    dense_ms, before = measure(dense), {"share": "", "parts": "dense", "seed": ""}
     yield Row(before, "forecast_ms", dense_ms)
     yield Row(before, "kernels", len(engine_kernels(dense, "fp16", 1)))
     tasks = [
@@ -76,7 +76,7 @@ def _searched(task: tuple[Path, float, str, int, float]) -> list[Row]:
     slim = SlimViT.load(run).architecture
     console.print(f"{of}: {metrics.slim.top1:.2f} %", soft_wrap=True)
     return [
-        Row(of, "forecast_ms", _measure(1.0)(slim)),
+        Row(of, "forecast_ms", _measure()(slim)),
         Row(of, "kernels", len(engine_kernels(slim, "fp16", 1))),
         Row(of, "macs_share", slim.macs() / metrics.dense.macs),
         Row(of, "top1_dense", metrics.dense.top1 or 0.0),
@@ -88,8 +88,8 @@ def _dense() -> Architecture:
     return SlimViT.from_timm(load_model(MODEL), token_score="cls").architecture
 
 
-def _measure(ms: float) -> Callable[[Architecture], float]:
-    measure = forecast_target(_dense(), ms, parse_target(RUNTIME, None, 1)).measure
+def _measure() -> Callable[[Architecture], float]:
+    measure = forecast_target(_dense(), 1.0, parse_target(RUNTIME, None, 1)).measure
     assert measure is not None
     return measure
 

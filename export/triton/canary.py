@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowpass.export.triton.client import CANARY_SHARE
-from lowpass.export.triton.config import config_of
+from lowpass.export.triton.config import CONFIG_REMEDY, config_of
 from lowpass.export.triton.decode import label_text
 from lowpass.export.triton.prepared import DeployOptions, prepare
 from lowpass.export.triton.repository import (
@@ -28,7 +28,6 @@ from lowpass.export.triton.repository import (
 )
 from lowpass.export.triton.version import (
     CONFIG_FILE,
-    CONFIG_REMEDY,
     ModelVersion,
     locked,
     remove_version,

@@ -96,7 +96,7 @@ def label_text(labels: Sequence[str]) -> str:
 def takes_pictures(model: Path) -> bool:
     """Whether `NAME-pictures` stands around a model; somebody's own model may have that name."""
     pictures = model.with_name(f"{model.name}-pictures")
-    return (pictures / CONFIG_FILE).is_file() and _stands_around(served_config(pictures), model.name)
+    return (pictures / CONFIG_FILE).is_file() and _stands_around(served_config(pictures), model)
 
 
 def check_place(model: Path) -> None:
@@ -106,7 +106,7 @@ def check_place(model: Path) -> None:
         InputError: there are models of these names that are somebody's own.
     """
     for one in (model.with_name(f"{model.name}-{what}") for what in AROUND):
-        if (one / CONFIG_FILE).is_file() and not _stands_around(served_config(one), model.name):
+        if (one / CONFIG_FILE).is_file() and not _stands_around(served_config(one), model):
             raise InputError(f"{one} is in the place of what --decode puts around {model.name}; give another --name")
 
 
@@ -117,9 +117,16 @@ def stands_around(model: Path) -> str | None:
     return served_config(model).parameters[AROUND_OF].string_value or None
 
 
-def _stands_around(config: Any, name: str) -> bool:
-    """Whether `picture_models` made it for the model `name`; a deploy that was killed may have left some of them."""
-    return AROUND_OF in config.parameters and config.parameters[AROUND_OF].string_value == name
+def _stands_around(config: Any, model: Path) -> bool:
+    """Whether `picture_models` made it for a model; a deploy that was killed may have left some of them. Before they
+    carried a mark they were known by the ensemble, which calls the three in a row."""
+    if AROUND_OF in config.parameters:
+        return bool(config.parameters[AROUND_OF].string_value == model.name)
+    pictures = model.with_name(f"{model.name}-pictures")
+    if not (pictures / CONFIG_FILE).is_file():
+        return False
+    called = [step.model_name for step in served_config(pictures).ensemble_scheduling.step]
+    return called == [f"{model.name}-prepare", model.name, f"{model.name}-labels"]
 
 
 def check_pictures(model: Path, config: Any, labels: str) -> None:

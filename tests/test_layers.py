@@ -133,6 +133,7 @@ def test_eight_bits_keep_attention_fused(precision: Precision) -> None:
     compiled = compile_engine("tensorrt-rtx", model.SerializeToString(), ONE)
     (layers,), (half,) = read_layers(compiled.log, model, ONE), layers_of(slim)
     assert layers.whole.kernels <= 1.35 * half.whole.kernels
+    assert layers.blocks[11].kernels <= 8  # heads of its query, key and value are set apart in one kernel
     assert sum(kernel.is_attention for kernel in layers.kernels if kernel.block != 11) == 11
     products = [kernel for kernel in layers.kernels if kernel.kind in ("gemm", "runtime_fusion")]
     narrow = "Int8" if precision == "int8-fp16" else "FP8"

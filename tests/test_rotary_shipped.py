@@ -24,7 +24,7 @@ from lowpass.export.batch import BatchProfile
 from lowpass.export.graph.bias_free import drop_biases
 from lowpass.export.graph.deployable import deployable
 from lowpass.export.graph.keep_fp32 import kept_layers
-from lowpass.export.graph.last_block import LastBlock
+from lowpass.export.graph.last_block import LastBlock, LastProducts
 from lowpass.export.onnx.opset import at_opset
 from lowpass.export.onnx.trace import to_onnx
 from lowpass.export.options import ExportOptions, Precision
@@ -210,8 +210,8 @@ def test_the_last_block_is_exact(make_vit: MakeViT) -> None:
     """It turns keys alone: the classifier reads CLS, whose query is not turned."""
     slim = slim_of("RoPE-ViT", make_vit)
     slim.set_keep(0, 7)
-    for whole_query in (True, False):
-        last = LastBlock(copy.deepcopy(slim.blocks[1]), 1, whole_query)
+    for products in get_args(LastProducts):
+        last = LastBlock(copy.deepcopy(slim.blocks[1]), 1, products)
         with torch.no_grad():
             entering = slim.blocks[0](slim.embed(pictures(slim)))
             wanted = slim.stream.tokens(slim.blocks[1](entering))[:, :1]

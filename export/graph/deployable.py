@@ -13,7 +13,7 @@ from lowpass.export.graph.attention import FusedAttention, Products, RowAttentio
 from lowpass.export.graph.bias_free import drop_biases
 from lowpass.export.graph.cls_score import SeenLogits
 from lowpass.export.graph.keep_fp32 import WideAttention, keep_in_fp32
-from lowpass.export.graph.last_block import LastBlock
+from lowpass.export.graph.last_block import LastBlock, LastProducts
 from lowpass.export.graph.precision import AtPrecision, WideLinear
 from lowpass.export.graph.rotary import RotaryAttention, RowsStream, gather_with_rows
 from lowpass.export.graph.selection import lowering
@@ -57,7 +57,7 @@ def deployable(
     written_out = dense.differential or (last.has_attention and isinstance(last.attn, WideAttention))
     if not (dense.reads_image_tokens or written_out or dense.attn_norm):
         rows = 2 if dense.distilled else 1
-        model.vit.blocks[whole.index(last)] = LastBlock(last, rows, whole_query=precision in FOR_TENSORRT)
+        model.vit.blocks[whole.index(last)] = LastBlock(last, rows, _last_products(precision))
         whole.remove(last)
     if model.vit.attn_pool is not None:
         model.vit.attn_pool.fused_attn = False  # one row of attention: TensorRT has no fused kernel for it
@@ -83,6 +83,12 @@ def deployable(
 
 def _with_rows(ordered: bool) -> Callable[[Any, Tensor, int], Any]:
     return partial(gather_with_rows, ordered=ordered)
+
+
+def _last_products(precision: Precision) -> LastProducts:
+    if precision not in FOR_TENSORRT:
+        return "query apart"
+    return "one, heads first" if precision in QUANTISED else "one"
 
 
 def _attention(block: SlimBlock, precision: Precision) -> nn.Module:

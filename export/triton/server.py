@@ -55,7 +55,8 @@ def find_server(venv: Path | None = None) -> Server:
             return Server((bundle / "bin" / "tritonserver").absolute(), bundle.absolute())
     found = shutil.which("tritonserver")
     if found is None or venv is not None:
-        raise InputError(f"there is no Triton server in {place} or on the PATH; `make triton` sets one up")
+        where = f"{place} or on the PATH" if venv is None else f"{place}"
+        raise InputError(f"there is no Triton server in {where}; `make triton` sets one up")
     return Server(Path(found), None)
 
 
@@ -249,8 +250,9 @@ class Supervisor:
                     self.told(f"the server cannot load {named}. It serves {', '.join(serving)} (log: {self.log})")
                     return
                 raise RunError(
-                    f"the Triton server cannot load {named}. `lowpass deploy DIR --repository {self.repository} "
-                    f"--name {next(iter(broken))} --rollback` serves the version before (log: {self.log})"
+                    f"the Triton server cannot load {named}. `lowpass deploy --repository {self.repository} --name "
+                    f"{next(iter(broken))} --rollback` serves the version before; where there is none, deploy the run "
+                    f"once more (log: {self.log})"
                 )
             time.sleep(NAP_S)
         raise RunError(f"not every model in {self.repository} is ready after {START_S:.0f} s: {self._tail()}")

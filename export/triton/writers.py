@@ -94,7 +94,7 @@ def _lock_file(repository: Path) -> int:
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, READABLE)
     except PermissionError:  # another user's; where it is, to read it is enough for the lock
-        if not path.is_file() or not os.access(repository, os.W_OK | os.X_OK):
+        if not path.is_file() or not os.access(repository, os.W_OK | os.X_OK, effective_ids=True):
             raise
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     with suppress(PermissionError):  # another user's
@@ -166,13 +166,13 @@ def _path_of(error: OSError, repository: Path) -> Path:
 def _no_permission(path: Path, error: OSError) -> str:
     """Whose folder it is that keeps this user away, and what opens it."""
     folders = [folder for folder in (path, *path.parents) if _is_folder(folder)]
-    closed = next((folder for folder in folders if not os.access(folder, os.W_OK | os.X_OK)), path)
+    closed = next((folder for folder in folders if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True)), path)
     try:
         whose = f", which belongs to {_owner(closed)}"
     except OSError:
         whose = ""
     return (
-        f"no permission for {closed}{whose} ({error.strerror}); deploy as its owner, or have it opened to you, such as "
+        f"no permission for {closed}{whose} ({error.strerror}); do it as its owner, or have it opened to you, such as "
         f"by `chmod -R g+rwX {closed}`"
     )
 

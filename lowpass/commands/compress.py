@@ -345,7 +345,7 @@ def compress(
         raise InputError("give --model NAME, or --recipe FILE")
     else:
         if runtime is None:
-            refuse(context, ("batch", "precision"), "{} is of --target-latency and its --runtime; leave it out")
+            refuse(context, ("batch", "precision"), "{}: for --target-latency and its --runtime alone; leave that out")
         beside = {*BESIDE_RECIPE, "model", "tune_for", "as_published"} - {"weights"}
         settings = {name: value for name, value in context.params.items() if name not in beside}
         settings |= {name: numbers(f"--{name}", settings[name]) for name in ("mean", "std")}
@@ -353,7 +353,7 @@ def compress(
     if not dry_run:
         refuse(context, ("timed",), "{} is for --dry-run")
         if not ship:
-            refuse(context, ("epochs",), "{} is of fine-tuning: give --ship, too, or run `lowpass finetune` next")
+            refuse(context, ("epochs",), "{} is of fine-tuning; give --ship, too, or run `lowpass finetune` next")
     _start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run, yes, timed)
 
 

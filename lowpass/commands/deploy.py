@@ -216,13 +216,13 @@ def _refuse_idle(context: typer.Context, action: str | None, backend: str) -> No
     if "version" in given_names and action not in (None, "--canary", "--rollback"):
         raise InputError(f"--version {context.params['version']} is for adding a version, --canary and --rollback")
     if action in BESIDE:
-        refuse_all_but(context, (*ALWAYS, *BESIDE[action]), f"{{}} would have no effect with {action}; leave it out")
+        refuse_all_but(context, (*ALWAYS, *BESIDE[action]), f"{{}}: without effect beside {action}; leave that out")
     elif action == "--canary":
-        refuse(context, ("with_dense", "decode"), "{} does not go with --canary, which tries NAME alone; leave it out")
+        refuse(context, ("with_dense", "decode"), "{}: not for --canary, which tries NAME alone; leave that out")
     if "decode" not in given_names:
-        refuse(context, ("decode_bytes", "decode_pixels"), "{} is of --decode: give that, too, or leave it out")
+        refuse(context, ("decode_bytes", "decode_pixels"), "{}: for --decode alone; give that, too, or leave this out")
     if backend != "onnxruntime" and context.params["accelerator"] == "cuda":
-        refuse(context, ("accelerator",), f"{{}} cuda is of --backend onnxruntime, not of {backend}; leave it out")
+        refuse(context, ("accelerator",), f"{{}} cuda is for --backend onnxruntime, not for {backend}; leave it out")
 
 
 def _list(repository: Path, name: str | None, as_json: bool) -> None:

@@ -23,7 +23,8 @@ class Command(TyperCommand):
         for parameter in self.params:
             value = values.get(parameter.name or "")
             if value == "" or (isinstance(value, (list, tuple)) and "" in value):
-                raise InputError(f"{_spelled(parameter)} is empty; give a value, or leave it out")
+                other = "" if parameter.required else ", or leave it out"
+                raise InputError(f"{_spelled(parameter)} is empty; give it a value{other}")
         return super().parse_args(ctx, args)
 
 

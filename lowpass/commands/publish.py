@@ -38,7 +38,7 @@ def push(
     if repo is None and to is None:
         raise InputError("give --repo NAME to upload to, or --to FOLDER to write what would be uploaded")
     if to is not None:
-        refuse(context, ("private", "yes"), "{} is of an upload, and --to writes a folder alone; leave it out")
+        refuse(context, ("private", "yes"), "{}: for an upload, and --to writes a folder; leave that out")
     name = checked_repo(repo) if repo is not None else ""
     slim = Run(directory).publishable(name, license)
     if to is not None:

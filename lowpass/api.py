@@ -81,7 +81,7 @@ def compress(
     """
     recipe = recipe_of(model, data, tune_for, as_published, **settings)
     with report_to(progress):
-        run_recipe(recipe, Path(out), resume, memory_budget, model, data, yes)
+        run_recipe(recipe, _given(out, "out"), resume, memory_budget, model, data, yes)
     return Run(out, data if isinstance(data, tuple) else None, progress)
 
 
@@ -150,6 +150,17 @@ def run_recipe(
     )
 
 
+def _given(path: Path | str, what: str) -> Path:
+    """A path that names something: an empty one would be the present folder.
+
+    Raises:
+        InputError: it is empty.
+    """
+    if path == "":
+        raise InputError(f"{what} is empty; give a folder")
+    return Path(path)
+
+
 class Run:
     """A run directory: what `compress` or a command made, and what can be done with it.
 
@@ -164,8 +175,8 @@ class Run:
         Raises:
             InputError: there is no run at `path`.
         """
-        Recipe.load(Path(path))
-        self.path, self.data, self.progress = Path(path), data, progress
+        self.path, self.data, self.progress = _given(path, "path"), data, progress
+        Recipe.load(self.path)
 
     @property
     def recipe(self) -> Recipe:
@@ -342,7 +353,8 @@ class Run:
         from lowpass.export.triton.prepared import DeployOptions
         from lowpass.export.triton.repository import deploy
 
-        return deploy(self.path, Path(repository), name or self.path.absolute().name, options or DeployOptions(), dense)
+        name = self.path.absolute().name if name is None else name
+        return deploy(self.path, _given(repository, "repository"), name, options or DeployOptions(), dense)
 
     def publishable(self, name: str = "", license: str | None = None) -> SlimViT:
         """The slim model with its classes' names and a model card made of the run, for `save_pretrained(folder)` and

@@ -17,6 +17,7 @@ from lowpass.commands import (
     serve,
     ship,
 )
+from lowpass.commands.given import Command
 from lowpass.pipeline.base.allocator import keep_freed_memory
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.version import __version__
@@ -48,7 +49,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
 }
 for panel, commands in PANELS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        app.command(cls=Command, rich_help_panel=panel)(command)
 
 
 def _version(wanted: bool) -> None:

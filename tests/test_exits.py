@@ -19,6 +19,12 @@ from lowpass.pipeline.base.exits import exit_codes
         (InputError("no such\n  model"), 2, "no such model"),
         (RunError("it does not build"), 1, "it does not build"),
         (OSError(errno.ENOSPC, "No space left", "slim.json"), 1, "slim.json: No space left; what was written before"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "slim.json"),
+            1,
+            "no permission for slim.json: Permission d",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), 2, "File name too long; give a shorter name"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -95,6 +95,7 @@ def test_the_wheel_holds_one_name(wheel: Path) -> None:
     assert "lowpass/recipes/deit_small_paper.json" in names
     assert {"lowpass/report/templates/page.html", "lowpass/report/templates/style.css"} <= set(names)
     assert {f"lowpass/export/triton/page/dashboard.{kind}" for kind in ("html", "css", "js")} <= set(names)
+    assert zipfile.ZipFile(wheel).getinfo("lowpass/export/triton/backend/stub.sh").external_attr >> 16 & 0o111 == 0o111
     assert not [name for name in names if "/results/" in name or "/tests/" in name]
 
 

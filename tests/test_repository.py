@@ -34,11 +34,11 @@ from lowpass.export.triton.repository import (
 from lowpass.export.triton.server import find_server
 from lowpass.export.triton.version import (
     CONFIG_FILE,
-    LOCK_FILE,
     SUMS_FILE,
     served_version,
     versions_of,
 )
+from lowpass.export.triton.writers import LOCK_FILE
 from lowpass.pipeline.base.errors import InputError
 
 ONE = DeployOptions(instances=1, threads=1)
@@ -355,7 +355,8 @@ def test_onto_a_mount_of_its_own_and_a_disk_that_is_read_only(run: Path, reposit
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     versions, *said = done.stdout.splitlines()
     assert versions == "(1, 2)"
-    assert said == 2 * [f"cannot write to the repository {repository}: Read-only file system"]
+    remedy = "mount it to be written, or give another --repository"
+    assert said == 2 * [f"cannot write to the repository {repository}: Read-only file system; {remedy}"]
 
 
 def test_an_engine_is_served_at_the_sizes_it_is_fast_at(run: Path, repository: Path) -> None:

@@ -6,7 +6,6 @@ its batches. Promoting serves the very folder that was tried; aborting removes i
 """
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 from lowpass.export.triton.client import CANARY_SHARE
 from lowpass.export.triton.config import CONFIG_REMEDY, config_of
 from lowpass.export.triton.decode import label_text
-from lowpass.export.triton.prepared import DeployOptions, prepare
+from lowpass.export.triton.prepared import DeployOptions, Prepared, prepare
+from lowpass.export.triton.removal import remove_model
 from lowpass.export.triton.repository import (
     Deployed,
     add_versions,
@@ -25,11 +25,11 @@ from lowpass.export.triton.repository import (
     existing,
     foreign,
     served,
+    writing,
 )
 from lowpass.export.triton.version import (
     CONFIG_FILE,
     ModelVersion,
-    locked,
     remove_version,
     serve_version,
     served_config,
@@ -37,8 +37,8 @@ from lowpass.export.triton.version import (
     versions_of,
     write_version,
 )
+from lowpass.export.triton.writers import explained
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.base.files import PART
 
 SHARED_PARAMETERS = ("input", "input_size", "preprocessing")
 
@@ -51,40 +51,50 @@ def start_canary(directory: Path, repository: Path, name: str, options: DeployOp
         repository: where NAME is served already.
         name: of the model.
         options: how to serve it.
-        share: in percent.
+        share: in percent, above 0 and below 100.
 
     Raises:
-        InputError: NAME is not there, takes other inputs, or has a canary already; and see `deploy`.
+        InputError: the share is none, NAME is not there, takes other inputs, or has a canary already; and see `deploy`.
         RunError: see `deploy`.
     """
+    if not 0 < share < 100:
+        raise InputError(f"--canary {share:.15g} is not between 0 and 100 percent; give a share such as 10")
     prepared = prepare(directory, name, options, dense=False)
-    model, canary = existing(repository, name), repository / canary_name(name)
-    settings = replace(
-        prepared.settings, name=canary.name, parameters=prepared.settings.parameters | {CANARY_SHARE: f"{share:g}"}
-    )
-    with locked(repository):
-        if (canary / CONFIG_FILE).exists() or foreign(canary):  # a start that was killed leaves less
-            tried = served_version(canary) if _is_canary(canary) else None
-            raise InputError(
-                f"{canary} is no canary of {name}, and in its place; rename or remove it first"
-                if tried is None
-                else f"{name} has a canary, version {tried}; --promote or --abort it first"
-            )
-        if _interface(served_config(model)) != _interface(config_of(prepared.settings, 1)):
-            raise InputError(
-                f"{name} takes other inputs or has other classes than the new version, so that requests cannot be "
-                "split between them; deploy it without --canary, or under another --name"
-            )
-        _check_labels(model, prepared.labels)
-        (version,) = add_versions(repository, [prepared], options.version)
-        try:
-            write_version(repository, version, ModelVersion(canary.name, config_of(settings, version), prepared.files))
-            serve_version(canary, version)
-        except BaseException:
-            shutil.rmtree(canary, ignore_errors=True)
-            remove_version(model, version)
-            raise
+    with explained(repository):
+        model, canary = existing(repository, name), repository / canary_name(name)
+        with writing(repository, [name]):
+            version = _start(model, canary, prepared, options.version, share)
     return Deployed(canary.name, version, versions_of(model), options.backend, canary)
+
+
+def _start(model: Path, canary: Path, prepared: Prepared, wanted: int | None, share: float) -> int:
+    """Write and serve it; its version. The caller holds the lock."""
+    name, repository = model.name, model.parent
+    if (canary / CONFIG_FILE).exists() or foreign(canary):  # a start that was killed leaves less
+        tried = served_version(canary) if _is_canary(canary) else None
+        raise InputError(
+            f"{canary} is no canary of {name}, and in its place; rename or remove it first"
+            if tried is None
+            else f"{name} has a canary, version {tried}; --promote or --abort it first"
+        )
+    if _interface(served_config(model)) != _interface(config_of(prepared.settings, 1)):
+        raise InputError(
+            f"{name} takes other inputs or has other classes than the new version, so that requests cannot be "
+            "split between them; deploy it without --canary, or under another --name"
+        )
+    _check_labels(model, prepared.labels)
+    # As exactly as it was given: 99.99999999 is not 100.
+    parameters = prepared.settings.parameters | {CANARY_SHARE: repr(float(share)).removesuffix(".0")}
+    settings = replace(prepared.settings, name=canary.name, parameters=parameters)
+    (version,) = add_versions(repository, [prepared], wanted)
+    try:
+        write_version(repository, version, ModelVersion(canary.name, config_of(settings, version), prepared.files))
+        serve_version(canary, version)
+    except BaseException:
+        shutil.rmtree(canary, ignore_errors=True)
+        remove_version(model, version)
+        raise
+    return version
 
 
 def _check_labels(model: Path, labels: Sequence[str]) -> None:
@@ -115,12 +125,14 @@ def promote_canary(repository: Path, name: str) -> Deployed:
     Raises:
         InputError: there is no canary.
     """
-    existing(repository, name)
-    with locked(repository):
-        model, canary, version = _tried(repository, name)
-        check_version(model, version)
-        done = served(model, version)
-        _remove_model(canary, model)
+    with explained(repository):
+        existing(repository, name)
+        with writing(repository, [name]):
+            model, canary, version = _tried(repository, name)
+            remedy = "--abort takes the tried version away; then try the run once more"
+            check_version(model, version, remedy)
+            done = served(model, version)
+            remove_model(canary, model)
     return done
 
 
@@ -130,15 +142,16 @@ def abort_canary(repository: Path, name: str) -> Deployed:
     Raises:
         InputError: there is no canary.
     """
-    existing(repository, name)
-    with locked(repository):
-        model, canary, version = _tried(repository, name)
-        if served_version(model) is None:  # before anything is removed
-            raise InputError(f"{model / CONFIG_FILE} does not say which version serves; {CONFIG_REMEDY}")
-        _remove_model(canary, model)
-        if version != served_version(model) and version in versions_of(model):
-            remove_version(model, version)
-        return as_it_is(model)
+    with explained(repository):
+        existing(repository, name)
+        with writing(repository, [name]):
+            model, canary, version = _tried(repository, name)
+            if served_version(model) is None:  # before anything is removed
+                raise InputError(f"{model / CONFIG_FILE} does not say which version serves; {CONFIG_REMEDY}")
+            remove_model(canary, model)
+            if version != served_version(model) and version in versions_of(model):
+                remove_version(model, version)
+            return as_it_is(model)
 
 
 def _tried(repository: Path, name: str) -> tuple[Path, Path, int]:
@@ -152,10 +165,3 @@ def _tried(repository: Path, name: str) -> tuple[Path, Path, int]:
 def _is_canary(canary: Path) -> bool:
     """Whether it was made by `start_canary`: a model of somebody's may have such a name."""
     return (canary / CONFIG_FILE).is_file() and CANARY_SHARE in served_config(canary).parameters
-
-
-def _remove_model(canary: Path, model: Path) -> None:
-    """At once for a server that watches: into a hidden folder of another model, where it looks for none."""
-    aside = Path(tempfile.mkdtemp(dir=model, prefix=f".{canary.name}.", suffix=PART))
-    canary.rename(aside / canary.name)
-    shutil.rmtree(aside)

@@ -152,8 +152,13 @@ def bound_queue(config: Any, settings: ModelSettings) -> None:
     queue.allow_timeout_override = True  # a client that gives up earlier may say so
 
 
-def parse_config(text: str, where: str) -> Any:
+def parse_config(text: str, where: str, remedy: str = CONFIG_REMEDY) -> Any:
     """The other way round.
+
+    Args:
+        text: of a file.
+        where: it is.
+        remedy: what the message ends with.
 
     Raises:
         InputError: the text is no such configuration.
@@ -161,4 +166,4 @@ def parse_config(text: str, where: str) -> Any:
     try:
         return text_format.Parse(text, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
-        raise InputError(f"{where} is not a Triton configuration: {error}; {CONFIG_REMEDY}") from None
+        raise InputError(f"{where} is not a Triton configuration: {error}; {remedy}") from None

@@ -12,7 +12,7 @@ from typing import Any
 from tritonclient.grpc import model_config_pb2
 
 from lowpass.export.triton.config import LABELS_FILE, ModelSettings, bound_queue
-from lowpass.export.triton.version import CONFIG_FILE, ModelVersion, served_config
+from lowpass.export.triton.version import CONFIG_FILE, ModelVersion, served_config, served_version
 from lowpass.pipeline.base.errors import InputError
 
 PREPARED = ("preprocessing", "input_size", "input")  # parameters that say how
@@ -93,6 +93,13 @@ def label_text(labels: Sequence[str]) -> str:
     return "".join(f"{label}\n" for label in labels)
 
 
+def around(model: Path) -> list[Path]:
+    """What stands around a model, in the order in which it can be taken away: what calls the others first. A deploy or
+    a removal that was killed may have left some of them."""
+    models = [model.with_name(f"{model.name}-{what}") for what in reversed(AROUND)]
+    return [one for one in models if (one / CONFIG_FILE).is_file() and _stands_around(served_config(one), model)]
+
+
 def takes_pictures(model: Path) -> bool:
     """Whether `NAME-pictures` stands around a model; somebody's own model may have that name."""
     pictures = model.with_name(f"{model.name}-pictures")
@@ -140,27 +147,41 @@ def check_pictures(model: Path, config: Any, labels: str) -> None:
     Raises:
         InputError: it wants other pictures or names other classes than `NAME-pictures` gives, or takes fewer at once.
     """
-    pictures = model.with_name(f"{model.name}-pictures")
     if not takes_pictures(model):
         return
-    around = [model.with_name(f"{model.name}-{what}") for what in AROUND]
-    if lost := [one.name for one in around if not (one / CONFIG_FILE).is_file()]:
+    three = [model.with_name(f"{model.name}-{what}") for what in AROUND]
+    remove = f"`lowpass deploy --repository {model.parent} --name {model.name} --remove-decode` takes away"
+    if lost := [one.name for one in three if not (one / CONFIG_FILE).is_file()]:
         raise InputError(
-            f"of {', '.join(one.name for one in around)}, which stand around {model.name} together, {lost[0]} is gone; "
-            "remove the others, or deploy with --decode under another --name"
+            f"of {', '.join(one.name for one in three)}, which stand around {model.name} together, {lost[0]} is gone; "
+            f"{remove} the others"
         )
-    prepare, names = (served_config(one) for one in around[:2])
-    (named,) = names.version_policy.specific.versions
+    prepare, _, pictures = (served_config(one) for one in three)
     differ = [key for key in PREPARED if prepare.parameters[key] != config.parameters[key]]
-    if (model.with_name(names.name) / str(named) / LABELS_FILE).read_text(encoding="utf-8") != labels:
+    if _labels_of(three[1]) != labels:
         differ.append("labels")
-    if config.max_batch_size < served_config(pictures).max_batch_size:
+    if config.max_batch_size < pictures.max_batch_size:
         differ.append("largest batch")
     if differ:
         raise InputError(
             f"{pictures.name} stands around {model.name}, and this version differs in {', '.join(differ)}; deploy it "
-            f"under another --name, or remove {', '.join(one.name for one in around)} first"
+            f"under another --name, or {remove} {', '.join(one.name for one in three)} first"
         )
+
+
+def _labels_of(names: Path) -> str:
+    """What `NAME-labels` calls the classes.
+
+    Raises:
+        InputError: its file cannot be read.
+    """
+    file = names / str(served_version(names)) / LABELS_FILE
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error}); --remove-decode, then deploy with --decode once more"
+        ) from None
 
 
 def _python(settings: ModelSettings, what: str, instances: int) -> Any:

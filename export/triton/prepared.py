@@ -28,11 +28,13 @@ from lowpass.export.triton.decode import DecodeLimits, label_text, picture_model
 from lowpass.export.triton.version import FACTS_FILE, ModelVersion, VersionFacts, checked_name
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.files import sha256
+from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.base.version import __version__
 from lowpass.pipeline.model.classes import load_classes
 from lowpass.pipeline.run.metrics import Metrics
 
 DEFAULT_DELAY_US, LONGEST_DELAY_US = 1000, 5000
+MOST_THREADS = 1024  # of all instances together: no machine has more cores to spare for one model
 LAST_VERSION = 2**31 - 1  # Triton's are 64 bits wide; nobody counts that far
 QUEUE_LIMIT, QUEUE_TIMEOUT_MS = 256, 5000
 MEASURED_IN: dict[Backend, str] = {"python": "onnxruntime", "onnxruntime": "onnxruntime", "tensorrt": "tensorrt"}
@@ -109,7 +111,6 @@ def prepare(directory: Path, name: str, options: DeployOptions, dense: bool) -> 
         top1=figures.top1,
         macs=figures.macs,
         max_batch=profile.most,
-        sha256=sha256(source),
         deployed=datetime.now(UTC).isoformat(timespec="seconds"),
         lowpass=__version__,
     )
@@ -168,8 +169,7 @@ def _settings(
     channels, height, width = json.loads(metadata["input_size"])
     uint8 = metadata["input"] == "uint8"
     best, delay = _measured(directory, MEASURED_IN[backend], profile, dense)
-    cores = len(os.sched_getaffinity(0))
-    instances = options.instances or (min(2, cores) if backend == "python" else 1)
+    instances, threads = _sessions(options)
     return ModelSettings(
         name=name,
         backend=backend,
@@ -183,11 +183,36 @@ def _settings(
         queue_limit=options.queue_limit,
         queue_timeout_ms=options.queue_timeout_ms,
         instances=instances,
-        threads=options.threads or max(1, cores // instances),
+        threads=threads,
         accelerator=options.accelerator,
         parameters={key: metadata[key] for key in ("model", "precision", "input", "input_size", "preprocessing")}
         | {"precision": precision},
     )
+
+
+def _sessions(options: DeployOptions) -> tuple[int, int]:
+    """How many sessions there are, and how many threads each has."""
+    cores = len(os.sched_getaffinity(0))
+    instances = options.instances or (min(2, cores) if options.backend == "python" else 1)
+    threads = options.threads or max(1, cores // instances)
+    if options.backend == "tensorrt":
+        if options.threads is not None:
+            raise InputError(f"--threads {threads} is of ONNX Runtime, and --backend tensorrt has none; leave it out")
+        return instances, threads
+    together = instances * threads
+    if together > MOST_THREADS:
+        raise InputError(
+            f"--instances {instances} of --threads {threads} are {together} threads, and the most are {MOST_THREADS}; "
+            f"this machine has {cores} cores"
+        )
+    if together > cores:
+        side_by_side = min(instances, cores)
+        logger.warning(
+            "--instances %d of --threads %d are %d threads, more than the %d cores of this machine: served here, they "
+            "wait for each other; --instances %d --threads %d would fill it",
+            *(instances, threads, together, cores, side_by_side, cores // side_by_side),
+        )
+    return instances, threads
 
 
 def _measured(directory: Path, runtime: str, profile: BatchProfile, dense: bool) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 What a version is made of: `version.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,6 +13,7 @@ from lowpass.export.triton.client import CANARY_SHARE
 from lowpass.export.triton.config import CONFIG_REMEDY, Backend, config_of
 from lowpass.export.triton.decode import (
     AROUND,
+    around,
     check_pictures,
     check_place,
     label_text,
@@ -21,21 +23,25 @@ from lowpass.export.triton.decode import (
 from lowpass.export.triton.prepared import LAST_VERSION, DeployOptions, Prepared, prepare
 from lowpass.export.triton.version import (
     CONFIG_FILE,
+    REMEDY,
     SUMS_FILE,
     VersionFacts,
     check_whole,
     checked_name,
     facts_of,
-    locked,
     own_config,
     remove_version,
     serve_version,
     served_config,
     served_version,
+    sweep,
+    unreadable_configs,
     versions_of,
     write_version,
 )
+from lowpass.export.triton.writers import check_folder, explained, locked
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.progress import logger
 
 CANARY = "-canary"
 
@@ -43,6 +49,20 @@ CANARY = "-canary"
 def canary_name(name: str) -> str:
     """What a version of a model that is tried first is served as, see `canary.py`."""
     return name + CANARY
+
+
+@contextmanager
+def writing(repository: Path, names: Iterable[str]) -> Iterator[None]:
+    """One writer at a time, once what a killed one left of these models, and of what stands around them, is swept.
+
+    Raises:
+        InputError: the repository cannot be written, or another deploy does not end.
+    """
+    with locked(repository):
+        for name in names:
+            for one in (name, canary_name(name), *(f"{name}-{what}" for what in AROUND)):
+                sweep(repository / one)
+        yield
 
 
 @dataclass(frozen=True)
@@ -85,13 +105,17 @@ def deploy_models(
         RunError: see `deploy`.
     """
     prepared = [prepare(directory, name, options, dense) for name, dense in models.items()]
-    with locked(repository):
+    with writing(repository, models):
         versions = add_versions(repository, prepared, options.version)
-        return [
+        done = [
             served(repository / model.name, version)
             for one, version in zip(prepared, versions, strict=True)
             for model in one.models(version)
         ]
+        for name in models:
+            if options.decode is None and takes_pictures(repository / name):
+                logger.info("%s-pictures stands around this version, too; --remove-decode takes it away", name)
+    return done
 
 
 def add_versions(repository: Path, prepared: Sequence[Prepared], wanted: int | None) -> list[int]:
@@ -171,14 +195,15 @@ def roll_back_models(repository: Path, names: Sequence[str], version: int | None
     Raises:
         InputError: see `roll_back`.
     """
-    for name in names:
-        if version is None or not versions_of(repository / checked_name(name)):  # else even without a configuration
-            existing(repository, name)
-    with locked(repository):
-        chosen = {repository / name: _earlier(repository / name, version) for name in names}
-        for model, one in chosen.items():
-            check_version(model, one)
-        return [served(model, one) for model, one in chosen.items()]
+    with explained(repository):
+        for name in names:
+            if version is None or not versions_of(repository / checked_name(name)):  # else even without a configuration
+                existing(repository, name)
+        with writing(repository, names):
+            chosen = {repository / name: _earlier(repository / name, version) for name in names}
+            for model, one in chosen.items():
+                check_version(model, one)
+            return [served(model, one) for model, one in chosen.items()]
 
 
 def _earlier(model: Path, version: int | None) -> int:
@@ -202,26 +227,27 @@ def existing(repository: Path, name: str) -> Path:
         InputError: it is not.
     """
     model = repository / checked_name(name)
+    check_folder(repository)
     if not (model / CONFIG_FILE).is_file():
         raise InputError(f"there is no model {name} in {repository}; `lowpass deploy DIR --repository {repository}`")
     return model
 
 
-def check_version(model: Path, version: int) -> None:
+def check_version(model: Path, version: int, remedy: str = REMEDY) -> None:
     """That a version that is there can be served: it loaded when it was deployed, and none of its files has changed.
 
     Raises:
         InputError: it has no configuration of its own, a file is damaged, or it does not go with what stands around
-            the model.
+            the model; the message ends with `remedy`.
     """
-    config = own_config(model, version)
-    if not check_whole(model, version) and facts_of(model, version) is not None:
-        raise InputError(f"{model / str(version)} has lost its {SUMS_FILE}; deploy it again, or give another --version")
+    config = own_config(model, version, remedy)
+    if not check_whole(model, version, remedy) and facts_of(model, version) is not None:
+        raise InputError(f"{model / str(version)} has lost its {SUMS_FILE}; {remedy}")
     if labels := config.output[0].label_filename:  # what stands around a model has none
         try:
             text = (model / labels).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{model / labels} cannot be read ({error}); give another --version") from None
+            raise InputError(f"{model / labels} cannot be read ({error}); {remedy}") from None
         check_pictures(model, config, text)
 
 
@@ -234,7 +260,7 @@ def served(model: Path, version: int) -> Deployed:
 def as_it_is(model: Path) -> Deployed:
     """A model as it is served."""
     config = served_config(model)
-    (version,) = config.version_policy.specific.versions
+    version = max(config.version_policy.specific.versions)  # somebody may have several served
     return Deployed(model.name, version, versions_of(model), cast(Backend, config.backend), model)
 
 
@@ -249,31 +275,37 @@ class Listed:
 
 
 def list_versions(repository: Path, name: str | None = None) -> list[Listed]:
-    """Every version of every model, or of one.
+    """Every version of every model, or of one. Of a model that is damaged, see `damaged_models`, none serves.
 
     Raises:
         InputError: there is no such repository or model.
     """
-    if name is not None:
-        models = [existing(repository, name)]
-    elif repository.is_dir():
-        found = [*repository.glob(f"*/{CONFIG_FILE}"), *repository.glob(f"*/*/{CONFIG_FILE}")]
-        models = sorted({repository / path.relative_to(repository).parts[0] for path in found})
-    else:
-        raise InputError(f"there is no repository {repository}")
-    return [
-        Listed(model.name, version, version == served_version(model), facts_of(model, version))
-        for model in models
-        for version in versions_of(model)
-    ]
+    with explained(repository):
+        check_folder(repository)
+        if name is not None:
+            models = [existing(repository, name)]
+        elif repository.is_dir():
+            any(repository.iterdir())  # `glob` would pass over a folder that cannot be read
+            found = [*repository.glob(f"*/{CONFIG_FILE}"), *repository.glob(f"*/*/{CONFIG_FILE}")]
+            models = sorted({repository / path.relative_to(repository).parts[0] for path in found})
+        else:
+            raise InputError(f"there is no repository {repository}")
+    listed = []
+    for model in models:
+        try:
+            serves, present = served_version(model), versions_of(model)
+        except InputError:
+            serves, present = None, versions_of(model)
+        except OSError:  # another user's
+            continue
+        listed += [Listed(model.name, one, one == serves, facts_of(model, one)) for one in present]
+    return listed
 
 
-def _around(model: Path) -> list[Path]:
-    """What of `decode.py` stands around a model."""
-    if not takes_pictures(model):
-        return []
-    models = [model.with_name(f"{model.name}-{what}") for what in AROUND]
-    return [one for one in models if (one / CONFIG_FILE).is_file()]
+def damaged_models(repository: Path, name: str | None = None) -> dict[str, str]:
+    """The models of a repository, or the one, that a server cannot follow; why, with the remedy."""
+    found = unreadable_configs(repository)
+    return {path.parent.name: why for path, why in found.items() if name in (None, path.parent.name)}
 
 
 def prune_versions(repository: Path, names: Sequence[str], keep: int) -> list[Listed]:
@@ -286,19 +318,24 @@ def prune_versions(repository: Path, names: Sequence[str], keep: int) -> list[Li
     Raises:
         InputError: there is no such model, or nothing says which of its versions serves.
     """
-    models = [existing(repository, name) for name in names]
-    models += [around for model in models for around in _around(model)]
+    with explained(repository):
+        models = [existing(repository, name) for name in names]
+        models += [one for model in models for one in around(model)]
+        with writing(repository, names):
+            for model in models:
+                if served_version(model) is None:
+                    raise InputError(f"{model / CONFIG_FILE} does not say which version serves; {CONFIG_REMEDY}")
+            return [removed for model in models for removed in _prune(model, keep)]
+
+
+def _prune(model: Path, keep: int) -> list[Listed]:
+    # Somebody may have several served.
+    used: set[int | None] = {*served_config(model).version_policy.specific.versions}
+    used.add(served_version(model.with_name(canary_name(model.name))))
+    used.add(max((one for one in versions_of(model) if one < (served_version(model) or 0)), default=None))
     removed = []
-    with locked(repository):
-        for model in models:
-            if served_version(model) is None:
-                raise InputError(f"{model / CONFIG_FILE} does not say which version serves; {CONFIG_REMEDY}")
-            # Somebody may have several served.
-            used: set[int | None] = {*served_config(model).version_policy.specific.versions}
-            used.add(served_version(model.with_name(canary_name(model.name))))
-            used.add(max((one for one in versions_of(model) if one < (served_version(model) or 0)), default=None))
-            for version in versions_of(model)[:-keep]:
-                if version not in used:
-                    removed.append(Listed(model.name, version, False, facts_of(model, version)))
-                    remove_version(model, version)
+    for version in versions_of(model)[:-keep]:
+        if version not in used:
+            removed.append(Listed(model.name, version, False, facts_of(model, version)))
+            remove_version(model, version)
     return removed

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from lowpass.export.triton import backends
 from lowpass.export.triton.address import Address, check_free
 from lowpass.export.triton.leftovers import SUPERVISOR, Belongings, orphans
 from lowpass.export.triton.state import PATIENCE_S, News, broken_models, is_ready, serving_versions, versions_in
@@ -54,7 +55,8 @@ def find_server(venv: Path | None = None) -> Server:
             return Server((bundle / "bin" / "tritonserver").absolute(), bundle.absolute())
     found = shutil.which("tritonserver")
     if found is None or venv is not None:
-        raise InputError(f"there is no Triton server in {place} or on the PATH; `make triton` sets one up")
+        where = f"{place} or on the PATH" if venv is None else f"{place}"
+        raise InputError(f"there is no Triton server in {where}; `make triton` sets one up")
     return Server(Path(found), None)
 
 
@@ -217,7 +219,7 @@ class Supervisor:
             f"--exit-timeout-secs={int(STOP_S) // 2}",
         ]
         if self.server.bundle is not None:
-            command.append(f"--backend-directory={_backends(belongings.folder, self.server.bundle)}")
+            command.append(f"--backend-directory={backends.set_up(belongings.folder, self.server.bundle)}")
         return command
 
     def _environment(self) -> dict[str, str]:
@@ -248,8 +250,9 @@ class Supervisor:
                     self.told(f"the server cannot load {named}. It serves {', '.join(serving)} (log: {self.log})")
                     return
                 raise RunError(
-                    f"the Triton server cannot load {named}. `lowpass deploy DIR --repository {self.repository} "
-                    f"--name {next(iter(broken))} --rollback` serves the version before (log: {self.log})"
+                    f"the Triton server cannot load {named}. `lowpass deploy --repository {self.repository} --name "
+                    f"{next(iter(broken))} --rollback` serves the version before; where there is none, deploy the run "
+                    f"once more (log: {self.log})"
                 )
             time.sleep(NAP_S)
         raise RunError(f"not every model in {self.repository} is ready after {START_S:.0f} s: {self._tail()}")
@@ -281,21 +284,3 @@ def _keep_short(log: Path) -> None:
         if log.stat().st_size > LARGEST_LOG:
             shutil.copyfile(log, log.with_name(log.name + ".1"))
             os.truncate(log, 0)
-
-
-def _backends(folder: Path, bundle: Path) -> Path:
-    """The wheel's Python backend with the stub of its virtual environment's Python, as links.
-
-    Raises:
-        InputError: the wheel has none for that Python.
-    """
-    python = folder / "backends" / "python"
-    if not python.exists():
-        version = bundle.parents[2].name.removeprefix("python")
-        stub = bundle / "python_backend_stubs" / version / "triton_python_backend_stub"
-        if not stub.is_file():
-            raise InputError(f"the Triton wheel has no stub for Python {version}; make triton PYTHON=python3.11")
-        python.mkdir(parents=True)
-        for file in (*(bundle / "backends" / "python").glob("*.*"), stub):
-            (python / file.name).symlink_to(file)
-    return python.parent

@@ -25,6 +25,7 @@ from lowpass.commands.common import (
     numbers,
     say,
 )
+from lowpass.commands.given import refuse, refuse_all_but
 from lowpass.pipeline.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -338,26 +339,22 @@ def compress(
     from lowpass.pipeline.run.recipe import read_recipe
 
     if recipe_file is not None:
-        _refuse_beside_recipe(context)
+        refuse_all_but(context, BESIDE_RECIPE, "--recipe settles {}: leave it out, or change the file")
         recipe = read_recipe(recipe_file, weights=weights, data=data)
     elif model is None:
         raise InputError("give --model NAME, or --recipe FILE")
     else:
+        if runtime is None:
+            refuse(context, ("batch", "precision"), "{}: for --target-latency and its --runtime alone; leave that out")
         beside = {*BESIDE_RECIPE, "model", "tune_for", "as_published"} - {"weights"}
         settings = {name: value for name, value in context.params.items() if name not in beside}
         settings |= {name: numbers(f"--{name}", settings[name]) for name in ("mean", "std")}
         recipe = recipe_of(model, data, tune_for, as_published, **settings)
-    if timed and not dry_run:
-        raise InputError("--measure is for --dry-run")
+    if not dry_run:
+        refuse(context, ("timed",), "{} is for --dry-run")
+        if not ship:
+            refuse(context, ("epochs",), "{} is of fine-tuning; give --ship, too, or run `lowpass finetune` next")
     _start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run, yes, timed)
-
-
-def _refuse_beside_recipe(context: typer.Context) -> None:
-    """Refuse what a recipe file settles, given as an option, too."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if source is not None and source.name == "COMMANDLINE" and parameter.name not in BESIDE_RECIPE:
-            raise InputError(f"--recipe settles {parameter.opts[0]}: leave it out, or change the file")
 
 
 def _start(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lowpass.commands.common import AsJson, PrecisionOption, say
-from lowpass.pipeline.base.errors import InputError
+from lowpass.commands.given import given, refuse, refuse_all_but
+from lowpass.pipeline.base.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from lowpass.export.triton.repository import Deployed, Listed
@@ -18,8 +19,20 @@ MOST_SESSIONS = 1024
 VERSIONS, SERVING, TRIAL = "Versions that are there", "How it is served", "A trial first"
 PICTURES = "Pictures in, labels out"
 
+# What goes with each way to call `deploy` that adds nothing, and with all of them.
+BESIDE = {
+    "--promote": ("promote",),
+    "--abort": ("abort",),
+    "--rollback": ("rollback", "version", "with_dense"),
+    "--list": ("list_",),
+    "--prune": ("prune", "with_dense"),
+    "--remove-decode": ("remove_decode", "with_dense"),
+}
+ALWAYS = ("repository", "directory", "name", "as_json")
+
 
 def deploy(
+    context: typer.Context,
     repository: Annotated[Path, typer.Option(help="Triton model repository; made if missing.")],
     directory: Annotated[
         Path | None,
@@ -107,6 +120,12 @@ def deploy(
     list_: Annotated[
         bool, typer.Option("--list", help="Show them, their figures, and which one serves.", rich_help_panel=VERSIONS)
     ] = False,
+    remove_decode: Annotated[
+        bool,
+        typer.Option(
+            "--remove-decode", help="Take away what --decode put around NAME; NAME serves on.", rich_help_panel=PICTURES
+        ),
+    ] = False,
     prune: Annotated[
         int | None,
         typer.Option(
@@ -124,7 +143,8 @@ def deploy(
     from lowpass.export.triton.canary import abort_canary, promote_canary, start_canary
     from lowpass.export.triton.decode import DecodeLimits
     from lowpass.export.triton.prepared import DeployOptions
-    from lowpass.export.triton.repository import deploy_models, list_versions, prune_versions, roll_back_models
+    from lowpass.export.triton.removal import remove_decode as take_away
+    from lowpass.export.triton.repository import deploy_models, prune_versions, roll_back_models
 
     asked = {
         "--canary": canary is not None,
@@ -133,60 +153,94 @@ def deploy(
         "--rollback": rollback,
         "--list": list_,
         "--prune": prune is not None,
+        "--remove-decode": remove_decode,
     }
-    if sum(asked.values()) > 1:
-        raise InputError(f"{' and '.join(option for option, given in asked.items() if given)}: one at a time")
-    if version is not None and any(
-        given for option, given in asked.items() if option not in ("--canary", "--rollback")
-    ):
-        raise InputError(f"--version {version} is for adding a version, --canary and --rollback")
-    adds = canary is not None or not any(asked.values())
+    wanted = [option for option, is_given in asked.items() if is_given]
+    if len(wanted) > 1:
+        raise InputError(f"{' and '.join(wanted)}: one at a time")
+    _refuse_idle(context, next(iter(wanted), None), backend)
+    adds = canary is not None or not wanted
     if adds and directory is None:
         raise InputError("DIR is missing: the run directory whose exported model is to be deployed")
-    if canary is not None and (with_dense or decode or not 0 < canary < 100):
-        raise InputError(f"--canary {canary:g} is not between 0 and 100 percent, or beside --with-dense or --decode")
-    given = directory.absolute().name if name is None and directory is not None else name
+    name = directory.absolute().name if name is None and directory is not None else name
     if list_:
-        listed = list_versions(repository, given)
-        say(
-            {"repository": str(repository), "versions": _as_rows(listed)},
-            _as_table(listed) if listed else f"{repository} holds no model",
-            as_json,
-        )
+        _list(repository, name, as_json)
         return
-    if given is None:
+    if name is None:
         raise InputError("--name is missing: which model of the repository?")
-    names = {given: False} | ({f"{given}-dense": True} if with_dense else {})
+    names = {name: False} | ({f"{name}-dense": True} if with_dense else {})
     if prune is not None:
         removed = prune_versions(repository, list(names), prune)
         text = "\n".join(f"{one.name}: removed version {one.version}" for one in removed) or "nothing to remove"
         say({"repository": str(repository), "removed": _as_rows(removed)}, text, as_json)
         return
-    options = DeployOptions(
-        backend,
-        precision,
-        version,
-        labels,
-        instances,
-        threads,
-        queue_limit,
-        queue_timeout_ms,
-        accelerator,
-        DecodeLimits(decode_bytes, decode_pixels) if decode else None,
-    )
+    if remove_decode:
+        gone = [folder.name for folder in take_away(repository, list(names))]
+        said = "\n".join(f"{one}: removed" for one in gone)
+        say({"repository": str(repository), "removed": [{"name": one} for one in gone]}, said, as_json)
+        return
     if promote:
-        done = [promote_canary(repository, given)]
+        done = [promote_canary(repository, name)]
     elif abort:
-        done = [abort_canary(repository, given)]
+        done = [abort_canary(repository, name)]
     elif rollback:
         done = roll_back_models(repository, list(names), version)
     else:
         assert directory is not None
+        options = DeployOptions(
+            backend,
+            precision,
+            version,
+            labels,
+            instances,
+            threads,
+            queue_limit,
+            queue_timeout_ms,
+            accelerator,
+            DecodeLimits(decode_bytes, decode_pixels) if decode else None,
+        )
         if canary is not None:
-            done = [start_canary(directory, repository, given, options, canary)]
+            done = [start_canary(directory, repository, name, options, canary)]
         else:
             done = deploy_models(directory, repository, names, options)
     _say_done(repository, done, as_json)
+
+
+def _refuse_idle(context: typer.Context, action: str | None, backend: str) -> None:
+    """Refuse options that would have no effect beside others.
+
+    Raises:
+        InputError: there are some.
+    """
+    given_names = given(context)
+    if "version" in given_names and action not in (None, "--canary", "--rollback"):
+        raise InputError(f"--version {context.params['version']} is for adding a version, --canary and --rollback")
+    if action in BESIDE:
+        refuse_all_but(context, (*ALWAYS, *BESIDE[action]), f"{{}}: without effect beside {action}; leave that out")
+    elif action == "--canary":
+        refuse(context, ("with_dense", "decode"), "{}: not for --canary, which tries NAME alone; leave that out")
+    if "decode" not in given_names:
+        refuse(context, ("decode_bytes", "decode_pixels"), "{}: for --decode alone; give that, too, or leave this out")
+    if backend != "onnxruntime" and context.params["accelerator"] == "cuda":
+        refuse(context, ("accelerator",), f"{{}} cuda is for --backend onnxruntime, not for {backend}; leave it out")
+
+
+def _list(repository: Path, name: str | None, as_json: bool) -> None:
+    """Say what is there, as far as it can be read.
+
+    Raises:
+        RunError: some of it is damaged; said after the rest.
+    """
+    from lowpass.export.triton.repository import damaged_models, list_versions
+
+    listed, damaged = list_versions(repository, name), damaged_models(repository, name)
+    say(
+        {"repository": str(repository), "versions": _as_rows(listed), "damaged": damaged},
+        _as_table(listed) if listed else f"{repository} holds no model" + (" that can be listed" if damaged else ""),
+        as_json,
+    )
+    if damaged:
+        raise RunError(f"damaged: {'; '.join(damaged.values())}")
 
 
 def _say_done(repository: Path, done: Sequence["Deployed"], as_json: bool) -> None:

@@ -91,7 +91,7 @@ def predict(
 
 def _told(model: str, compared: "Comparison") -> str:
     """How a canary does."""
-    text = f"the canary of {model}, version {compared.version}, is to answer {compared.share:g} % of the requests: "
+    text = f"the canary of {model}, version {compared.version}, is to answer {compared.share:.15g} % of the requests: "
     if compared.agreement is None:
         text += "none yet, so few there were"
     else:

@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from lowpass.commands.common import AsJson, DataOption, RunDirectory, answer, say
+from lowpass.commands.given import refuse
 from lowpass.pipeline.base.errors import InputError
 
 
 def push(
+    context: typer.Context,
     directory: RunDirectory,
     repo: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where to on the Hugging Face Hub, such as someone/some-model.")
@@ -35,6 +37,8 @@ def push(
 
     if repo is None and to is None:
         raise InputError("give --repo NAME to upload to, or --to FOLDER to write what would be uploaded")
+    if to is not None:
+        refuse(context, ("private", "yes"), "{}: for an upload, and --to writes a folder; leave that out")
     name = checked_repo(repo) if repo is not None else ""
     slim = Run(directory).publishable(name, license)
     if to is not None:

@@ -40,9 +40,13 @@ def serve(
     from lowpass.export.triton.address import Address
     from lowpass.export.triton.dashboard import Dashboard
     from lowpass.export.triton.server import Supervisor, find_server
+    from lowpass.export.triton.writers import check_folder, explained
 
-    if not repository.is_dir() or not any(repository.glob("*/config.pbtxt")):
-        raise InputError(f"{repository} holds no model; `lowpass deploy DIR --repository {repository}` first")
+    check_folder(repository)
+    with explained(repository):
+        # `glob` would pass over a folder that cannot be read.
+        if not repository.is_dir() or not any(repository.iterdir()) or not any(repository.glob("*/config.pbtxt")):
+            raise InputError(f"{repository} holds no model; `lowpass deploy DIR --repository {repository}` first")
     address = Address(host, http_port, grpc_port, metrics_port, dashboard or None)
     where = log or repository.absolute().with_name(f"{repository.absolute().name}-{http_port}.log")
 

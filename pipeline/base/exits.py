@@ -16,7 +16,8 @@ from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.files import cache_dir
 from lowpass.pipeline.base.progress import show_on_console
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+REFUSED = (errno.EACCES, errno.EPERM)
 DEBUG = "LOWPASS_DEBUG"
 IN_A_WORKER = "Original Traceback"  # how a data loader's process hands on what it met
 
@@ -36,7 +37,7 @@ def exit_codes() -> Iterator[None]:
     except RunError as error:
         _fail(_message(error), 1)
     except OSError as error:
-        _fail(_why(error), 1)
+        _fail(_why(error), 2 if error.errno == errno.ENAMETOOLONG else 1)  # a name comes from whoever gave it
     except KeyboardInterrupt:
         _fail("interrupted; --resume goes on with a search or a training", 130)
     except Exception as error:
@@ -90,6 +91,10 @@ def _why(error: OSError) -> str:
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if error.errno in UNWRITABLE:
         return f"cannot write {what}; what was written before is whole: make room, then go on (a search: with --resume)"
+    if error.errno in REFUSED:
+        return f"no permission for {what}; have it opened to you by its owner, or give another place"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{what}; give a shorter name or path"
     return what
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import remove_parts, write_bytes
+from lowpass.pipeline.base.processes import processes
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.data.datasets import Data, len_of, subset
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
@@ -22,7 +23,6 @@ from lowpass.pipeline.run.tracking import both, tracker
 from lowpass.pipeline.train.evaluate import top1
 from lowpass.pipeline.train.finetune import SAVE_MINUTES, DivergedError, finetune
 from lowpass.pipeline.train.log import TrainingLog
-from lowpass.pipeline.train.processes import processes
 from lowpass.pipeline.train.settings import FinetuneSettings, Tracker, finetune_settings
 from lowpass.pipeline.train.state import TrainingState
 

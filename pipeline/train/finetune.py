@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.base.processes import on_cpus
 from lowpass.pipeline.base.progress import logger, quiet, track
 from lowpass.pipeline.data.datasets import Data, len_of
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -23,7 +24,6 @@ from lowpass.pipeline.train.batches import Batch, batches_from
 from lowpass.pipeline.train.drop_path import dropped_paths
 from lowpass.pipeline.train.log import Clock, EpochListener
 from lowpass.pipeline.train.loss import Mixing, answer_of, distillation_loss, mixing
-from lowpass.pipeline.train.processes import on_cpus
 from lowpass.pipeline.train.settings import FinetuneSettings, MixedPrecision
 from lowpass.pipeline.train.state import Best, EmaState, Progress, TrainingState
 from lowpass.pipeline.train.tokens import distances

@@ -14,7 +14,7 @@ class RunError(RuntimeError):
 class ElsewhereError(RunError):
     """Another of the processes that were started together failed, and says why itself. `code`: its exit code."""
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
         self.code = code
 

@@ -64,9 +64,10 @@ def _chunks(
     image whichever process has it."""
     noises, left = list[list[Tensor]](), METRIC_IMAGES
     for length in share.lengths:
-        chunks = torch.empty(min(length, left)).split(IMAGES_AT_ONCE) if left else ()  # none would still be a chunk
-        noises.append([torch.empty(len(chunk), classes).exponential_(generator=draw) for chunk in chunks])
-        left -= min(left, length)
+        used = min(length, left)
+        sizes = [min(IMAGES_AT_ONCE, used - before) for before in range(0, used, IMAGES_AT_ONCE)]
+        noises.append([torch.empty(size, classes).exponential_(generator=draw) for size in sizes])
+        left -= used
     for batch, own in zip(entering, share.of(noises), strict=True):
         for tokens, noise in zip(batch.split(IMAGES_AT_ONCE), own, strict=False):
             yield tokens[: len(noise)], noise

@@ -39,7 +39,7 @@ def _choices_ahead(state: SearchState, shapes: Sequence[BlockShape]) -> list[Cha
     choices: list[ChannelChoice | None] = [None] * len(shapes)
     for index in reversed(range(len(shapes))):
         shape, top_down = shapes[index], state.settings.order == "top-down"
-        if top_down:
+        if top_down and shape.heads:  # without attention it drops none
             scored.set_keep(index, shape.keep)
         if _same_channels(shape, dense.blocks[index].shape):
             continue

@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import Connection
 from typing import Any
 
+import tiny  # noqa: F401  registers its models
 import torch
 from accelerate import PartialState
 
@@ -36,7 +37,7 @@ def together(work: Callable[..., object], *arguments: Any, count: int = 2) -> li
     for process, answer in answers:
         try:
             assert answer.poll(SECONDS), "a process does not come to an end"
-            results.append(pickle.loads(answer.recv_bytes()))
+            results.append(pickle.loads(answer.recv_bytes()))  # noqa: S301 - of a process of ours
         except EOFError:
             results.append(None)
         finally:

@@ -154,16 +154,14 @@ def refused(*arguments: str) -> tuple[tuple[int, str, str], float]:
 
 def test_the_first_alone_says_why() -> None:
     """The others wait until it has: a launcher ends all of them with the first that goes."""
+    compress = "compress --model digits_deit --data digits"
     for arguments, said in (
-        (("export", "nowhere"), "2 processes were started, each of which would do all of `lowpass export`: start one"),
-        (("compress", "--model", "digits_deit", "--ship"), "--ship takes one process"),
-        (("compress", "--model", "digits_deit", "--target-macs", "2"), "target_macs"),
-        (
-            ("compress", "--model", "digits_deit", "--data", "digits", "--target-latency", "1", "--runtime", "openvino"),
-            "--runtime openvino is measured on this machine, which 2 processes share",
-        ),
+        ("export nowhere", "2 processes were started, each of which would do all of `lowpass export`: start one"),
+        (f"{compress} --ship", "--ship takes one process"),
+        (f"{compress} --target-macs 2", "target_macs"),
+        (f"{compress} --target-latency 1 --runtime openvino", "--runtime openvino is measured on this machine"),
     ):
-        ((code, out, err), _), (other, seconds) = together(refused, *arguments)
+        ((code, out, err), _), (other, seconds) = together(refused, *arguments.split())
         assert code == 2 and not out and err.count("lowpass: ") == len(err.splitlines()) == 1 and said in err
         assert other == (2, "", "") and seconds > 1
 

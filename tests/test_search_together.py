@@ -264,24 +264,25 @@ main()
 
 
 @pytest.mark.slow
-def test_by_torchrun(tmp_path: Path) -> None:
+def test_by_torchrun_and_accelerate(tmp_path: Path) -> None:
     """One killed is exit code 1; then one of them answers, and one tells how far it is."""
     script, run = tmp_path / "command.py", tmp_path / "run"
     script.write_text(COMMAND)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    torchrun = "torch.distributed.run --standalone --nproc-per-node 2"
+    accelerate = "accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"
     images = {"score_images": 64, "measure_images": 96, "target_macs": 0.6, "batch_size": 32}
     options = [text for name, value in images.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     asked = ["compress", "--model", "digits_deit", "--data", "digits", *options, "--out", str(run), "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def launched(*more: str, **others: str) -> subprocess.CompletedProcess[str]:
-        done = [*launch, *asked, *more]
-        return subprocess.run(done, capture_output=True, text=True, env=environment | others, timeout=300, check=False)
+    def launched(launcher: str, *more: str, **others: str) -> subprocess.CompletedProcess[str]:
+        full = [sys.executable, "-m", *launcher.split(), str(script), *asked, *more]
+        return subprocess.run(full, capture_output=True, text=True, env=environment | others, timeout=300, check=False)
 
-    done = launched(DIES="")
+    done = launched(torchrun, DIES="")
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.count("plan: ") == 1 and not (run / "metrics.json").exists()
-    done = launched("--resume")
+    done = launched(accelerate, "--resume")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["run"] == str(run)
     assert done.stderr.count("resuming after the decisions") == done.stderr.count("classifier refitted") == 1

@@ -21,7 +21,7 @@ from lowpass.pipeline.run.recipe import Recipe
 from lowpass.pipeline.run.teacher import foreign_teacher, teacher_files
 from lowpass.pipeline.run.tracking import both, tracker
 from lowpass.pipeline.train.evaluate import top1
-from lowpass.pipeline.train.finetune import SAVE_MINUTES, DivergedError, finetune
+from lowpass.pipeline.train.finetune import SAVE_MINUTES, DivergedError, check_precision, finetune
 from lowpass.pipeline.train.log import TrainingLog
 from lowpass.pipeline.train.settings import FinetuneSettings, Tracker, finetune_settings
 from lowpass.pipeline.train.state import TrainingState
@@ -107,6 +107,7 @@ def finetune_run(
         metrics, weights = _start(directory, restart)
         slim = SlimViT.load(directory, weights)
         settings = finetune_settings(images.name, changes, recipe.finetune)
+        check_precision(settings.mixed_precision)  # before anything is written
         asked = Asked(
             settings=settings,
             seed=recipe.seed if seed is None else seed,

@@ -86,8 +86,8 @@ def finetune(
         measure: top-1 of a model; with `settings.keep_best` the average of the best epoch comes back, not the last.
 
     Raises:
-        InputError: a label is none of the model's classes, the effective batch is no multiple of the batch, or the
-            state is damaged.
+        InputError: a label is none of the model's classes, the effective batch is no multiple of the batch, the
+            precision takes a GPU, or the state is damaged.
         ValueError: there is something to distil, but no teacher; tokens, but another than the dense model; or a best
             to keep, but no measure.
         DivergedError: the loss stopped being finite.
@@ -99,6 +99,7 @@ def finetune(
         raise ValueError("tokens are distilled from the dense model alone")
     if settings.keep_best and measure is None:
         raise ValueError("the best needs a measure")
+    check_precision(settings.mixed_precision)
     settings = _clamped(settings, len_of(data.train))
     training = _prepared(slim, teacher, data, settings, seed)
     with ExitStack() as hooked:  # after the moving average was made, which is to have no hooks
@@ -255,6 +256,16 @@ def _clamped(settings: FinetuneSettings, images: int) -> FinetuneSettings:
         return settings
     logger.info("a batch of %d is more than the %d training images: of that many", settings.batch_size, images)
     return settings.model_copy(update={"batch_size": images})
+
+
+def check_precision(precision: MixedPrecision | None) -> None:
+    """Refuse FP16 without a GPU: accelerate would train in FP32 and not say so.
+
+    Raises:
+        InputError: with what can be had.
+    """
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("--mixed-precision fp16 takes a GPU, and there is none: give bf16 or no")
 
 
 def suitable_precision() -> MixedPrecision:

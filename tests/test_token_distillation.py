@@ -225,9 +225,10 @@ def test_large_tokens_do_not_overflow() -> None:
 
 
 def test_fp16_without_a_gpu_is_refused(
-    slim: SlimViT, dense: SlimViT, slim_run: Path, tmp_path: Path, few: "Images"
+    slim: SlimViT, dense: SlimViT, slim_run: Path, tmp_path: Path, few: "Images", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be FP32 in silence."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="fp16 takes a GPU, and there is none: give bf16 or no"):
         tuned(slim, dense, mixed_precision="fp16")
     run = copied(slim_run, tmp_path / "run")

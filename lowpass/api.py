@@ -9,6 +9,7 @@ from torch import nn
 
 from lowpass.goals import cost_targets_of
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.processes import agreed
 from lowpass.pipeline.base.progress import Listener, report_to
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.classes import load_classes
@@ -51,7 +52,8 @@ def compress(
     progress: Listener | None = None,
     **settings: Any,
 ) -> "Run":
-    """Search a slim model to a target and save it in a run directory: the command `lowpass compress`.
+    """Search a slim model to a target and save it in a run directory: the command `lowpass compress`. In a script that
+    `torchrun` or `accelerate launch` runs, all processes call it: they share the images, and the first writes.
 
     Args:
         model: what `load_model` takes (with `weights=FILE`; `digits_deit` brings its own), or a plain ViT of timm,
@@ -60,7 +62,7 @@ def compress(
             (train, test) of (image [C, H, W] as the model takes it, label).
         out: the run directory, new or empty.
         resume: go on with an interrupted run; the outcome is the same.
-        memory_budget: GiB for the search's activations; past it they are files in the run directory.
+        memory_budget: GiB for the search's activations, in each process; past it they are files in the run directory.
         tune_for: the runtime whose liking the shapes default to.
         as_published: the paper's own shapes and channel criterion (LFS) instead.
         yes: go on although the dense model does no better than a guess, or far better under another reading.
@@ -142,7 +144,7 @@ def run_recipe(
         recipe,
         out,
         resume,
-        cost_targets_of(recipe),
+        agreed(lambda: cost_targets_of(recipe)),
         memory_budget,
         model=model if isinstance(model, nn.Module) else None,
         data=data if isinstance(data, tuple) else None,

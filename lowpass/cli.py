@@ -1,6 +1,7 @@
 """The `lowpass` command: parse, call, print. What the commands do is in `lowpass/commands/`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -19,7 +20,9 @@ from lowpass.commands import (
 )
 from lowpass.commands.given import Command
 from lowpass.pipeline.base.allocator import keep_freed_memory
+from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.exits import exit_codes
+from lowpass.pipeline.base.launched import started_together
 from lowpass.pipeline.base.version import __version__
 
 app = typer.Typer(
@@ -47,6 +50,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Publish it": (publish.push, publish.pull),
     "This machine": (ship.doctor,),
 }
+SHARED = ("compress", "finetune", "evaluate")  # by several processes that were started together
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(cls=Command, rich_help_panel=panel)(command)
@@ -60,11 +64,22 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and exit.")
     ] = False,
 ) -> None:
-    pass
+    if started_together() > 1 and context.invoked_subcommand not in SHARED:
+        from lowpass.pipeline.base.processes import agreed
+
+        agreed(partial(_refuse_several, context.invoked_subcommand))
+
+
+def _refuse_several(command: str | None) -> None:
+    raise InputError(
+        f"{started_together()} processes were started, each of which would do all of `lowpass {command}`: start one; "
+        f"{', '.join(SHARED)} alone are shared"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

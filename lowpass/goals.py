@@ -5,6 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.launched import started_together
 from lowpass.pipeline.run.recipe import Recipe
 from lowpass.pipeline.search.search import CostTargetsOf
 from lowpass.pipeline.search.target import batches_for
@@ -14,7 +16,8 @@ def cost_targets_of(recipe: Recipe) -> CostTargetsOf | None:
     """What makes a recipe's latency targets for its dense model; None: it has none.
 
     Raises:
-        InputError: its runtime is not here, or lacks the precision; or there is no such forecast.
+        InputError: its runtime is not here, or lacks the precision; or there is no such forecast; or several processes
+            would share the machine that is measured.
     """
     if recipe.runtime is None:
         return None
@@ -37,6 +40,11 @@ def cost_targets_of(recipe: Recipe) -> CostTargetsOf | None:
             limited(forecast_target(dense, batches[batch], target, say=batch == first))
             for batch, target in targets.items()
         ]
+    if started_together() > 1:
+        raise InputError(
+            f"--runtime {recipe.runtime} is measured on this machine, which {started_together()} processes share: "
+            "start one alone, or plan by a forecast such as --runtime forecast:a100"
+        )
     from lowpass.benchmarks.latency.target import checked_runtime, latency_target
 
     asked_precision: Any = recipe.latency_precision  # which it checks

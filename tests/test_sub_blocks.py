@@ -255,6 +255,18 @@ def test_a_table_is_applied_in_any_order(make_vit: MakeViT, tmp_path: Path, orde
             torch.testing.assert_close(kept, slim.vit.blocks(slim.embed(images)), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("order", ["bottom-up", "top-down", "one-shot"])
+def test_so_is_one_whose_attention_is_gone_where_tokens_are(make_vit: MakeViT, tmp_path: Path, order: Any) -> None:
+    slim = SlimViT.from_timm(make_vit(depth=4))
+    shape = slim.architecture.blocks[0].model_dump()
+    table = [BlockShape(**shape | {"keep": 11} | some) for some in ({}, NO_MLP, NO_ATTENTION, NOTHING)]
+    state = SearchState(
+        slim, [(torch.randn(8, 3, 16, 16), torch.arange(8) % 5)], [], SearchSettings(order=order), tmp_path
+    )
+    apply_table(state, table)
+    assert slim.architecture.blocks == tuple(table)
+
+
 def test_skipped_paths_are_of_the_parts_that_are_there(make_vit: MakeViT) -> None:
     slim = SlimViT(cut_from(SlimViT.from_timm(make_vit()).architecture, {0: NO_ATTENTION, 1: NO_MLP})).train()
     with dropped_paths(slim, 0.5):

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from conftest import MakeViT
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import together
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -187,6 +189,76 @@ def test_both_see_the_images_as_they_are_mixed(slim: SlimViT, dense: SlimViT) ->
 def test_in_mixed_precision(slim: SlimViT, dense: SlimViT) -> None:
     exact, half = (tuned(slim, dense, token_distillation=1.0, mixed_precision=p)[1][0] for p in ("no", "bf16"))
     assert half.token_distance == pytest.approx(exact.token_distance, rel=0.05) and half != exact
+
+
+@pytest.mark.parametrize(("half", "within"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_half_precision_hardly_changes_it_or_its_gradient(
+    half: torch.dtype, within: float, slim: SlimViT, dense: SlimViT
+) -> None:
+    """As the loop runs them on a GPU: both models in mixed precision, in FP16 the loss scaled."""
+
+    def found(mixed: bool) -> tuple[float, Tensor]:
+        student, scale = copy.deepcopy(slim), 2.0**16
+        with distances(student, dense) as distance, torch.autocast("cpu", half, enabled=mixed):
+            student(images())
+            with torch.no_grad():
+                dense(images())
+            apart = distance()
+        assert apart.dtype == torch.float32
+        (scale * apart).backward()
+        gradients = [weight.grad.flatten() for weight in student.parameters() if weight.grad is not None]
+        return float(apart), torch.cat(gradients) / scale
+
+    (exact, gradient), (rough, its) = found(False), found(True)
+    assert rough == pytest.approx(exact, rel=within) and rough != exact
+    assert bool(its.isfinite().all())
+    assert float((its - gradient).norm() / gradient.norm()) < 4 * within
+
+
+def test_large_tokens_do_not_overflow() -> None:
+    """Their squares are none that FP16 has."""
+    tokens = 1000 * torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    places = torch.arange(5).expand(2, -1)[..., None]
+    exact = token_distance(0.9 * tokens, places, tokens)
+    assert float(exact) == pytest.approx(0.01, rel=1e-3)
+    assert float(token_distance((0.9 * tokens).half(), places, tokens.half())) == pytest.approx(0.01, rel=0.02)
+
+
+def test_fp16_without_a_gpu_is_refused(
+    slim: SlimViT, dense: SlimViT, slim_run: Path, tmp_path: Path, few: "Images", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be FP32 in silence."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="fp16 takes a GPU, and there is none: give bf16 or no"):
+        tuned(slim, dense, mixed_precision="fp16")
+    run = copied(slim_run, tmp_path / "run")
+    with pytest.raises(InputError, match="fp16 takes a GPU"):
+        finetune_run(run, few, RUN | {"mixed_precision": "fp16"}, None)
+    assert not (run / "training").exists()
+
+
+def together_tuned(slim: SlimViT, dense: SlimViT, changes: dict[str, Any]) -> tuple[dict[str, Tensor], list[Epoch]]:
+    model, told = tuned(slim, dense, **changes)
+    return model.state_dict(), told
+
+
+@pytest.mark.parametrize(("precision", "within", "weights_within"), [("no", 1e-5, 2e-3), ("bf16", 0.02, 0.1)])
+def test_two_processes_draw_as_one_of_twice_the_batch(
+    precision: str, within: float, weights_within: float, slim: SlimViT, dense: SlimViT
+) -> None:
+    asked = {"epochs": 3, "lr": 0.2, "token_distillation": 2.0, "mixed_precision": precision}
+    weights, epochs = together_tuned(slim, dense, asked | {"batch_size": 12})
+    (shared, its), (same, nothing) = together(together_tuned, slim, dense, asked | {"batch_size": 6})
+    assert nothing == []  # the first tells
+    assert all(torch.equal(tensor, same[name]) for name, tensor in shared.items())
+    for one, two in zip(epochs, its, strict=True):
+        assert (two.loss, two.token_distance) == pytest.approx((one.loss, one.token_distance), rel=within)
+    before = slim.state_dict()
+    moved, apart = (
+        sum(float((tensor - other[name]).square().sum()) for name, tensor in weights.items())
+        for other in (before, shared)
+    )
+    assert moved > 0.5 and math.sqrt(apart / moved) < weights_within  # biases of keys move by rounding alone
 
 
 def test_only_a_dense_model_has_them_all(slim: SlimViT, dense: SlimViT) -> None:

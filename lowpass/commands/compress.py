@@ -21,12 +21,12 @@ from lowpass.commands.common import (
     TargetKey,
     Workers,
     Yes,
-    answer,
     numbers,
-    say,
 )
 from lowpass.commands.given import refuse, refuse_all_but
+from lowpass.commands.start import start
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.launched import started_together
 
 if TYPE_CHECKING:
     from lowpass.pipeline.run.recipe import Recipe
@@ -53,7 +53,7 @@ def demo(
     from lowpass.api import recipe_of
 
     recipe = recipe_of("digits_deit", "digits", target_macs=target_macs, seed=seed)
-    _start(recipe, out, resume, ship=True, as_json=as_json)
+    start(recipe, out, resume, ship=True, as_json=as_json)
 
 
 def compress(
@@ -273,7 +273,7 @@ def compress(
         float,
         typer.Option(
             metavar="GIB",
-            help="For the search's activations; past it they are files in the run directory.",
+            help="For the search's activations (of each process); past it they are files in the run directory.",
             rich_help_panel=MACHINE,
         ),
     ] = 8.0,
@@ -334,61 +334,31 @@ def compress(
 ) -> None:
     """Search a slim model (or apply a given table), and save it in a run directory.
 
-    The shortest: lowpass compress --model NAME --weights FILE --data FOLDER --target-macs 0.5"""
+    The shortest: lowpass compress --model NAME --weights FILE --data FOLDER --target-macs 0.5
+
+    Several processes: `accelerate launch -m lowpass compress ...` or `torchrun -m lowpass compress ...`."""
     from lowpass.api import recipe_of
+    from lowpass.pipeline.base.processes import agreed
     from lowpass.pipeline.run.recipe import read_recipe
 
-    if recipe_file is not None:
-        refuse_all_but(context, BESIDE_RECIPE, "--recipe settles {}: leave it out, or change the file")
-        recipe = read_recipe(recipe_file, weights=weights, data=data)
-    elif model is None:
-        raise InputError("give --model NAME, or --recipe FILE")
-    else:
+    def asked() -> "Recipe":
+        if not dry_run:
+            refuse(context, ("timed",), "{} is for --dry-run")
+            if not ship:
+                refuse(context, ("epochs",), "{} is of fine-tuning; give --ship, too, or run `lowpass finetune` next")
+        if ship and started_together() > 1:
+            raise InputError("--ship takes one process: give several `compress` and `finetune`, then `export` one")
+        if recipe_file is not None:
+            refuse_all_but(context, BESIDE_RECIPE, "--recipe settles {}: leave it out, or change the file")
+            return read_recipe(recipe_file, weights=weights, data=data)
+        if model is None:
+            raise InputError("give --model NAME, or --recipe FILE")
         if runtime is None:
             refuse(context, ("batch", "precision"), "{}: for --target-latency and its --runtime alone; leave that out")
         beside = {*BESIDE_RECIPE, "model", "tune_for", "as_published"} - {"weights"}
         settings = {name: value for name, value in context.params.items() if name not in beside}
         settings |= {name: numbers(f"--{name}", settings[name]) for name in ("mean", "std")}
-        recipe = recipe_of(model, data, tune_for, as_published, **settings)
-    if not dry_run:
-        refuse(context, ("timed",), "{} is for --dry-run")
-        if not ship:
-            refuse(context, ("epochs",), "{} is of fine-tuning; give --ship, too, or run `lowpass finetune` next")
-    _start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run, yes, timed)
+        return recipe_of(model, data, tune_for, as_published, **settings)
 
-
-def _start(
-    recipe: "Recipe",
-    out: Path | None,
-    resume: bool,
-    ship: bool,
-    epochs: int | None = None,
-    as_json: bool = False,
-    memory_budget: float = 8.0,
-    dry_run: bool = False,
-    yes: bool = False,
-    timed: bool = False,
-) -> None:
-    """Compress, or say what that would take; with `ship` take the result all the way to timed engines."""
-    from lowpass.api import Run, run_recipe
-    from lowpass.goals import cost_targets_of
-    from lowpass.pipeline.run.dry_run import dry_run as estimated
-    from lowpass.pipeline.run.estimate import as_table
-
-    out = out or Path("runs") / Path(recipe.model.rpartition(":")[2]).name
-    if dry_run:
-        cost_targets_of(recipe)  # refuses a runtime that is not here
-        estimate = estimated(recipe, out, resume, epochs, memory_budget, check=not yes, timed=timed)
-        say(estimate.model_dump(mode="json"), as_table(estimate), as_json)
-        return
-    wanted = recipe.finetune.teacher_weights if ship and recipe.finetune is not None else None
-    if wanted is not None and not wanted.is_file():  # not after a search of hours
-        raise InputError(f"{wanted}, the teacher's weights of the recipe, is no file")
-    metrics, measured = run_recipe(recipe, out, resume, memory_budget, yes=yes), None
-    if ship:
-        run = Run(out)
-        if recipe.data is not None and not metrics.finetuned_epochs:
-            metrics = run.finetune(resume=resume) if epochs is None else run.finetune(resume=resume, epochs=epochs)
-        run.export_all()
-        measured = run.benchmark()
-    answer(out, metrics, measured, as_json)
+    recipe = agreed(asked)
+    start(recipe, out, resume, ship, epochs, as_json, memory_budget, dry_run, yes, timed)

@@ -16,6 +16,7 @@ from lowpass.commands.common import (
     say,
 )
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.launched import is_first
 
 
 def finetune(
@@ -73,7 +74,6 @@ def finetune(
     The result takes its place in the run; the searched weights stay in pruned.safetensors, and training.csv has a row
     an epoch. Several processes: `accelerate launch -m lowpass finetune DIR` or `torchrun -m lowpass finetune DIR`."""
     from lowpass.api import Run
-    from lowpass.pipeline.train.processes import processes
 
     given = {
         "epochs": epochs,
@@ -100,7 +100,7 @@ def finetune(
         track=track,
         **{name: value for name, value in given.items() if value is not None},
     )
-    if processes().is_main_process:
+    if is_first():
         answer(directory, metrics, None, as_json)
 
 
@@ -123,10 +123,13 @@ def evaluate(
     from lowpass.export.runtimes.registry import parse_runtimes
 
     found: dict[str, Any] = {"run": str(directory)}
-    if runtime is None:
-        if precision is not None:
-            raise InputError("--precision is of an exported file; name the --runtime it is to run in")
-        result = summarise(directory, Run(directory).evaluate(data), None)
+    if runtime is None and precision is not None:
+        raise InputError("--precision is of an exported file; name the --runtime it is to run in")
+    metrics = Run(directory).evaluate(data) if runtime is None else None
+    if not is_first():
+        return  # several processes have shared the images so far
+    if metrics is not None:
+        result = summarise(directory, metrics, None)
         found |= result.model_dump(mode="json")
         measured = [evaluate_deployed(directory, *engine, data) for engine in runnable_engines(directory)]
     else:

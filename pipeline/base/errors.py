@@ -11,6 +11,14 @@ class RunError(RuntimeError):
     """A step failed although its input was sound (an engine that does not build, say). Exit code 1."""
 
 
+class ElsewhereError(RunError):
+    """Another of the processes that were started together failed, and says why itself. `code`: its exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def first_problem(error: ValidationError) -> str:
     """The first complaint of a pydantic error, on one line, with where it stands."""
     problem = error.errors(include_url=False)[0]

@@ -6,18 +6,20 @@ import io
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.base.errors import ElsewhereError, InputError, RunError
 from lowpass.pipeline.base.files import cache_dir
 from lowpass.pipeline.base.progress import show_on_console
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 REFUSED = (errno.EACCES, errno.EPERM)
+SAYING_S = 1.0  # a launcher ends all processes once one goes: the one that has to say why is to have said it
 DEBUG = "LOWPASS_DEBUG"
 IN_A_WORKER = "Original Traceback"  # how a data loader's process hands on what it met
 
@@ -32,6 +34,9 @@ def exit_codes() -> Iterator[None]:
     try:
         with show_on_console():
             yield
+    except ElsewhereError as error:
+        time.sleep(SAYING_S)
+        raise SystemExit(error.code) from None
     except InputError as error:
         _fail(_message(error), 2)
     except RunError as error:

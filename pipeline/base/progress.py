@@ -2,7 +2,6 @@
 `show_on_console`, which the commands do. The log is `logging.getLogger("lowpass")`."""
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -21,6 +20,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from lowpass.pipeline.base.launched import is_first
 
 console = Console(stderr=True, highlight=False, markup=False)  # standard output is the answer's
 logger = logging.getLogger("lowpass")
@@ -78,8 +79,8 @@ def report_to(listener: Listener | None) -> Iterator[None]:
 @contextmanager
 def show_on_console() -> Iterator[None]:
     """Within, the log and progress go to standard error: bars on a terminal, elsewhere a line now and then. Of several
-    processes that train together the first alone is heard."""
-    if int(os.environ.get("RANK", 0)):  # as torchrun and accelerate number them
+    processes that were started together the first alone is heard."""
+    if not is_first():
         yield
         return
     handler = _ConsoleHandler()

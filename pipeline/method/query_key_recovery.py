@@ -4,13 +4,13 @@ With the queries given, the keys that come nearest to the dense logits are a lea
 round.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lowpass.pipeline.method.recovery import Refit, moments
+from lowpass.pipeline.method.recovery import Moments, Refit, Rows, moments
 
 RIDGE = 1e-6  # of the mean square of a channel
 
@@ -24,7 +24,13 @@ class QueryKey:
     num_heads: int
 
 
-def refit_query_key(pruned: QueryKey, inputs: Iterable[Tensor], dense: QueryKey, heads: tuple[int, ...]) -> Refit:
+def refit_query_key(
+    pruned: QueryKey,
+    inputs: Iterable[Tensor],
+    dense: QueryKey,
+    heads: tuple[int, ...],
+    moments_of: Callable[[Iterable[Rows]], tuple[Moments, Moments]] = moments,
+) -> Refit:
     """Refit thinned queries and keys, in place, so that their logits come near the dense heads'.
 
     Args:
@@ -32,8 +38,9 @@ def refit_query_key(pruned: QueryKey, inputs: Iterable[Tensor], dense: QueryKey,
         inputs: what enters the attention, normalised [B, T, C].
         dense: before it was thinned.
         heads: see above.
+        moments_of: `moments`, or what adds up those of several processes.
     """
-    fitted, judged = moments((x, x[..., :1], torch.ones(x.shape[1], device=x.device)) for x in inputs)
+    fitted, judged = moments_of((x, x[..., :1], torch.ones(x.shape[1], device=x.device)) for x in inputs)
     query, key = (_per_head(layer, pruned.num_heads) for layer in (pruned.query, pruned.key))
     wanted = [_per_head(layer, dense.num_heads)[list(heads)] for layer in (dense.query, dense.key)]
     before = _logit_error(query, key, wanted, judged.gram)

@@ -17,6 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from lowpass.pipeline.method.sums import AddUp, alone
+
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean square of a feature
 RIDGE_TOLERANCE = 0.01  # of the least held-out error
 HELD_OUT_EVERY = 4  # every fourth image judges
@@ -63,22 +65,30 @@ class Moments:
 Rows = tuple[Tensor, Tensor, Tensor]  # features [B, T, k], targets [B, T, C], weights of the tokens [T]
 
 
-def moments(batches: Iterable[Rows]) -> tuple[Moments, Moments]:
+def moments(
+    batches: Iterable[Rows], starts: Sequence[int] | None = None, add_up: AddUp = alone
+) -> tuple[Moments, Moments]:
     """Of the images to fit on, and of those held out.
+
+    Args:
+        batches: of some images.
+        starts: how many images there are before each batch; None: those of the batches before it.
+        add_up: adds up what several processes found.
 
     Raises:
         ValueError: there are too few images to hold one out.
     """
     sums: list[Moments | None] = [None, None]
     seen = 0
-    for features, targets, weights in batches:
-        held = (torch.arange(seen, seen + len(features)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1).to(features.device)
+    for number, (features, targets, weights) in enumerate(batches):
+        first = seen if starts is None else starts[number]
+        held = (torch.arange(first, first + len(features)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1).to(features.device)
         seen += len(features)
         for side, chosen in enumerate((~held, held)):
             if bool(chosen.any()):
                 part = _sums(features[chosen], targets[chosen], weights)
                 sums[side] = part if sums[side] is None else _add(cast(Moments, sums[side]), part)
-    fitted, judged = sums
+    fitted, judged = (_of_all(side, add_up) for side in sums)
     if fitted is None or judged is None:
         raise ValueError(f"recovery needs at least {HELD_OUT_EVERY} images")
     return fitted, judged
@@ -92,6 +102,16 @@ def _sums(features: Tensor, targets: Tensor, weights: Tensor) -> Moments:
     y = targets[:, rows].flatten(0, 1).double()
     weighted = x * weight
     return Moments(weighted.T @ x, weighted.T @ y, (y.square() * weight).sum(0), weight.sum().item())
+
+
+def _of_all(own: Moments | None, add_up: AddUp) -> Moments | None:
+    """Moments of all processes from those of one."""
+    parts = None if own is None else (own.gram, own.cross, own.energy, torch.tensor(own.weight, dtype=torch.float64))
+    sums = add_up(parts)
+    if sums is None:
+        return None
+    gram, cross, energy, weight = sums
+    return Moments(gram, cross, energy, float(weight))
 
 
 def _add(one: Moments, two: Moments) -> Moments:

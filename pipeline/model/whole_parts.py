@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.recovery import SMALLEST_SCALE, token_weights
+from lowpass.pipeline.method.sums import AddUp, alone
 from lowpass.pipeline.model.architecture import DenseViT
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -32,7 +33,9 @@ def missing_parts(block: SlimBlock, shape: BlockShape) -> tuple[Part, ...]:
 
 
 @torch.no_grad()
-def mean_added(block: SlimBlock, dense: DenseViT, last: bool, part: Part, entering: Iterable[Tensor]) -> Tensor:
+def mean_added(
+    block: SlimBlock, dense: DenseViT, last: bool, part: Part, entering: Iterable[Tensor], add_up: AddUp = alone
+) -> Tensor:
     """What a part adds to the stream on average, behind its layer scale: [C] FP64.
 
     Tokens count as they do in recovery (`token_weights`): CLS as much as all image tokens where it stands for the
@@ -44,6 +47,7 @@ def mean_added(block: SlimBlock, dense: DenseViT, last: bool, part: Part, enteri
         last: whether it is the model's last block.
         part: which of its parts.
         entering: what enters the block [B, P + N, C], a batch at a time, on the block's device.
+        add_up: adds up what several processes found.
 
     Raises:
         ValueError: there are no batches.
@@ -57,9 +61,10 @@ def mean_added(block: SlimBlock, dense: DenseViT, last: bool, part: Part, enteri
         weights = token_weights(added.shape[1], dense.num_prefix_tokens, dense.readout, last, added).double()
         sum_ += (added.double() * weights[:, None]).sum((0, 1)).cpu()
         weight += len(added) * float(weights.sum())
-    if not weight:
+    sums = add_up((sum_, torch.tensor(weight, dtype=torch.float64)))
+    if sums is None or not sums[1]:
         raise ValueError("the mean of what a part adds needs at least one batch")
-    return sum_ / weight
+    return sums[0] / sums[1]
 
 
 @torch.no_grad()

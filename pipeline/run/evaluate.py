@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import reduce
 
+from lowpass.pipeline.base.launched import started_together
+from lowpass.pipeline.base.processes import processes
 from lowpass.pipeline.data.datasets import Data, len_of, subset
 from lowpass.pipeline.data.streams import StreamImages
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
@@ -13,7 +15,6 @@ from lowpass.pipeline.run.images import DataSource, run_data
 from lowpass.pipeline.run.metrics import Metrics
 from lowpass.pipeline.run.recipe import Recipe
 from lowpass.pipeline.train.evaluate import count_correct, top1
-from lowpass.pipeline.train.processes import processes, started_together
 
 
 def evaluate_run(directory: Path, data: DataSource) -> Metrics:
@@ -46,5 +47,5 @@ def measured_top1(model: SlimViT | None, data: Data | None, batch_size: int, des
 
 
 def best_device() -> torch.device:
-    """A GPU where there is one."""
+    """A GPU where there is one; of processes that work together each has made its own the current one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

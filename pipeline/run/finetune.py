@@ -9,6 +9,7 @@ from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import remove_parts, write_bytes
+from lowpass.pipeline.base.processes import processes
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.data.datasets import Data, len_of, subset
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
@@ -20,9 +21,8 @@ from lowpass.pipeline.run.recipe import Recipe
 from lowpass.pipeline.run.teacher import foreign_teacher, teacher_files
 from lowpass.pipeline.run.tracking import both, tracker
 from lowpass.pipeline.train.evaluate import top1
-from lowpass.pipeline.train.finetune import SAVE_MINUTES, DivergedError, finetune
+from lowpass.pipeline.train.finetune import SAVE_MINUTES, DivergedError, check_precision, finetune
 from lowpass.pipeline.train.log import TrainingLog
-from lowpass.pipeline.train.processes import processes
 from lowpass.pipeline.train.settings import FinetuneSettings, Tracker, finetune_settings
 from lowpass.pipeline.train.state import TrainingState
 
@@ -107,6 +107,7 @@ def finetune_run(
         metrics, weights = _start(directory, restart)
         slim = SlimViT.load(directory, weights)
         settings = finetune_settings(images.name, changes, recipe.finetune)
+        check_precision(settings.mixed_precision)  # before anything is written
         asked = Asked(
             settings=settings,
             seed=recipe.seed if seed is None else seed,

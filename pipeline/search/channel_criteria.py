@@ -3,7 +3,7 @@
 A new criterion is one function here, one line of `CHANNEL_CRITERIA` and its name where `docs/developers.md` says.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowpass.pipeline.method.frequency import lowpass_images
 from lowpass.pipeline.method.sensitivity import ChannelCriterion, ChannelScores, channel_scores, sensitivity_loss
 from lowpass.pipeline.method.structured_obs import BlockMetric
+from lowpass.pipeline.method.sums import AddUp, alone
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.obs_scores import check_scored, obs
 
@@ -24,11 +25,14 @@ ScoringBatch = tuple[Tensor, Tensor, Tensor]  # tokens of clean images, tokens o
 class CriterionContext:
     """What a criterion is given beside the model and what enters the block: `weight`, the share of the cross-entropy in
     LFS; `seed`, of random scores; `metric`, in which structured OBS measures errors, None: all channels of the stream
-    count the same."""
+    count the same. Where several processes have a share of the batches each: `starts`, how many images there are before
+    each of this one's, and `add_up`, which adds up what all of them found."""
 
     weight: float = 0.1
     seed: int = 0
     metric: BlockMetric | None = None
+    starts: Sequence[int] | None = None
+    add_up: AddUp = alone
 
 
 def low_frequency_sensitivity(
@@ -80,7 +84,9 @@ def low_frequency_sensitivity(
     return scores
 
 
-def sensitivity_from(slim: SlimViT, streams: Iterable[ScoringBatch], block: int, weight: float) -> ChannelScores:
+def sensitivity_from(
+    slim: SlimViT, streams: Iterable[ScoringBatch], block: int, weight: float, add_up: AddUp = alone
+) -> ChannelScores:
     """`low_frequency_sensitivity` from what enters the block: a search keeps it, since the blocks below are final.
 
     Args:
@@ -88,29 +94,33 @@ def sensitivity_from(slim: SlimViT, streams: Iterable[ScoringBatch], block: int,
         streams: tokens [B, P + N, C] of the images and of the low-passed images, and labels [B], on the model's device.
         block: index of the block to score.
         weight: share of the cross-entropy, in [0, 1].
+        add_up: adds up what several processes found.
 
     Raises:
         ValueError: there are no batches.
     """
     layers = _layers(slim, block)
-    total = [torch.zeros_like(layer.weight) for layer in layers]
+    # FP64: it makes no difference then in which order gradients are summed.
+    total = [torch.zeros_like(layer.weight, dtype=torch.float64) for layer in layers]
     count = 0
     for clean, low, labels in streams:
         loss = _loss(slim, clean, low, labels, block, weight)
         for sum_, gradient in zip(total, torch.autograd.grad(loss, [layer.weight for layer in layers]), strict=True):
             sum_ += gradient
         count += 1
-    if not count:
+    sums = add_up([*total, torch.tensor(count, dtype=torch.float64)])
+    if sums is None or not sums[-1]:
         raise ValueError("channel sensitivity needs at least one batch")
-    products = (gradient / count * layer.weight.detach() for gradient, layer in zip(total, layers, strict=True))
+    *total, batches = sums
+    products = (gradient / batches * layer.weight.detach() for gradient, layer in zip(total, layers, strict=True))
     return channel_scores(products, slim.blocks[block].attn.num_heads, slim.architecture.dense.qk_step)
 
 
-def taylor(slim: SlimViT, streams: Iterable[ScoringBatch], block: int) -> ChannelScores:
+def taylor(slim: SlimViT, streams: Iterable[ScoringBatch], block: int, add_up: AddUp = alone) -> ChannelScores:
     """First-order Taylor saliency as in NViT (Yang et al., 2023): LFS's sum with the gradient of the cross-entropy on
     unfiltered images. See `sensitivity_from`."""
     unfiltered = ((clean, clean, labels) for clean, _, labels in streams)
-    return sensitivity_from(slim, unfiltered, block, weight=1.0)
+    return sensitivity_from(slim, unfiltered, block, 1.0, add_up)
 
 
 def magnitude(slim: SlimViT, block: int) -> ChannelScores:
@@ -133,9 +143,11 @@ def random_scores(slim: SlimViT, block: int, seed: int) -> ChannelScores:
 CHANNEL_CRITERIA: dict[
     ChannelCriterion, Callable[[SlimViT, Iterable[ScoringBatch], int, CriterionContext], ChannelScores]
 ] = {
-    "lfs": lambda slim, streams, block, context: sensitivity_from(slim, streams, block, context.weight),
-    "obs": lambda slim, streams, block, context: obs(slim, (clean for clean, _, _ in streams), block, context.metric),
-    "taylor": lambda slim, streams, block, _context: taylor(slim, streams, block),
+    "lfs": lambda slim, streams, block, context: sensitivity_from(slim, streams, block, context.weight, context.add_up),
+    "obs": lambda slim, streams, block, context: obs(
+        slim, (clean for clean, _, _ in streams), block, context.metric, context.starts, context.add_up
+    ),
+    "taylor": lambda slim, streams, block, context: taylor(slim, streams, block, context.add_up),
     "magnitude": lambda slim, _streams, block, _context: magnitude(slim, block),
     "random": lambda slim, _streams, block, context: random_scores(slim, block, context.seed),
 }

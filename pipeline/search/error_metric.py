@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowpass.pipeline.base.processes import Share
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.method.structured_obs import BlockMetric
+from lowpass.pipeline.method.sums import AddUp, alone
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
 
@@ -21,19 +23,23 @@ IMAGES_AT_ONCE = 16  # a backward pass holds what every block made of them
 DAMPING = 0.03  # of the mean, added to the diagonal: gradients of few images span few directions
 
 
-def block_metrics(model: SlimViT, entering: Sequence[Tensor], seed: int) -> list[BlockMetric]:
+def block_metrics(
+    model: SlimViT, entering: Sequence[Tensor], seed: int, share: Share | None = None, add_up: AddUp = alone
+) -> list[BlockMetric]:
     """The metrics of all blocks, from one pass forwards and one backwards.
 
     Args:
         model: in evaluation mode.
         entering: tokens [B, T, C] that enter its first block; the first `METRIC_IMAGES` images are used.
         seed: of the classes that are drawn.
+        share: which of the batches these are, where several processes have some each; None: all of them.
+        add_up: adds up what several processes found.
     """
-    parameter = next(model.parameters())
-    draw = torch.Generator().manual_seed(seed)
-    size = model.architecture.dense.embed_dim
+    parameter, dense = next(model.parameters()), model.architecture.dense
+    size, share = dense.embed_dim, share or Share(tuple(map(len, entering)))
     sums = torch.zeros(len(model.blocks), 2, size, size, dtype=torch.float64, device=parameter.device)
-    for tokens in track(list(_chunks(entering)), "weighing errors"):
+    chunks = list(_chunks(entering, share, dense.num_classes, torch.Generator().manual_seed(seed)))
+    for tokens, noise in track(chunks, "weighing errors"):
         stream = list[Tensor]()
         with torch.enable_grad():
             leaving = tokens.to(parameter.device).requires_grad_()
@@ -41,21 +47,30 @@ def block_metrics(model: SlimViT, entering: Sequence[Tensor], seed: int) -> list
                 middle, leaving = _both(block, leaving)
                 stream += (middle, leaving)
             logits = model.classify(leaving)
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draw)[:, 0]
+            drawn = (logits.detach().softmax(-1).cpu() / noise).argmax(-1)  # each class as often as it is likely
             loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
         for number, gradient in enumerate(torch.autograd.grad(loss, stream)):
             rows = model.stream.tokens(gradient).flatten(0, 1)
             sums[number // 2, number % 2] += rows.T @ rows
-    return [BlockMetric(_root(middle), _root(leaving)) for middle, leaving in sums]
+    found = add_up((sums,))
+    assert found is not None  # zeros, where there are no images
+    return [BlockMetric(_root(middle), _root(leaving)) for middle, leaving in found[0]]
 
 
-def _chunks(entering: Sequence[Tensor]) -> Iterator[Tensor]:
-    left = METRIC_IMAGES
-    for batch in entering:
-        if not left:
-            return  # no images would still be a chunk
-        yield from batch[:left].split(IMAGES_AT_ONCE)
-        left -= min(left, len(batch))
+def _chunks(
+    entering: Sequence[Tensor], share: Share, classes: int, draw: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens of a few images, and exponential noise [B, classes] by which their classes are drawn: the same for an
+    image whichever process has it."""
+    noises, left = list[list[Tensor]](), METRIC_IMAGES
+    for length in share.lengths:
+        used = min(length, left)
+        sizes = [min(IMAGES_AT_ONCE, used - before) for before in range(0, used, IMAGES_AT_ONCE)]
+        noises.append([torch.empty(size, classes).exponential_(generator=draw) for size in sizes])
+        left -= used
+    for batch, own in zip(entering, share.of(noises), strict=True):
+        for tokens, noise in zip(batch.split(IMAGES_AT_ONCE), own, strict=False):
+            yield tokens[: len(noise)], noise
 
 
 def _both(block: SlimBlock, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import write_text
+from lowpass.pipeline.base.launched import is_first
+from lowpass.pipeline.base.processes import agreed, same_everywhere
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.data.datasets import Batches
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -51,7 +53,8 @@ class SearchLog:
 
 
 def open_log(path: Path, header: Mapping[str, object], model: SlimViT) -> SearchLog:
-    """A log that replays what `path` holds and writes on there.
+    """A log that replays what `path` holds and writes on there. Of several processes the first writes, once all have
+    decided the same.
 
     Args:
         path: of `search.jsonl`.
@@ -60,14 +63,18 @@ def open_log(path: Path, header: Mapping[str, object], model: SlimViT) -> Search
 
     Raises:
         InputError: the file is damaged, or was written for other inputs; the message names what differs.
+        RunError: another process has other inputs.
     """
-    decided = _read(path, header)
+    decided = agreed(lambda: _read(path, header))
     lines = [json.dumps(header), *(entry.model_dump_json() for entry in decided)]
+    same_everywhere("what goes into the search", "\n".join(lines))
     dense_macs = model.architecture.macs()
 
     def record(entry: Entry) -> None:
         lines.append(entry.model_dump_json())
-        write_text(path, "\n".join(lines) + "\n")
+        same_everywhere(f"decision {len(lines) - 1} ({entry.kind})", lines[-1])
+        if is_first():
+            write_text(path, "\n".join(lines) + "\n")
         logger.info(in_a_line(entry, model.architecture, dense_macs))
 
     return SearchLog(decided, record)

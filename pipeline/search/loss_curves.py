@@ -22,7 +22,7 @@ from lowpass.pipeline.search.curves import AttentionOption, BlockCurve, SizeOpti
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import Curve
 from lowpass.pipeline.search.shaping import Shaping, first_keep
-from lowpass.pipeline.search.state import SearchState, first_images, keeping
+from lowpass.pipeline.search.state import SearchState, keeping
 
 PROFILED_IMAGES = 256  # on which losses are measured
 # Sizes measured of a hidden width, a head count or a token count; in between is interpolated. Along the error that a
@@ -34,7 +34,7 @@ THRESHOLDS = 12  # cuts of the attention measured where heads are thinned
 
 def measure_loss_curves(state: SearchState, log: SearchLog) -> list[BlockCurve]:
     """The loss curves of all blocks of a dense model."""
-    batches = first_images(state.clean, PROFILED_IMAGES)
+    batches = state.clean[: state.share.among_first(PROFILED_IMAGES)]
     wanted = [state.logits(state.model.blocks, tokens).log_softmax(-1).cpu() for tokens in batches]
     curves = []
     for _ in track(state.model.blocks, "profiling blocks"):

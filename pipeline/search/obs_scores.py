@@ -1,6 +1,6 @@
 """Structured OBS (`method/structured_obs.py`) run on a block: the scores of its channels and heads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -10,6 +10,7 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.recovery import Readout, token_weights
 from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.method.structured_obs import BlockMetric, logit_gram, removal_costs
+from lowpass.pipeline.method.sums import AddUp, alone
 from lowpass.pipeline.model.slim_block import SlimBlock, layer_scale
 from lowpass.pipeline.model.slim_vit import SlimViT
 
@@ -28,7 +29,14 @@ def check_scored(slim: SlimViT, block: int) -> None:
         raise InputError(f"block {block} has no {missing}; only channels of a whole block can be scored")
 
 
-def obs(slim: SlimViT, entering: Iterable[Tensor], block: int, metric: BlockMetric | None) -> ChannelScores:
+def obs(
+    slim: SlimViT,
+    entering: Iterable[Tensor],
+    block: int,
+    metric: BlockMetric | None,
+    starts: Sequence[int] | None = None,
+    add_up: AddUp = alone,
+) -> ChannelScores:
     """Value and hidden channels and heads by what the projection and the second MLP layer lose that a refit does not
     give back, query-key pairs by the logits.
 
@@ -39,6 +47,8 @@ def obs(slim: SlimViT, entering: Iterable[Tensor], block: int, metric: BlockMetr
         entering: tokens [B, P + N, C] that enter the block, on the model's device.
         block: its index.
         metric: in which errors are measured; None: all channels of the stream count the same.
+        starts: how many images there are before each batch; None: those of the batches before it.
+        add_up: adds up what several processes found.
 
     Raises:
         ValueError: there are no batches.
@@ -51,15 +61,16 @@ def obs(slim: SlimViT, entering: Iterable[Tensor], block: int, metric: BlockMetr
     sums = list[Tensor]()
     seen = 0
     with torch.no_grad():
-        for clean in entering:
-            if seen >= OBSERVED_TOKENS:
+        for number, clean in enumerate(entering):
+            if (seen if starts is None else starts[number]) * clean.shape[1] >= OBSERVED_TOKENS:
                 break
-            seen += clean.shape[0] * clean.shape[1]
+            seen += len(clean)
             found = _moments(part, clean, dense.readout, last)
             sums = [one + two for one, two in zip(sums, found, strict=True)] if sums else list(found)
-    if not sums:
+    found_by_all = add_up(sums or None)
+    if found_by_all is None:
         raise ValueError("channel sensitivity needs at least one batch")
-    logits, mixed, hidden = sums
+    logits, mixed, hidden = found_by_all
     heads, size = attention.num_heads, attention.v_dim
     value_weight, hidden_weight = _with_bias(attention.proj, part.ls1), _with_bias(reader, part.ls2)
     if metric is not None:

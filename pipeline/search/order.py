@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from lowpass.pipeline.base.processes import sums_over_processes
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice, choose_for_shape
 from lowpass.pipeline.model.removal import remove_channels
@@ -38,7 +39,7 @@ def _choices_ahead(state: SearchState, shapes: Sequence[BlockShape]) -> list[Cha
     choices: list[ChannelChoice | None] = [None] * len(shapes)
     for index in reversed(range(len(shapes))):
         shape, top_down = shapes[index], state.settings.order == "top-down"
-        if top_down:
+        if top_down and shape.heads:  # without attention it drops none
             scored.set_keep(index, shape.keep)
         if _same_channels(shape, dense.blocks[index].shape):
             continue
@@ -48,7 +49,7 @@ def _choices_ahead(state: SearchState, shapes: Sequence[BlockShape]) -> list[Cha
             for part in missing_parts(scored.blocks[index], shape):
                 entering = (clean for clean, _, _ in _entering(state, index))
                 described, last = scored.architecture.dense, index == len(shapes) - 1
-                added = mean_added(scored.blocks[index], described, last, part, entering)
+                added = mean_added(scored.blocks[index], described, last, part, entering, sums_over_processes)
                 left = take_out(scored.blocks[index], part, added)
                 if left is not None:
                     add_below(scored, index, left)

@@ -1,12 +1,13 @@
 """What recovery aims at: the dense model's tokens at the block at hand, for those tokens that are still there."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lowpass.pipeline.base.processes import Share, sums_over_processes
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.query_key_recovery import QueryKey, refit_query_key
 from lowpass.pipeline.method.recovery import (
@@ -29,7 +30,8 @@ REFIT_ROWS = 131_072  # tokens that recovery looks at: some hundred for each unk
 
 
 class RecoveryTargets:
-    """Of the block at hand, on the first of the scoring images.
+    """Of the block at hand, on the first of the scoring images: on this process's, whose share of the batches is
+    `share`; what is summed over them is summed over all processes.
 
     `entering` is what enters the block of the dense model, `middle` what leaves its attention and `leaving` what leaves
     all of it, each [B, T, C] a batch. `alive` [B, t] says which of the dense model's tokens the pruned one still has,
@@ -41,20 +43,26 @@ class RecoveryTargets:
         dense: Sequence[SlimBlock],
         described: DenseViT,
         entering: list[Tensor],
+        share: Share,
         store: Store,
         device: torch.device,
         precision: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.dense, self.described, self.store, self.device, self.index = dense, described, store, device, 0
         self.precision = precision
-        self.entering = entering
+        self.entering, self.share = entering, share
         self.deviates = False  # whether what enters the pruned model's block is not what enters the dense one's
         self.alive = [torch.arange(tokens.shape[1]).expand(len(tokens), -1) for tokens in entering]
         self._run_dense()
 
     @property
+    def any(self) -> bool:
+        """Whether anything is refitted. This process may have none of the images that are looked at."""
+        return bool(self.dense and self.share.lengths)
+
+    @property
     def batches(self) -> int:
-        """How many of the scoring batches are looked at."""
+        """How many of this process's scoring batches are looked at."""
         return len(self.entering)
 
     def _run_dense(self) -> None:
@@ -83,7 +91,7 @@ class RecoveryTargets:
         layers = [block.attn.query, block.attn.key, block.attn.value]
         if not self.deviates or any(layer.bias is None for layer in layers):
             return ()
-        return (refit_together(layers, "query/key/value", *moments(self._attention_input_rows(block, clean))),)
+        return (refit_together(layers, "query/key/value", *self._moments(self._attention_input_rows(block, clean))),)
 
     def refit(
         self, block: SlimBlock, before: SlimBlock, choice: ChannelChoice | None, clean: Sequence[Tensor]
@@ -104,17 +112,20 @@ class RecoveryTargets:
             # Thinned heads of rotary positions are left as they are: their logits depend on where tokens are as well.
             if choice is not None and block.attn.qk_dim < before.attn.qk_dim and not block.attn.rotary:
                 inputs = (block.normed(tokens) for tokens in self._visiting(clean))
-                done.append(refit_query_key(query_key_of(block), inputs, query_key_of(before), choice.heads))
+                kept = choice.heads
+                done.append(refit_query_key(query_key_of(block), inputs, query_key_of(before), kept, self._moments))
             rows = self._attention_rows(block, clean)
-            done.append(refit(block.attn.proj, "attn.proj", *moments(rows), layer_scale(block.ls1)))
+            done.append(refit(block.attn.proj, "attn.proj", *self._moments(rows), layer_scale(block.ls1)))
         if not block.has_mlp:
             return tuple(done)
         reads_other = self.deviates or not block.has_attention
         if reads_other or block.attn.value.out_features < before.attn.value.out_features:
             hidden = range(before.shape.hidden) if choice is None else choice.hidden
             rows = self._mlp_input_rows(block, clean, list(hidden))
-            done.append(refit(cast(nn.Linear, block.mlp.fc1), "mlp.fc1", *moments(rows)))
-        done.append(refit(block.mlp.fc2, "mlp.fc2", *moments(self._mlp_rows(block, clean)), layer_scale(block.ls2)))
+            done.append(refit(cast(nn.Linear, block.mlp.fc1), "mlp.fc1", *self._moments(rows)))
+        done.append(
+            refit(block.mlp.fc2, "mlp.fc2", *self._moments(self._mlp_rows(block, clean)), layer_scale(block.ls2))
+        )
         return tuple(done)
 
     def refit_classifier(self, model: SlimViT, clean: Sequence[Tensor]) -> tuple[Refit, ...]:
@@ -132,14 +143,17 @@ class RecoveryTargets:
                 seen.clear()
                 rows.append((features[:, None], wanted[:, None], torch.ones(1, device=self.device)))
             hook.remove()
-            done.append(refit(layer, name, *moments(rows)))
+            done.append(refit(layer, name, *self._moments(rows)))
         return tuple(done)
 
     def moments_of(
         self, block: SlimBlock, clean: Sequence[Tensor]
     ) -> tuple[tuple[Moments, Moments], tuple[Moments, Moments]]:
         """Of what the projection and the second MLP layer read in an uncut block, of which any cut is a part."""
-        return moments(self._attention_rows(block, clean)), moments(self._mlp_rows(block, clean))
+        return self._moments(self._attention_rows(block, clean)), self._moments(self._mlp_rows(block, clean))
+
+    def _moments(self, rows: Iterable[Rows]) -> tuple[Moments, Moments]:
+        return moments(rows, self.share.starts, sums_over_processes)
 
     def _visiting(self, clean: Sequence[Tensor]) -> Iterator[Tensor]:
         for tokens in clean[: self.batches]:

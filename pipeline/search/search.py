@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import sha256
+from lowpass.pipeline.base.processes import Share, agreed, by_the_first
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.base.version import __version__
 from lowpass.pipeline.data.datasets import Batches, Data, image_bytes, len_of
@@ -20,7 +21,7 @@ from lowpass.pipeline.search.costs import Macs
 from lowpass.pipeline.search.log import SEARCH_FILE, SearchLog, digest, open_log
 from lowpass.pipeline.search.loss_curves import measure_loss_curves
 from lowpass.pipeline.search.settings import SearchSettings
-from lowpass.pipeline.search.state import SearchState, first_images
+from lowpass.pipeline.search.state import SearchState
 from lowpass.pipeline.search.target import CostTarget, check_measured_targets, search_to_target
 
 PROFILE_SCORED = 1024  # images that score the cuts whose loss is measured: an amount needs fewer than a choice does
@@ -60,15 +61,20 @@ def search(
         search_to_drop(state, settings.allowable_drop, log)
         return
     dense = model.architecture
-    if settings.target_macs is not None:
-        targets: Sequence[CostTarget] = [CostTarget(settings.target_macs * dense.macs(), Macs(dense), "MACs")]
-    elif cost_targets_of is not None:
-        targets = cost_targets_of(dense)
-    else:
-        raise ValueError("a latency target needs a way to measure")
-    if log.fresh:
-        check_measured_targets(targets, dense, settings)
-    few = scoring[: len(first_images([images for images, _ in scoring], PROFILE_SCORED))]
+    targets = list[CostTarget]()
+
+    def find_targets() -> None:
+        if settings.target_macs is not None:
+            targets.append(CostTarget(settings.target_macs * dense.macs(), Macs(dense), "MACs"))
+        elif cost_targets_of is not None:
+            targets.extend(cost_targets_of(dense))
+        else:
+            raise ValueError("a latency target needs a way to measure")
+        if log.fresh:
+            check_measured_targets(targets, dense, settings)
+
+    by_the_first(find_targets)  # which plans by them, too
+    few = scoring[: Share(tuple(len(labels) for _, labels in scoring)).among_first(PROFILE_SCORED)]
     profiled = SearchState(copy.deepcopy(model), few, [], settings, directory, budget_gib)
     curves, metrics = measure_loss_curves(profiled, log), profiled.metrics
     del profiled  # its activations
@@ -116,8 +122,13 @@ def logged_search(
     in_memory = needed <= budget_gib * 2**30 * IMAGE_SHARE
     keep = None if in_memory else activation_store(needed, 0, directory)
     budget_gib = max(0.0, budget_gib - needed / 2**30) if in_memory else budget_gib
-    scoring = data.calibration_batches(settings.score_images, size, seed, "reading images to score", keep)
-    measuring = data.calibration_batches(settings.measured, size, seed + 1, "reading images to measure", keep)
+
+    def read(images: int, seed: int, what: str) -> Batches:
+        # Each process reads all of them: which it needs hangs on what the others find.
+        return agreed(lambda: data.calibration_batches(images, size, seed, what, keep))
+
+    scoring = read(settings.score_images, seed, "reading images to score")
+    measuring = read(settings.measured, seed + 1, "reading images to measure")
     header = {
         "lowpass": __version__,
         "dense_sha256": sha256(directory / DENSE_WEIGHTS_FILE),

@@ -13,6 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowpass.pipeline.base.errors import RunError
+from lowpass.pipeline.base.processes import (
+    Share,
+    in_order,
+    same_everywhere,
+    share,
+    sum_over_processes,
+    sums_over_processes,
+)
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.data.datasets import Batches
 from lowpass.pipeline.method.channels import ChannelChoice
@@ -44,6 +52,9 @@ class Cut:
 class SearchState:
     """Blocks below `index` are final. All activations are on the CPU, and visit the model's device a batch at a time.
 
+    Of several processes each holds its `share` of the batches, and the same model: what is decided hangs on sums over
+    all of them.
+
     `measured` enters the block from the images that measure top-1, those that the dense model is least sure of first,
     so that a trial that fails does so early. `clean` and `low` come from the scoring images and their low-pass (LFS).
     `metrics` are the dense model's, where the criterion reads them and another state has them.
@@ -63,57 +74,67 @@ class SearchState:
         self._attention_refits = tuple[Refit, ...]()
         self._cuts = dict[ChannelChoice | None, Cut]()
         self.device = next(model.parameters()).device
+        self.share = share(len(labels) for _, labels in scoring)
+        scoring = self.share.of(scoring)
         self.labels = [labels for _, labels in scoring]
         dense = model.architecture.dense
         tokens = dense.num_tokens + dense.num_prefix_tokens
         refitted = math.ceil(REFIT_ROWS / tokens) if settings.recovery else 0
         streams = 2 if settings.channel_criterion in SEE_LOW_PASSED else 1
-        scored = sum(map(len, self.labels))
-        images = sum(len(labels) for _, labels in measuring) + streams * scored + 3 * min(refitted, scored)
+        looked_at = self.share.among_first(refitted)
+        with torch.no_grad():
+            self.measured_share, ordered = self._least_sure_first(measuring)
+        self.measured_labels = [labels for _, labels in ordered]
+        held = self.measured_labels + streams * self.labels + 3 * self.labels[:looked_at]
+        images = sum(map(len, held))
         self.store = activation_store(images * tokens * dense.embed_dim * 4, round(budget_gib * 2**30), directory)
         with torch.no_grad():
             self.clean = [self._embedded(images) for images, _ in scoring]
             lowpassed = scoring if settings.channel_criterion in SEE_LOW_PASSED else []
             self.low = [self._embedded(lowpass_images(images, settings.image_cutoff)) for images, _ in lowpassed]
-            ordered = self._least_sure_first(measuring)
             self.measured = [self._embedded(images) for images, _ in ordered]
         self.metrics = metrics or list[BlockMetric]()
         if settings.channel_criterion == "obs" and not self.metrics:
-            self.metrics = block_metrics(model, self.clean, settings.seed)
-        self.measured_labels = [labels for _, labels in ordered]
+            self.metrics = block_metrics(model, self.clean, settings.seed, self.share, sums_over_processes)
         if settings.recovery and dense.rotary is not None and not settings.shaping.whole_heads:
             logger.info("recovery: queries and keys of thinned heads stay as they are, for positions are rotary")
         blocks = copy.deepcopy(model.blocks) if settings.recovery else []
-        entering = first_images(self.clean, refitted)
-        self.targets = RecoveryTargets(blocks, dense, entering, self.store, self.device, self._precision)
+        entering = self.clean[:looked_at]
+        self.targets = RecoveryTargets(blocks, dense, entering, self.share, self.store, self.device, self._precision)
 
     def _embedded(self, images: Tensor) -> Tensor:
         return self.store(self.model.embed(images.to(self.device)).float())
 
-    def _least_sure_first(self, batches: Batches) -> Batches:
-        """The same images in batches of the same size, by what the true class leads the others by."""
-        leads = []
-        for images, labels in batches:
+    def _least_sure_first(self, batches: Batches) -> tuple[Share, Batches]:
+        """The same images in batches of the same size, by what the true class leads the others by: this process's
+        share of them."""
+        own = share(len(labels) for _, labels in batches)
+        leads = torch.zeros(sum(own.lengths))
+        for start, (images, labels) in zip(own.starts, own.of(batches), strict=True):
             logits = self.model(images.to(self.device)).cpu()
             true = logits.gather(1, labels.clamp_min(0)[:, None])
-            leads.append(true.squeeze(1) - logits.scatter(1, labels.clamp_min(0)[:, None], -torch.inf).amax(1))
-        if not leads:
-            return []
-        order = torch.cat(leads).argsort(stable=True).tolist()
+            others = logits.scatter(1, labels.clamp_min(0)[:, None], -torch.inf).amax(1)
+            leads[start : start + len(labels)] = true.squeeze(1) - others
+        if not batches:
+            return own, []
+        order = sum_over_processes(leads).argsort(stable=True).tolist()
         every = [image for images, _ in batches for image in images]
         true_classes = torch.cat([labels for _, labels in batches])
         size = max(len(labels) for _, labels in batches)
         chunks = [order[start : start + size] for start in range(0, len(order), size)]
-        return [(torch.stack([every[i] for i in chunk]), true_classes[chunk]) for chunk in chunks]
+        own = share(map(len, chunks))
+        return own, [(torch.stack([every[i] for i in chunk]), true_classes[chunk]) for chunk in own.of(chunks)]
 
     @torch.no_grad()
     def ascend(self) -> None:
         """Move past the block at hand, which is final now.
 
         Raises:
-            RunError: what leaves it is not all finite: every score and fit above would be none.
+            RunError: what leaves it is not all finite: every score and fit above would be none; or it is another block
+                in another process.
         """
         block = self.model.blocks[self.index]
+        same_everywhere(f"block {self.index}", block.state_dict())
         self.targets.ascend(block, self.clean)
         for stream in (self.clean, self.low, self.measured):
             for i, tokens in enumerate(stream):
@@ -148,10 +169,13 @@ class SearchState:
         """Top-1 (percent) on the measuring images with `blocks` from here to the top, the constant `added` [C] entering
         them. It stops as soon as `floor` is out of reach; what it returns is then the most that top-1 can be, which is
         below `floor`."""
-        total = sum(map(len, self.measured_labels))
-        wrong = 0
-        for tokens, labels in zip(self.measured, self.measured_labels, strict=True):
-            wrong += int((self.logits(blocks, self._shifted(tokens, added)).argmax(-1).cpu() != labels).sum())
+        total, wrong = sum(self.measured_share.lengths), 0
+        found = (
+            int((self.logits(blocks, self._shifted(tokens, added)).argmax(-1).cpu() != labels).sum())
+            for tokens, labels in zip(self.measured, self.measured_labels, strict=True)
+        )
+        for count in in_order(found, len(self.measured_share.lengths)):
+            wrong += count
             if 100 * (total - wrong) / total < floor:
                 break
         return 100 * (total - wrong) / total
@@ -161,11 +185,12 @@ class SearchState:
     ) -> float:
         """Mean KL divergence of the dense model's classes `wanted` (log-probabilities) from those with `blocks`, which
         `batches` enter and the constant `added` [C]."""
-        total = 0.0
+        sums = torch.tensor([0.0, sum(map(len, batches))], dtype=torch.float64)
         for tokens, log_p in zip(batches, wanted, strict=True):
             log_q = self.logits(blocks, self._shifted(tokens, added)).log_softmax(-1).cpu()
-            total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
-        return total / sum(map(len, batches))
+            sums[0] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        divergence, images = sum_over_processes(sums).tolist()
+        return float(divergence / images)
 
     def streams(self) -> Iterator[ScoringBatch]:
         """What enters the block at hand from the scoring images, on the model's device; the images themselves take the
@@ -181,13 +206,14 @@ class SearchState:
         """Of any block of any model, by the criterion asked for."""
         criterion = self.settings.channel_criterion
         metric = self.metrics[index] if criterion == "obs" else None
-        context = CriterionContext(self.settings.lfs_weight, self.settings.seed, metric)
+        weight, seed = self.settings.lfs_weight, self.settings.seed
+        context = CriterionContext(weight, seed, metric, self.share.starts, sums_over_processes)
         return CHANNEL_CRITERIA[criterion](model, streams, index, context)
 
     @torch.no_grad()
     def refit_attention(self) -> None:
         """Refit the attention of the block at hand, in place, to what enters it now."""
-        if self.targets.batches:
+        if self.targets.any:
             self._attention_refits = self.targets.refit_attention_inputs(self.model.blocks[self.index], self.clean)
 
     def refit_attention_unless_worse(self, top1: float) -> float:
@@ -219,12 +245,12 @@ class SearchState:
         added: Tensor | None = None
         for part in missing_parts(block, block.shape if choice is None else choice.shape(block.keep)):
             entering = (self._shifted(tokens.to(self.device), added) for tokens in self.clean)
-            left = take_out(block, part, mean_added(block, dense, last, part, entering))
+            left = take_out(block, part, mean_added(block, dense, last, part, entering, sums_over_processes))
             if left is not None:
                 added = left if added is None else added + left
         if choice is not None:
             remove_channels(block, choice)
-        if not self.targets.batches:
+        if not self.targets.any:
             return Cut(block, (), added)
         clean = [self._shifted(tokens, added) for tokens in self.clean[: self.targets.batches]]
         attention_refits = self._attention_refits if block.has_attention else ()
@@ -254,19 +280,11 @@ class SearchState:
     @torch.no_grad()
     def refit_classifier(self) -> tuple[Refit, ...]:
         """In place, once all blocks are final."""
-        return self.targets.refit_classifier(self.model, self.clean) if self.targets.batches else ()
+        return self.targets.refit_classifier(self.model, self.clean) if self.targets.any else ()
 
     def refit_moments(self, block: SlimBlock) -> tuple[tuple[Moments, Moments], tuple[Moments, Moments]]:
         """See `RecoveryTargets.moments_of`."""
         return self.targets.moments_of(block, self.clean)
-
-
-def first_images(batches: list[Tensor], images: int) -> list[Tensor]:
-    """As many of the first batches as hold that many images."""
-    chosen = list[Tensor]()
-    while sum(map(len, chosen)) < images and len(chosen) < len(batches):
-        chosen.append(batches[len(chosen)])
-    return chosen
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.processes import by_the_first
 from lowpass.pipeline.base.progress import logger, track
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.method.channels import ChannelChoice
@@ -75,11 +76,11 @@ def search_to_target(
     Args:
         curves: what `profile` found.
         state: over the model to prune, still dense.
-        targets: how far; any of them is enough.
+        targets: how far; any of them is enough. Of several processes the first has them, and plans.
         log: of the search.
     """
     dense = state.model.architecture
-    planned = log.next(Plan, best_plan, curves, dense, targets)
+    planned = log.next(Plan, by_the_first, partial(best_plan, curves, dense, targets))
     model = state.model
     choose = chooser(state, planned.blocks)
     for index, shape in enumerate(track(planned.blocks, "cutting blocks")):

@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.base.processes import on_cpus
 from lowpass.pipeline.base.progress import logger, quiet, track
 from lowpass.pipeline.data.datasets import Data, len_of
 from lowpass.pipeline.model.slim_vit import SlimViT
@@ -23,7 +24,6 @@ from lowpass.pipeline.train.batches import Batch, batches_from
 from lowpass.pipeline.train.drop_path import dropped_paths
 from lowpass.pipeline.train.log import Clock, EpochListener
 from lowpass.pipeline.train.loss import Mixing, answer_of, distillation_loss, mixing
-from lowpass.pipeline.train.processes import on_cpus
 from lowpass.pipeline.train.settings import FinetuneSettings, MixedPrecision
 from lowpass.pipeline.train.state import Best, EmaState, Progress, TrainingState
 from lowpass.pipeline.train.tokens import distances
@@ -86,8 +86,8 @@ def finetune(
         measure: top-1 of a model; with `settings.keep_best` the average of the best epoch comes back, not the last.
 
     Raises:
-        InputError: a label is none of the model's classes, the effective batch is no multiple of the batch, or the
-            state is damaged.
+        InputError: a label is none of the model's classes, the effective batch is no multiple of the batch, the
+            precision takes a GPU, or the state is damaged.
         ValueError: there is something to distil, but no teacher; tokens, but another than the dense model; or a best
             to keep, but no measure.
         DivergedError: the loss stopped being finite.
@@ -99,6 +99,7 @@ def finetune(
         raise ValueError("tokens are distilled from the dense model alone")
     if settings.keep_best and measure is None:
         raise ValueError("the best needs a measure")
+    check_precision(settings.mixed_precision)
     settings = _clamped(settings, len_of(data.train))
     training = _prepared(slim, teacher, data, settings, seed)
     with ExitStack() as hooked:  # after the moving average was made, which is to have no hooks
@@ -255,6 +256,16 @@ def _clamped(settings: FinetuneSettings, images: int) -> FinetuneSettings:
         return settings
     logger.info("a batch of %d is more than the %d training images: of that many", settings.batch_size, images)
     return settings.model_copy(update={"batch_size": images})
+
+
+def check_precision(precision: MixedPrecision | None) -> None:
+    """Refuse FP16 without a GPU: accelerate would train in FP32 and not say so.
+
+    Raises:
+        InputError: with what can be had.
+    """
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("--mixed-precision fp16 takes a GPU, and there is none: give bf16 or no")
 
 
 def suitable_precision() -> MixedPrecision:

@@ -81,6 +81,8 @@ def bars(title: str, rows: Sequence[Row], legend: Sequence[tuple[Kind, str]], ma
         if row.dense is not None:
             shapes.append(line("dense", [(x.at(row.dense), top + 12), (x.at(row.dense), top + 31)], hint))
         end = max(x.at(row.slim), 2 if row.dense is None else x.at(row.dense))
+        if mark is not None and end < x.at(mark) <= end + 6 + DIGIT * len(row.words):
+            end = x.at(mark)  # or it would be struck through
         shapes.append(Shape("text", "muted", end + 6, top + 26, words=row.words))
     height = TOP + len(rows) * ROW
     if mark is not None:

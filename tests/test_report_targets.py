@@ -23,7 +23,7 @@ from lowpass.pipeline.run.compress import compress
 from lowpass.pipeline.run.metrics import Metrics
 from lowpass.pipeline.run.recipe import Recipe, make_recipe
 from lowpass.report.asked import commands
-from lowpass.report.charts import Row, bars
+from lowpass.report.charts import Row, bars, columns, pairs
 from lowpass.report.current import exported_files
 from lowpass.report.page import Looked, forecast_targets, gather, render, write_report
 from lowpass.report.searched import Searched, _cost, read_search
@@ -132,7 +132,7 @@ def test_a_model_that_guesses_is_told(run: Path) -> None:
         return gather(run, images=4).guesses
 
     assert warned(98.0, 90.0) is None
-    said = "The top-1 of the {} model is about what guessing gives: 10 %."
+    said = "The top-1 of the {} model is no better than that of a guess, 10 %."
     assert warned(98.0, 11.0) == said.format("slim") and warned(None, 9.0) == said.format("slim")
     assert warned(10.0, 12.0) == said.format("dense and the slim")
     assert 'class="note warn">The top-1' in write_report(run, images=4).read_text()
@@ -191,6 +191,18 @@ def test_what_is_written_behind_a_bar_is_not_struck_through() -> None:
     for row in rows:
         label = next(shape for shape in drawn.shapes if shape.words == row.words)
         assert not label.x < mark < label.x + 7 * len(row.words)
+
+
+def test_an_axis_of_percent_tells_percent() -> None:
+    drawn = pairs("title", [Row("one", 0.0, 0.0, ""), Row("two", 0.0, None, "")])
+    told = [float(shape.words) for shape in drawn.shapes if shape.kind == "muted" and shape.words]
+    assert told and all(0 <= value <= 1 for value in told) and not any(0 < value < 0.1 for value in told)
+
+
+def test_numbers_on_columns_do_not_run_together() -> None:
+    for dense, shown in ((196, 0), (64, 12)):
+        labels = [s.words for s in columns("title", [dense] * 12, dense, "tokens").shapes if s.kind == "text"]
+        assert labels == [str(dense)] * shown
 
 
 def test_curves_are_also_tables(tiny_source: dict[str, Any], tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class Page:
         ]
         if not found:
             return None
-        return f"The top-1 of the {' and the '.join(found)} model is about what guessing gives: {chance:.2g} %."
+        return f"The top-1 of the {' and the '.join(found)} model is no better than that of a guess, {chance:.3g} %."
 
     @property
     def reduced(self) -> list[ExportedFile]:

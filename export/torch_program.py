@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def export_program(
     model = SlimViT.load(directory, weights.name).requires_grad_(False)
     content = serialise(model, sha256(weights))
     seen = (np.ascontiguousarray(images.numpy()) for images, _ in track(batches, f"verifying {path.name}"))
-    every = compared(_Program(content), model, seen, BOUND)
+    every = compared(TorchProgram(content), model, seen, BOUND)
     verification = Verification(
         file=path.name,
         sha256=hashlib.sha256(content).hexdigest(),
@@ -103,7 +104,17 @@ def serialise(model: SlimViT, weights: str) -> bytes:
     return archive.getvalue()
 
 
-class _Program:
+def made_from(path: Path) -> str | None:
+    """The SHA-256 of the weights that a file of `serialise` was made from; None: it is none, or cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith(f"extra/{METADATA_FILE}")]
+            return str(json.loads(archive.read(name))["weights_sha256"])
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile):
+        return None
+
+
+class TorchProgram:
     """The archive as a `Session`, on the CPU, where the model is."""
 
     def __init__(self, content: bytes) -> None:

@@ -62,14 +62,20 @@ def test_tensorrt_in_python_uses_names_that_are_there() -> None:
     assert hasattr(tensorrt_rtx.Runtime, "deserialize_cuda_engine")
 
 
-def test_tensorrt_in_cpp_compiles() -> None:
-    """Against CUDA's headers and a stand-in for TensorRT's, which no registry of packages has."""
-    spec = importlib.util.find_spec("nvidia")
+def headers(package: str, folder: str, name: str) -> Path:
+    """The folder of a package with this header in it."""
+    spec = importlib.util.find_spec(package)
     assert spec is not None and spec.submodule_search_locations
-    found = [Path(place) / "cu13" / "include" for place in spec.submodule_search_locations]
-    includes = [f"-isystem{place}" for place in found if (place / "cuda_runtime_api.h").exists()]
-    assert includes
-    stand_in = f"-I{ROOT / 'tests' / 'data' / 'tensorrt'}"
-    command = ["g++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", stand_in, *includes]
+    (found,) = {path for place in spec.submodule_search_locations if (path := Path(place) / folder / name).exists()}
+    return found.parent
+
+
+def test_tensorrt_in_cpp_compiles(tmp_path: Path) -> None:
+    """Against the headers of TensorRT and of CUDA. Linking it takes TensorRT's library."""
+    tensorrt = headers("kernel_lens", "include/tensorrt", "NvInfer.h")
+    assert "TRT_MAJOR_ENTERPRISE 10" in (tensorrt / "NvInferVersion.h").read_text()
+    includes = [f"-isystem{place}" for place in (tensorrt, headers("nvidia", "cu13/include", "cuda_runtime_api.h"))]
+    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *includes, "-c", "-o", tmp_path / "classify.o"]
     done = subprocess.run([*command, BARE / "tensorrt_engine.cpp"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "classify.o").stat().st_size > 0

@@ -5,8 +5,8 @@
 // Run:    g++ -std=c++17 examples/without_lowpass/tensorrt_engine.cpp -o classify -lnvinfer -lcudart &&
 //         ./classify runs/small/model.fp16.plan images.bin
 //
-// NOT RUN yet: no GPU was at hand. The tests check its syntax and types against a small header of their own, which
-// declares what is used here; by hand it was compiled against the headers of TensorRT 11.1.
+// NOT RUN to its end yet: no GPU was at hand. The tests compile it against the headers of TensorRT 10.14. By hand it was
+// compiled against those of 11.1, too, linked with TensorRT-RTX 1.7, and run as far as that goes without a GPU.
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
 
@@ -32,6 +32,7 @@ int main(int count, char **arguments) {
   if (count != 3) return std::cerr << "usage: classify PLAN IMAGES\n", 2;
   Logger logger;
   std::unique_ptr<nvinfer1::IRuntime> runtime{nvinfer1::createInferRuntime(logger)};
+  if (!runtime) return std::cerr << "TensorRT does not start here\n", 1;
   auto const plan = read(arguments[1]), pixels = read(arguments[2]);
   std::unique_ptr<nvinfer1::ICudaEngine> engine{runtime->deserializeCudaEngine(plan.data(), plan.size())};
   if (!engine) return 1;

@@ -25,6 +25,7 @@ from lowpass.report.plane import (
 BOTH: tuple[tuple[Kind, str], ...] = (("slim", "slim"), ("dense", "dense"))  # what colours stand for
 ROW = 38.0  # height of a row of a chart of rows
 DIGIT = 7.0  # width of a character
+POINT = 1.0  # of top-1
 Box = tuple[float, float, float, float]  # left, right, top, bottom
 EDGE: Box = (WIDTH, math.inf, -math.inf, math.inf)  # what lies right of a chart
 BESIDE: tuple[tuple[Literal["start", "end"], float], ...] = (("start", 8), ("end", -8))  # a point
@@ -37,7 +38,7 @@ def columns(title: str, values: Sequence[int], dense: int, unit: str) -> Chart:
     x = Axis(0, len(values), LEFT, WIDTH - RIGHT)
     named = [i for i in range(len(values)) if i % -(-len(values) // 12) == 0]
     shapes = frame(x, y, "block", "", [])
-    wide = room >= DIGIT * len(str(dense))
+    wide = room >= DIGIT * (len(str(dense)) + 0.8)  # the last: between two numbers
     for block, value in enumerate(values):
         left, width = round(x.at(block) + 0.12 * room, 1), round(0.76 * room, 1)
         hint = f"block {block}: {value} of {dense} {unit}"
@@ -81,6 +82,8 @@ def bars(title: str, rows: Sequence[Row], legend: Sequence[tuple[Kind, str]], ma
         if row.dense is not None:
             shapes.append(line("dense", [(x.at(row.dense), top + 12), (x.at(row.dense), top + 31)], hint))
         end = max(x.at(row.slim), 2 if row.dense is None else x.at(row.dense))
+        if mark is not None and end < x.at(mark) <= end + 6 + DIGIT * len(row.words):
+            end = x.at(mark)  # or it would be struck through
         shapes.append(Shape("text", "muted", end + 6, top + 26, words=row.words))
     height = TOP + len(rows) * ROW
     if mark is not None:
@@ -90,9 +93,9 @@ def bars(title: str, rows: Sequence[Row], legend: Sequence[tuple[Kind, str]], ma
 
 
 def pairs(title: str, rows: Sequence[Row]) -> Chart:
-    """Two dots a row, dense and slim, on one scale."""
+    """Two dots a row, dense and slim, on one scale of percent."""
     ends = [value for row in rows for value in (row.slim, row.dense) if value is not None]
-    x = spanning(ends, 8, WIDTH - 120)
+    x = spanning(ends, 8, WIDTH - 120, least=POINT)
     shapes = list[Shape]()
     for index, row in enumerate(rows):
         top = TOP + index * ROW
@@ -103,7 +106,7 @@ def pairs(title: str, rows: Sequence[Row]) -> Chart:
         shapes.append(Shape("dot", "slim", x.at(row.slim), top + 21, width=4, hint=f"slim {row.slim:.2f} %"))
         shapes.append(Shape("text", "muted", WIDTH - 108, top + 25, words=row.words))
     bottom = TOP + len(rows) * ROW
-    for value in x.ticks():
+    for value in (tick for tick in x.ticks() if 0 <= tick <= 100):
         shapes.insert(0, line("grid", [(x.at(value), TOP), (x.at(value), bottom)]))
         shapes.append(Shape("text", "muted", x.at(value), bottom + 14, words=short(value), anchor="middle"))
     alt = f"{title}: " + "; ".join(f"{row.name} {row.words}" for row in rows) + "."
@@ -137,7 +140,8 @@ def curves(title: str, lines: Sequence[tuple[str, Sequence[tuple[float, float]]]
             Shape("dot", "slim", *place, hint=f"{name}: {b:.3g} at {a:g}", strength=strength, width=2.5)
             for place, (a, b) in zip(places, points, strict=True)
         ]
-    alt = f"{title}, one line a block. The largest is {max(y for _, y in every):.3g}; it falls as more stays."
+    losses = [loss for _, loss in every]
+    alt = f"{title}, one line a block: from {min(losses):.3g} to {max(losses):.3g}. The tables below tell every one."
     return Chart(title, alt, TOP + PLOT + BOTTOM, tuple(shapes))
 
 
@@ -154,7 +158,7 @@ class Point:
 def pareto(title: str, points: Sequence[Point], x_label: str, y_label: str) -> Chart:
     """Models in a plane where less is better along x and more along y; a line joins those that none beats."""
     x = spanning([0.0, *(point.x for point in points)], LEFT, WIDTH - RIGHT)
-    y = spanning([point.y for point in points], TOP + PLOT, TOP + 8)
+    y = spanning([point.y for point in points], TOP + PLOT, TOP + 8, least=POINT)
     x = Axis(0, x.high, x.start, x.end)
     shapes = frame(x, y, x_label, y_label)
     best = unbeaten(points)

@@ -2,31 +2,41 @@
 
 import json
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from lowpass.benchmarks.latency.compare import BENCHMARK_FILE, Benchmark
 from lowpass.export.onnx.file import current_onnx, onnx_path, read_metadata, weights_path
+from lowpass.export.onnx.optimum import MODEL_FILE, optimum_path
 from lowpass.export.onnx.verify import VERIFICATION_FILE, Verification
-from lowpass.export.options import PRECISIONS, Precision
+from lowpass.export.options import PRECISIONS, Format, Precision
 from lowpass.export.tensorrt.layers import Layers
 from lowpass.export.tensorrt.plan import Manifest, load_layers, manifest_path, plan_path
+from lowpass.export.torch_program import made_from, program_path
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import sha256
 from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.run.metrics import Metrics
 
+GONE = "the file is gone"
+NO_WEIGHTS = "the weights it was made from are not in the run"
+OTHER_WEIGHTS = "made from other weights than the run's present ones; export again"
+
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """One ONNX file. `stale` says why it is not of the present weights, `unverified` why nothing is known of it; None:
-    it is, and something is. `left_out`: layers that 8 bits would have cost top-1."""
+    """One ONNX file, program of `torch.export`, or folder for Optimum, whose `path` is the file in it. `stale` says why
+    it is not of the present weights, `unverified` why nothing is known of it; None: it is, and something is.
+    `left_out`: layers that 8 bits would have cost top-1. `pixels`: it takes them as they are, not normalised."""
 
     name: str
     precision: Precision
     dense: bool
     path: Path
+    format: Format = "onnx"
+    pixels: bool = False
     bytes: int | None = None
     verification: Verification | None = None
     left_out: tuple[str, ...] = ()
@@ -47,29 +57,66 @@ class Engine:
 
 
 def exported_files(directory: Path) -> list[ExportedFile]:
-    """Every ONNX file of a run and every one that `verification.json` speaks of, by precision, slim before dense."""
+    """Every exported file of a run and every one that `verification.json` speaks of: ONNX by precision, then programs,
+    then folders for Optimum; slim before dense."""
     try:
         entries = dict(json.loads((directory / VERIFICATION_FILE).read_bytes()))
     except (OSError, ValueError, TypeError):
         entries = {}
-    found = []
-    for precision in PRECISIONS:
-        for dense in (False, True):
-            path = onnx_path(directory, precision, dense)
-            if path.exists() or path.name in entries:
-                found.append(_exported_file(directory, precision, dense, entries.get(path.name)))
-    return found
+    found, folders = list[ExportedFile](), list[ExportedFile]()
+    for precision, dense in product(PRECISIONS, (False, True)):
+        path, folder = onnx_path(directory, precision, dense), optimum_path(directory, precision, dense)
+        if path.exists() or path.name in entries:
+            found.append(_onnx(ExportedFile(path.name, precision, dense, path), entries.get(path.name)))
+        if (folder / MODEL_FILE).exists():
+            folders.append(_optimum(ExportedFile(folder.name, precision, dense, folder / MODEL_FILE, "optimum")))
+    for dense in (False, True):
+        path = program_path(directory, dense)
+        if path.exists() or path.name in entries:
+            found.append(_program(ExportedFile(path.name, "fp32", dense, path, "torch-export"), entries.get(path.name)))
+    return found + folders
 
 
-def _exported_file(directory: Path, precision: Precision, dense: bool, entry: object) -> ExportedFile:
-    path = onnx_path(directory, precision, dense)
-    file = ExportedFile(path.name, precision, dense, path)
-    if not path.exists():
-        return replace(file, stale="the file is gone")
-    file = replace(file, bytes=path.stat().st_size)
-    if stale := _stale_onnx(directory, precision, dense):
+def _onnx(file: ExportedFile, entry: object) -> ExportedFile:
+    if not file.path.exists():
+        return replace(file, stale=GONE)
+    file = replace(file, bytes=file.path.stat().st_size)
+    if stale := _stale_onnx(file.path.parent, file.precision, file.dense):
         return replace(file, stale=stale)
-    file = replace(file, left_out=tuple(json.loads(read_metadata(path).get("left_out", "[]"))))
+    metadata = read_metadata(file.path)
+    left_out = tuple(json.loads(metadata.get("left_out", "[]")))
+    return _verified(replace(file, left_out=left_out, pixels=metadata.get("input") == "uint8"), entry)
+
+
+def _program(file: ExportedFile, entry: object) -> ExportedFile:
+    if not file.path.exists():
+        return replace(file, stale=GONE)
+    file = replace(file, bytes=file.path.stat().st_size)
+    weights = weights_path(file.path.parent, file.dense)
+    if not weights.exists():
+        return replace(file, stale=NO_WEIGHTS)
+    return replace(file, stale=OTHER_WEIGHTS) if made_from(file.path) != sha256(weights) else _verified(file, entry)
+
+
+def _optimum(file: ExportedFile) -> ExportedFile:
+    """The folder's ONNX file is a copy, and as such not verified."""
+    file = replace(file, bytes=file.path.stat().st_size)
+    weights = weights_path(file.path.parents[1], file.dense)
+    if not weights.exists():
+        return replace(file, stale=NO_WEIGHTS)
+    try:
+        made = read_metadata(file.path).get("weights_sha256")
+    except InputError:
+        made = None
+    if made != sha256(weights):
+        return replace(file, stale=OTHER_WEIGHTS)
+    return replace(
+        file, unverified=f"made from {onnx_path(Path(), file.precision, file.dense)}, with another input name"
+    )
+
+
+def _verified(file: ExportedFile, entry: object) -> ExportedFile:
+    path = file.path
     if not isinstance(entry, dict):
         return replace(file, unverified=f"{VERIFICATION_FILE} does not describe it")
     try:
@@ -83,11 +130,11 @@ def _exported_file(directory: Path, precision: Precision, dense: bool, entry: ob
 
 def _stale_onnx(directory: Path, precision: Precision, dense: bool) -> str | None:
     if not weights_path(directory, dense).exists():
-        return "the weights it was made from are not in the run"
+        return NO_WEIGHTS
     try:
         current_onnx(directory, precision, dense)
     except InputError:
-        return "made from other weights than the run's present ones; export again"
+        return OTHER_WEIGHTS
     return None
 
 

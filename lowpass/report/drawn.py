@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from lowpass.benchmarks.latency.compare import Benchmark
 from lowpass.export.tensorrt.layers import Layers
 from lowpass.pipeline.model.architecture import Architecture
-from lowpass.pipeline.search.log_entries import Curve
 from lowpass.report.charts import BOTH, Row, bars, columns, curves, pairs
 from lowpass.report.current import Engine
 from lowpass.report.plane import Chart, Kind
+from lowpass.report.searched import Losses
 from lowpass.report.seen import ClassTop1
 
-Line = tuple[str, Sequence[tuple[float, float]]]
 CLASSES = 20  # drawn of many: those whose top-1 changed most
 
 
@@ -43,22 +42,12 @@ def speed(measured: Benchmark) -> tuple[Chart, ...]:
     return (bars("Speed-up", rows, legend, saved),)
 
 
-def loss_curves(measured: Sequence[Curve]) -> tuple[Chart, ...]:
+def loss_curves(measured: Sequence[Losses]) -> tuple[Chart, ...]:
     """What cutting one part of one block alone loses."""
-    hidden, heads, tokens = list[Line](), list[Line](), list[Line]()
-    for curve in measured:
-        name = f"block {curve.block}"
-        hidden.append((name, [(option.size, option.loss) for option in curve.losses.hidden]))
-        least: dict[int, float] = {}
-        for option in curve.losses.attention:
-            least[option.heads] = min(option.loss, least.get(option.heads, option.loss))
-        heads.append((name, sorted(least.items())))
-        tokens.append((name, [(option.size, option.loss) for option in curve.losses.tokens]))
-    drawn = (
-        curves("Loss of a narrower MLP", hidden, "hidden channels that stay"),
-        curves("Loss of fewer heads", heads, "heads that stay"),
-        curves("Loss of fewer tokens", tokens, "image tokens that stay"),
-    )
+    drawn = [
+        curves(part.title, [(f"block {block}", sorted(losses.items())) for block, losses in part.blocks], part.unit)
+        for part in measured
+    ]
     return tuple(chart for chart in drawn if chart is not None)
 
 

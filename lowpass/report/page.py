@@ -1,7 +1,8 @@
 """`report.html`: everything a run has written and what its models say of its test images, on one page."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -11,6 +12,8 @@ from lowpass.benchmarks.latency.machine import in_a_line
 from lowpass.export.forecast.forecast import Forecast, Target
 from lowpass.export.forecast.gpus import GPUS
 from lowpass.export.forecast.of_run import forecast_run
+from lowpass.export.forecast.target import is_forecast, parse_target
+from lowpass.export.options import QUANTISED
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import write_text
 from lowpass.pipeline.base.version import __version__
@@ -20,6 +23,7 @@ from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.run.dense_check import Provenance
 from lowpass.pipeline.run.images import DataSource
 from lowpass.pipeline.run.metrics import Metrics, count_parameters, slim_figures
+from lowpass.pipeline.run.readings import is_a_guess
 from lowpass.pipeline.run.recipe import RECIPE_FILE, Recipe
 from lowpass.report import drawn, words
 from lowpass.report.asked import Asked, Command, asked, commands
@@ -41,6 +45,7 @@ from lowpass.report.seen import (
     top1_of,
 )
 
+Timed = tuple[str, int, Comparison]  # a runtime, a batch size, and how the models compare
 REPORT_FILE = "report.html"
 FORECAST_GPUS, FORECAST_BATCHES = ("t4", "a100", "h100", "rtx4090"), (1, 8, 32)
 SAME_TOP1 = 0.5  # points by which machines may differ that round differently
@@ -60,6 +65,14 @@ class Looked:
     confusions: tuple[Confusion, ...]
     files: dict[str, FileTop1]
     pictures: tuple[Picture, ...]
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the difference of the two top-1, in points: only images that one model alone gets right count."""
+        if self.only_one_right is None:
+            return None
+        dense, slim = self.only_one_right
+        return 100 * math.sqrt(dense + slim - (dense - slim) ** 2 / self.images) / self.images
 
 
 @dataclass(frozen=True)
@@ -90,12 +103,43 @@ class Page:
         return self.metrics.dense.macs / self.metrics.slim.macs
 
     @property
-    def fastest(self) -> tuple[str, int, Comparison] | None:
-        """Runtime, batch size and figures of the largest speed-up; None: nothing was measured."""
+    def speedups(self) -> tuple[Timed, Timed] | None:
+        """The least speed-up that was measured and the largest; None: nothing was measured."""
         if isinstance(self.benchmark, str):
             return None
         every = [(name, batch, one) for name, r in self.benchmark.runtimes.items() for batch, one in r.batches.items()]
-        return max(every, key=lambda each: each[2].speedup, default=None)
+        every.sort(key=lambda each: each[2].speedup)
+        return (every[0], every[-1]) if every else None
+
+    @property
+    def guesses(self) -> str | None:
+        """A warning where the slim model, or the dense one, does no better than guessing does; None: they do."""
+        chance, models = (
+            100 / self.architecture.dense.num_classes,
+            {"dense": self.metrics.dense, "slim": self.metrics.slim},
+        )
+        count = self.metrics.test_images
+        if count is None or chance == 100:
+            return None
+        found = [
+            name
+            for name, figures in models.items()
+            if figures.top1 is not None and is_a_guess(figures.top1, chance, count)
+        ]
+        if not found:
+            return None
+        return f"The top-1 of the {' and the '.join(found)} model is no better than that of a guess, {chance:.3g} %."
+
+    @property
+    def reduced(self) -> list[ExportedFile]:
+        """Current files of which it is known whether a layer was left in a higher precision."""
+        told = [file for file in self.files if file.stale is None and file.format == "onnx"]
+        return [
+            file
+            for file in told
+            if file.precision in QUANTISED
+            or (file.verification and (file.precision == "fp16" or file.verification.kept_fp32))
+        ]
 
     @property
     def disagrees(self) -> bool:
@@ -140,7 +184,10 @@ def gather(directory: Path, data: DataSource = None, compare: Sequence[Path] = (
         unmeasured = {"slim": slim_figures(slim, None, directory), "pruned_top1": None}
         metrics = metrics.model_copy(update=unmeasured | {"dense": metrics.dense.model_copy(update={"top1": None})})
     files, built = exported_files(directory), engines(directory)
-    measured, searched = current_benchmark(directory, architecture), read_search(directory, architecture)
+    measured, searched = (
+        current_benchmark(directory, architecture),
+        read_search(directory, architecture, recipe.runtime),
+    )
     seen = look(directory, data, metrics, images)
     looked = seen if isinstance(seen, str) else _looked(directory, seen, slim, files)
     return Page(
@@ -158,18 +205,32 @@ def gather(directory: Path, data: DataSource = None, compare: Sequence[Path] = (
         files=tuple(files),
         engines=tuple(built),
         compared=compared,
-        commands=tuple(commands(directory, recipe, metrics, architecture, files, built)),
-        forecasts=tuple(
-            forecast_run(directory, Target(GPUS[gpu], "tensorrt", "fp16", FORECAST_BATCHES)) for gpu in FORECAST_GPUS
-        ),
+        commands=tuple(commands(directory, recipe, metrics, architecture, files, built, _batch(searched))),
+        forecasts=tuple(forecast_run(directory, target) for target in forecast_targets(recipe, searched)),
         charts={
             "blocks": drawn.blocks(architecture),
             "speed": () if isinstance(measured, str) else drawn.speed(measured),
-            "curves": () if isinstance(searched, str) else drawn.loss_curves(searched.curves),
+            "curves": () if isinstance(searched, str) else drawn.loss_curves(searched.losses),
             "classes": () if isinstance(looked, str) else drawn.classes(looked.classes),
             "kernels": drawn.kernels(built),
         },
     )
+
+
+def forecast_targets(recipe: Recipe, searched: Searched | str) -> list[Target]:
+    """What is forecast: first what the run's own target was of, if that was a forecast."""
+    usual = [Target(GPUS[gpu], "tensorrt", "fp16", FORECAST_BATCHES) for gpu in FORECAST_GPUS]
+    if recipe.runtime is None or not is_forecast(recipe.runtime):
+        return usual
+    own = parse_target(recipe.runtime, recipe.latency_precision, _batch(searched) or recipe.latency_batch)
+    alike = [(own.gpu, own.engine, own.precision) == (other.gpu, other.engine, other.precision) for other in usual]
+    batches = sorted({*own.batches, *FORECAST_BATCHES})
+    return [replace(own, batches=batches), *(other for other, same in zip(usual, alike, strict=True) if not same)]
+
+
+def _batch(searched: Searched | str) -> int | None:
+    """Which the run was planned for; None: for none."""
+    return None if isinstance(searched, str) else searched.plan_batch
 
 
 def _looked(directory: Path, seen: Seen, slim: SlimViT, files: Sequence[ExportedFile]) -> Looked | str:
@@ -205,8 +266,8 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (words.percent, words.points, words.count, words.scaled, words.small, words.milliseconds)
+    filters = (words.percent, words.points, words.count, words.scaled, words.small, words.milliseconds, words.batches)
     environment.filters.update({function.__name__: function for function in filters})
     environment.tests["missing"] = lambda value: isinstance(value, str)
-    environment.globals.update(change=words.change, NOT_MEASURED=words.NOT_MEASURED)
+    environment.globals.update(change=words.change, NOT_MEASURED=words.NOT_MEASURED, QUANTISED=QUANTISED)
     return environment.get_template("page.html").render(page=page)

@@ -82,12 +82,12 @@ def round_step(least: float) -> float:
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9))
 
 
-def spanning(values: Sequence[float], start: float, end: float, logarithmic: bool = False) -> Axis:
-    """An axis that holds all values, with some room beside them."""
+def spanning(values: Sequence[float], start: float, end: float, logarithmic: bool = False, least: float = 1e-6) -> Axis:
+    """An axis that holds all values, with some room beside them: `least` where they are all the same."""
     low, high = min(values), max(values)
     if logarithmic:
         return Axis(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high) + 1e-9), start, end, True)
-    room = 0.12 * (high - low) or max(abs(high) * 0.05, 1e-6)
+    room = 0.12 * (high - low) or max(abs(high) * 0.05, least)
     return Axis(low - room, high + room, start, end)
 
 

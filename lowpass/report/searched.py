@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowpass.export.forecast.target import PREFIX, is_forecast
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.files import sha256
 from lowpass.pipeline.method.block_shape import BlockShape
@@ -19,6 +20,7 @@ from lowpass.pipeline.search.log_entries import (
     TokenDecision,
     Trial,
 )
+from lowpass.report.words import scaled
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,41 @@ class Recovered:
 
 
 @dataclass(frozen=True)
+class Losses:
+    """What cutting one part of one block alone would lose: block -> size that stays -> loss. `unit`: of the sizes."""
+
+    title: str
+    unit: str
+    blocks: tuple[tuple[int, dict[int, float]], ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Every size that was tried."""
+        return sorted({size for _, losses in self.blocks for size in losses})
+
+
+@dataclass(frozen=True)
 class Searched:
     """A search; what it was not asked for, such as a plan, is empty."""
 
     scored_images: int | None
     measured_images: int | None
     decisions: tuple[Decision, ...]
-    curves: tuple[Curve, ...]
+    losses: tuple[Losses, ...]
     plan: tuple[PlannedBlock, ...]
-    plan_cost: str | None  # in words, and of which batch
+    plan_cost: str  # in words, and of which batch
+    plan_batch: int | None  # images; None: of none
     recovered: tuple[Recovered, ...]
 
 
-def read_search(directory: Path, architecture: Architecture) -> Searched | str:
-    """The search of a run, or why there is none to show: a log that does not lead to the model that is there is not."""
+def read_search(directory: Path, architecture: Architecture, runtime: str | None) -> Searched | str:
+    """The search of a run, or why there is none to show: a log that does not lead to the model that is there is not.
+
+    Args:
+        directory: the run.
+        architecture: of its slim model.
+        runtime: which its target was in milliseconds of; None: it was not.
+    """
     path = directory / SEARCH_FILE
     if not path.exists():
         return f"there is no {SEARCH_FILE}"
@@ -89,9 +112,10 @@ def read_search(directory: Path, architecture: Architecture) -> Searched | str:
         scored_images=header.get("scored_images"),
         measured_images=header.get("measured_images"),
         decisions=tuple(decisions),
-        curves=curves,
+        losses=_losses_by_part(curves),
         plan=tuple(_planned(plans[-1], curves, architecture)) if plans else (),
-        plan_cost=_cost(plans[-1]) if plans else None,
+        plan_cost=_cost(plans[-1], runtime) if plans else "",
+        plan_batch=plans[-1].batch if plans else None,
         recovered=tuple(_recovered(entries)),
     )
 
@@ -132,9 +156,31 @@ def _acted_on(entry: TokenDecision | ChannelDecision, before: Architecture) -> t
     return ", ".join(changed) or "keeps its channels", before.with_block(entry.block, now)
 
 
-def _cost(plan: Plan) -> str:
-    """What a plan takes: milliseconds are always of some batch."""
-    return f"{plan.cost / 1e9:.4g} G MACs" if plan.batch is None else f"{plan.cost:.4g} ms for a batch of {plan.batch}"
+def _cost(plan: Plan, runtime: str | None) -> str:
+    """What a plan takes: milliseconds are always of some batch, and measured or not."""
+    if plan.batch is None or runtime is None:
+        return f"It takes {scaled(plan.cost)} MACs."
+    took = f"{plan.cost:.4g} ms for a batch of {plan.batch}"
+    if is_forecast(runtime):
+        return f"By the forecast ({runtime.removeprefix(PREFIX)}) it takes {took}: that was not measured."
+    return f"A model of these shapes took {took}, measured on {runtime} in the search."
+
+
+def _losses_by_part(curves: tuple[Curve, ...]) -> tuple[Losses, ...]:
+    """Those of an attention that has been thinned are of its best way to so many heads."""
+    hidden, heads, tokens = ([(curve.block, dict[int, float]()) for curve in curves] for _ in range(3))
+    for index, curve in enumerate(curves):
+        hidden[index][1].update((option.size, option.loss) for option in curve.losses.hidden)
+        tokens[index][1].update((option.size, option.loss) for option in curve.losses.tokens)
+        for option in curve.losses.attention:
+            least = heads[index][1].get(option.heads, option.loss)
+            heads[index][1][option.heads] = min(option.loss, least)
+    parts = (
+        Losses("Loss of a narrower MLP", "hidden channels that stay", tuple(hidden)),
+        Losses("Loss of fewer heads", "heads that stay", tuple(heads)),
+        Losses("Loss of fewer tokens", "image tokens that stay", tuple(tokens)),
+    )
+    return tuple(part for part in parts if part.sizes)
 
 
 def _planned(plan: Plan, curves: tuple[Curve, ...], architecture: Architecture) -> list[PlannedBlock]:

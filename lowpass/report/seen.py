@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from lowpass.export.onnx.verify import verifier
-from lowpass.export.runtimes.session import logits_of
+from lowpass.export.runtimes.session import Session, logits_of
+from lowpass.export.torch_program import TorchProgram
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.data.datasets import Batches, Data, len_of
@@ -198,7 +199,10 @@ def files_top1(seen: Seen, files: Sequence[ExportedFile], macs: Mapping[bool, in
 
 def _file_top1(file: ExportedFile, batches: Batches, labels: Tensor, pytorch: float | None) -> FileTop1:
     try:
-        _, session = verifier(file.path.read_bytes(), file.precision)
+        content = file.path.read_bytes()
+        session: Session = (
+            TorchProgram(content) if file.format == "torch-export" else verifier(content, file.precision)[1]
+        )
         logits = [logits_of(session, images.numpy()) for images, _ in track(batches, f"testing {file.name}")]
     except (InputError, RunError) as error:
         return FileTop1(None, pytorch, len(labels), str(error))

@@ -119,8 +119,7 @@ def check_readings(
 def _trouble(right: Tensor, classes: int, found: list[Alternative], whose: str) -> str:
     """What is suspicious, and what helps."""
     top1, chance = _top1(right), 100 / classes
-    deviation = math.sqrt(chance * (100 - chance) / len(right))
-    guesses = classes > 1 and top1 <= chance + DEVIATIONS * deviation
+    guesses = classes > 1 and is_a_guess(top1, chance, len(right))
     best = next((other for other in found if other.is_better), None)
     if not (guesses or best):
         return ""
@@ -133,6 +132,11 @@ def _trouble(right: Tensor, classes: int, found: list[Alternative], whose: str) 
         f"{said}: these are not the weights, the classes or the pixels that it was trained with (--classes FILE names "
         "the classes in the order of the logits, --mean and --std the pixels)"
     )
+
+
+def is_a_guess(top1: float, chance: float, images: int) -> bool:
+    """Whether a top-1 on so many images is within what luck gives to somebody who guesses, all in percent."""
+    return top1 <= chance + DEVIATIONS * math.sqrt(chance * (100 - chance) / images)
 
 
 def _is_better(other: Tensor, right: Tensor) -> bool:

@@ -1,7 +1,13 @@
 """Weights are found in whatever a training script wraps them in, and nothing that it keeps beside them is run."""
 
 import argparse
+import gzip
+import io
+import json
 import logging
+import re
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +58,20 @@ WRAPPED: dict[str, Any] = {
         ("" if name.startswith("head") else "backbone.") + name: tensor for name, tensor in W.items()
     },
     "an encoder in a net": under("net.encoder."),
+    "a backbone and a head in Lightning": {
+        ("model." if name.startswith("head") else "model.backbone.") + name: tensor for name, tensor in W.items()
+    },
+    "a head of another name": {
+        name.replace("head.", "classifier.1.") if name.startswith("head") else "backbone." + name: tensor
+        for name, tensor in W.items()
+    },
+    "blocks compiled, sharded and checkpointed one by one": {
+        re.sub(r"^(blocks\.\d+)\.", r"_fsdp_wrapped_module.\1._fsdp_wrapped_module._orig_mod.", name).replace(
+            ".attn.", "._checkpoint_wrapped_module.attn."
+        ): tensor
+        for name, tensor in W.items()
+    },
+    "Lightning's weight averaging": {"state_dict": under("model."), "current_model_state": under("model.", NOISE)},
     "thop's counters": W | {"total_ops": torch.zeros(1), "blocks.0.total_params": torch.zeros(1)},
     "two names of one table": {"model": W, "state_dict": dict(W)},
     "arguments and paths": {
@@ -132,6 +152,92 @@ def test_programs_are_refused_with_a_remedy(save: Callable[[Path], None], said: 
     assert "save_file({" in str(refused.value) and str(refused.value).endswith("give weights.safetensors")
 
 
+@pytest.mark.parametrize("name", ["weights.bin", "weights.SAFETENSORS", "größe und so", "weights.pth.tar"])
+def test_a_file_is_what_it_holds(name: str, tmp_path: Path) -> None:
+    """Whatever it is called."""
+    save_file(W, tmp_path / name)
+    check(load_model("digits_deit", tmp_path / name))
+    torch.save(W, tmp_path / "weights.safetensors")
+    check(load_model("digits_deit", tmp_path / "weights.safetensors"))
+
+
+def _as_zip(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("weights.pth", content)
+    return file.getvalue()
+
+
+def _as_tar(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("weights.pth"), io.BytesIO(content))
+    return file.getvalue()
+
+
+def _as_npz(content: bytes) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, cls=np.frombuffer(content, np.uint8))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n", "a pointer of Git LFS.*git lfs pull"),
+        (gzip.compress(b"weights"), "it is compressed; unpack it"),
+        (_as_tar(b""), "it is an archive; unpack it"),
+        (_as_zip(b"weights"), "it is an archive; unpack it"),
+        (_as_npz(b"weights"), r"it is NumPy's format; Google's ViTs become(.|\n)*checkpoint_path=.weights"),
+        (b"\x89HDF\r\n", "it is HDF5, as Keras writes"),
+        (b"<!DOCTYPE html>", "it is text"),
+    ],
+    ids=["LFS", "gzip", "tar", "zip", "npz", "Keras", "a web page"],
+)
+def test_other_formats_are_refused_by_name(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        load_model("digits_deit", tmp_path / "weights")
+
+
+def test_an_average_without_names_is_not_passed_over_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": W, "ema": {"decay": 0.9, "shadow_params": list(NOISE.values())}}, tmp_path / "weights.pth")
+    check(load_model("digits_deit", tmp_path / "weights.pth"))
+    assert "ema.shadow_params of weights.pth is an average without names, which is not read" in caplog.text
+
+
+def _sharded(folder: Path, end: str = "safetensors") -> Path:
+    """The weights in two files with their index, and between them what an earlier save left."""
+    parts = [dict(list(W.items())[start::2]) for start in (0, 1)]
+    names = [f"model-{number:05d}-of-00002.{end}" for number in (1, 2)]
+    for name, part in zip(names, parts, strict=True):
+        (save_file if end == "safetensors" else torch.save)(part, folder / name)  # type: ignore[operator]
+    save_file(NOISE, folder / "model-00003-of-00009.safetensors")
+    index = folder / f"model.{end}.index.json"
+    listed = {name: file for file, part in zip(names, parts, strict=True) for name in part}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    return index
+
+
+@pytest.mark.parametrize("end", ["safetensors", "bin"])
+def test_weights_in_several_files(end: str, tmp_path: Path) -> None:
+    """The index says which: what else lies beside them is not taken."""
+    index = _sharded(tmp_path, end)
+    check(load_model("digits_deit", index))
+    (tmp_path / f"model-00002-of-00002.{end}").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=rf"there is no .*00002\.{end}, which model\.{end}\.index\.json lists"):
+        load_model("digits_deit", index)
+    (tmp_path / "elsewhere").rename(tmp_path / f"model-00002-of-00002.{end}")
+    index.write_text(index.read_text().replace("head.bias", "head.biases"))
+    with pytest.raises(InputError, match=r"has no head\.biases, against what model.*index\.json says"):
+        load_model("digits_deit", index)
+    index.write_text("[]")
+    with pytest.raises(InputError, match="is no index of weights"):
+        load_model("digits_deit", index)
+
+
 def test_the_remedy_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(load_model("digits_deit"), "weights.pth")
@@ -159,6 +265,23 @@ def without(*names: str) -> State:
             "holds a, b, c and 1 more",
         ),
         (without("head.weight", "head.bias"), "has no head.weight, head.bias, which .*it has no classifier"),
+        (
+            without("head.weight", "head.bias")
+            | {f"head.{layer}.{part}": torch.ones(10, 96) for layer in (0, 2) for part in ("weight", "bias")},
+            r"its classifier is head\.0, head\.2, which is not one linear layer",
+        ),
+        (
+            {"backbone." + name: tensor for name, tensor in W.items()} | {"fc.weight": W["head.weight"]},
+            r"holds two classifiers, backbone\.head\.weight and fc\.weight",
+        ),
+        (W | {"blocks.0.attn.qkv.lora_A": torch.ones(8, 96)}, "it holds LoRA adapters: merge them"),
+        (without("head.bias") | {"head.zero_point": torch.tensor(0)}, "its layers are quantised"),
+        (
+            {name: (100 * tensor).to(torch.int8) for name, tensor in W.items()},
+            "cls_token is of int8, not of real numbers",
+        ),
+        (W | {"norm.bias": W["norm.bias"].to_sparse()}, "norm.bias is torch.sparse_coo; save the weights as dense"),
+        (W | {"norm.bias": W["norm.bias"].to("meta")}, "norm.bias is on the meta device"),
         (
             {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: W[name] for name in W},
             "it looks like a model that averages its tokens",

@@ -9,7 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.checkpoints.files import read_checkpoint
+from lowpass.pipeline.checkpoints.files import INDEX, index_files
 from lowpass.pipeline.checkpoints.huggingface import PREPROCESSOR, from_huggingface, read_processor
 from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, origin_of, set_preprocessing
 from lowpass.pipeline.checkpoints.shape import parse_size
@@ -20,8 +20,14 @@ from lowpass.pipeline.model.hub import download
 from lowpass.pipeline.model.slim_vit import ARCHITECTURE_FILE
 
 # A folder's weights, the first that is there.
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")
-SHARDS = "model.safetensors.index.json"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors" + INDEX,
+    "pytorch_model.bin",
+    "pytorch_model.bin" + INDEX,
+    "model.pth",
+    "pytorch_model.pth",
+)
 
 
 def load_model(
@@ -85,8 +91,10 @@ def local_files(model: str, weights: Path | None = None) -> list[Path]:
     if not model.startswith("hf-hub:") and (folder := _folder_of(model)) is not None:
         files += [folder / CONFIG, folder / PREPROCESSOR]
         if weights is None:
-            files += [*sorted(folder.glob("model-*-of-*.safetensors")), *(folder / name for name in WEIGHT_FILES)]
-    return [file for file in files if file.is_file()]
+            files += [folder / name for name in WEIGHT_FILES]
+    there = [file for file in files if file.is_file()]
+    listed = [index.parent / name for index in there if index.name.endswith(INDEX) for name in index_files(index)]
+    return [*there, *(file for file in listed if file.is_file())]
 
 
 def _folder_of(model: str) -> Path | None:
@@ -117,7 +125,8 @@ def as_timm(model: nn.Module) -> nn.Module:
 
 def _from_folder(folder: Path, weights: Path | None, choices: Choices) -> nn.Module:
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; --model takes a timm name or a folder with config.json")
+        what = f"{folder} is a file: give it as --weights" if folder.is_file() else f"there is no folder {folder}"
+        raise InputError(f"{what}; --model takes a timm name, hf-hub:NAME or a folder with config.json")
     if (folder / ARCHITECTURE_FILE).exists() and not (folder / CONFIG).exists():
         raise _slim(str(folder))
     config = read_config(folder)
@@ -125,18 +134,9 @@ def _from_folder(folder: Path, weights: Path | None, choices: Choices) -> nn.Mod
         return from_hub_folder(folder, choices, config, weights or _weights_in(folder))
     if "model_type" not in config:
         raise InputError(f"{folder / 'config.json'} names neither timm's 'architecture' nor Transformers' 'model_type'")
-    found = _shards(folder, choices) if weights is None and (folder / SHARDS).exists() else None
-    found = found or read_weights(weights or _weights_in(folder), choices.weights_key)
+    found = read_weights(weights or _weights_in(folder), choices.weights_key)
     model = from_huggingface(config, found.state, folder, choices, read_processor(folder))
     return _with_keys(model, found)
-
-
-def _shards(folder: Path, choices: Choices) -> Tensors:
-    """Weights that Transformers split into several files."""
-    whole: dict[str, Any] = {}
-    for file in sorted(folder.glob("model-*-of-*.safetensors")):
-        whole |= read_checkpoint(file)
-    return find_tensors(whole, folder, choices.weights_key)
 
 
 def _weights_in(folder: Path) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.checkpoints.heads import classifier_layers
 from lowpass.pipeline.checkpoints.shape import State
 
 NAMED = 3  # names of each kind that a message gives
@@ -29,7 +30,8 @@ def load_strictly(model: nn.Module, state: State, path: object, name: str) -> No
     """Load weights, every one of which must have its place and its shape.
 
     Raises:
-        InputError: naming the first that are missing, unknown or of another shape, and what the file looks like.
+        InputError: naming the first that are missing, unknown, of another shape or no real numbers, and what the file
+            looks like.
     """
     expected = model.state_dict()
     for key, tensor in expected.items():
@@ -38,6 +40,9 @@ def load_strictly(model: nn.Module, state: State, path: object, name: str) -> No
                 f"{path}: {key} is {tuple(state[key].shape)}, but {name} has {tuple(tensor.shape)}"
                 f"{_looks(state, expected)}"
             )
+        if key in state and tensor.is_floating_point() and not state[key].is_floating_point():
+            kind = str(state[key].dtype).removeprefix("torch.")
+            raise InputError(f"{path}: {key} is of {kind}, not of real numbers; give the weights before quantisation")
     missing = [key for key in expected if key not in state]
     unknown = sorted(set(state) - set(expected))
     if missing or unknown:
@@ -58,6 +63,10 @@ def _looks(state: State, expected: State) -> str:
     for name, looks in LOOKS:
         if name in state:
             return f"; it looks like {looks}"
+    if any("lora_" in name for name in state):
+        return "; it holds LoRA adapters: merge them into the model (PEFT: merge_and_unload()), and save that"
+    if any("_packed_params" in name or name.endswith(".zero_point") for name in state):
+        return "; its layers are quantised: give the weights that they were made from"
     if ("fc_norm.weight" in state) != ("fc_norm.weight" in expected):
         kind = "averages its tokens (MAE, GAP)" if "fc_norm.weight" in state else "reads its CLS token"
         return f"; it looks like a model that {kind}: another --model"
@@ -71,5 +80,8 @@ def _looks(state: State, expected: State) -> str:
     if blocks[0] and blocks[0] != blocks[1]:
         return f"; it has {blocks[0]} blocks, not {blocks[1]}: another --model"
     if "patch_embed.proj.weight" in state and "head.weight" not in state and "head.weight" in expected:
-        return "; it has no classifier: train one first"
+        layers = classifier_layers(state)
+        if not layers:
+            return "; it has no classifier: train one first"
+        return f"; its classifier is {_first(layers)}, which is not one linear layer with a bias"
     return ""

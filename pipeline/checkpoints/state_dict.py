@@ -20,12 +20,19 @@ ANCHORS = (
     "embeddings.patch_embeddings.weight",
     "conv_proj.weight",
 )
-# Classifiers may lie outside a backbone's prefix.
-HEADS = ("head.", "head_dist.", "classifier.", "cls_classifier.", "distillation_classifier.", "heads.")
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+# Classifiers may lie outside a backbone's prefix. The first six are libraries' own names, the others are usual.
+HEADS = (
+    *("head.", "head_dist.", "classifier.", "cls_classifier.", "distillation_classifier.", "heads."),
+    *("fc.", "linear."),
+)
+PREFIXES = ("module.", "model.", "backbone.", "encoder.")
+# What compiling, sharding and checkpointing put between the parts of a name, wherever they were applied.
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 COUNTERS = ("total_ops", "total_params")  # thop's
 DEPTH = 4  # of tables in tables
 FIRST, TEACHER, PLAIN, STUDENT = range(4)  # which weights are taken where there are several
+# Lightning's weight averaging saves the average as `state_dict`, and beside it what was averaged.
+LAST = ("student", "current_model_state")
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,16 @@ def read_weights(path: Path, key: str | None = None) -> Tensors:
         key: which of several models in it, such as `state_dict_ema`; None: the first by that order.
 
     Raises:
-        InputError: missing, truncated, of no known layout, ambiguous, or not finite.
+        InputError: missing, truncated, of no known layout, ambiguous, or not finite plain numbers.
     """
-    found = find_tensors(read_checkpoint(path), path, key)
+    content = read_checkpoint(path)
+    found = find_tensors(content, path, key)
+    if nameless := next(_nameless(content, "", DEPTH), None):
+        logger.warning(
+            "weights: %s of %s is an average without names, which is not read: copy it into the model, and save that",
+            nameless,
+            path.name,
+        )
     if found.others:
         logger.info(
             "weights: %s of %s, which holds %s as well (--weights-key chooses)",
@@ -85,11 +99,8 @@ def find_tensors(content: Any, path: Path, key: str | None = None) -> Tensors:
     elif key not in models:
         raise InputError(f"{path} has no weights under {key!r} (--weights-key); it has {', '.join(models) or 'none'}")
     table, prefix = models[key]
-    names = {timm_key(name): prefix + name if prefix + name in table else name for name in _unprefixed(table, prefix)}
-    state = {name: _as_fp32(table[original]) for name, original in names.items()}
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InputError(f"{path}: {names[name]} holds NaN or infinite values; these weights cannot be used")
+    names = {timm_key(name): original for name, original in _own_names(table, prefix, path).items()}
+    state = {name: _as_fp32(table[original], original, path) for name, original in names.items()}
     return Tensors(state, key, prefix, tuple(name for name in models if name != key), names)
 
 
@@ -121,7 +132,7 @@ def _tables(content: Any, key: str, depth: int) -> Iterator[tuple[str, dict[str,
         return
     named = {name: value for name, value in content.items() if isinstance(name, str)}
     tensors = {
-        name: value
+        _unwrapped(name): value
         for name, value in named.items()
         if isinstance(value, Tensor) and name.rpartition(".")[2] not in COUNTERS
     }
@@ -130,6 +141,14 @@ def _tables(content: Any, key: str, depth: int) -> Iterator[tuple[str, dict[str,
         yield key, tensors
     for name, value in nested if depth else ():
         yield from _tables(value, f"{key}.{name}" if key else name, depth - 1)
+
+
+def _nameless(content: Any, key: str, depth: int) -> Iterator[str]:
+    """Where averages lie that torch_ema and diffusers keep as a list."""
+    for name, value in content.items() if isinstance(content, Mapping) and depth else ():
+        if name == "shadow_params" and isinstance(value, list | tuple):
+            yield f"{key}{name}"
+        yield from _nameless(value, f"{key}{name}.", depth - 1)
 
 
 def _at_a_dot(name: str, anchor: str) -> bool:
@@ -148,15 +167,42 @@ def _common_prefix(table: Mapping[str, Tensor]) -> str:
     return prefix
 
 
-def _unprefixed(table: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """The model's own names: what follows the prefix, and classifiers that lie outside it."""
-    names = [name[len(prefix) :] for name in table if name.startswith(prefix)]
-    outer = prefix
+def _unwrapped(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.removeprefix(wrapper).replace("." + wrapper, ".")
+    return name
+
+
+def _own_names(table: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, str]:
+    """The model's own names, each with that in the table: what follows the prefix, and classifiers that lie outside.
+
+    Raises:
+        InputError: there is a classifier within the prefix and another outside: nobody can tell which is read.
+    """
+    names = {name[len(prefix) :]: name for name in table if name.startswith(prefix)}
+    within, outer = _classifier(names, table), prefix
     while outer:
         outer = outer[: outer.rstrip(".").rfind(".") + 1]
-        beside = [name for name in table if name.startswith(outer) and name[len(outer) :].startswith(HEADS)]
-        names += [name for name in beside if not name.startswith(prefix) and name[len(outer) :] not in names]
+        beside = {
+            name[len(outer) :]: name
+            for name in table
+            if name.startswith(outer) and name[len(outer) :].startswith(HEADS) and not name.startswith(prefix)
+        }
+        if within and (without := _classifier(beside, table)):
+            raise InputError(
+                f"{path} holds two classifiers, {names[within]} and {beside[without]}; take out of it the one that the "
+                "model does not end in"
+            )
+        if not within:
+            names = beside | names
+            within = _classifier(names, table)
     return names
+
+
+def _classifier(names: Mapping[str, str], table: Mapping[str, Tensor]) -> str | None:
+    """The first layer of a classifier among the names of a model."""
+    ends = ((name, original) for name, original in names.items() if name.startswith(HEADS) and name.endswith(".weight"))
+    return next((name for name, original in ends if table[original].ndim == 2), None)
 
 
 def _rank(key: str) -> int:
@@ -164,7 +210,7 @@ def _rank(key: str) -> int:
     parts = key.lower().split(".")
     if any("ema" in part.split("_") or part == "ema" for part in parts):
         return FIRST
-    return TEACHER if "teacher" in parts else STUDENT if "student" in parts else PLAIN
+    return TEACHER if "teacher" in parts else STUDENT if any(part in LAST for part in parts) else PLAIN
 
 
 def _same(first: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> bool:
@@ -174,5 +220,17 @@ def _same(first: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _as_fp32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _as_fp32(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """A tensor in FP32; whole numbers stay.
+
+    Raises:
+        InputError: it holds no plain numbers, or some that are not finite.
+    """
+    if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = "on the meta device" if tensor.is_meta else "quantised" if tensor.is_quantized else str(tensor.layout)
+        raise InputError(f"{path}: {name} is {kind}; save the weights as dense numbers, such as FP32")
+    if not tensor.is_floating_point():
+        return tensor
+    if not tensor.isfinite().all():
+        raise InputError(f"{path}: {name} holds NaN or infinite values; these weights cannot be used")
+    return tensor.float()

@@ -13,6 +13,7 @@ from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.digits_deit import DIGITS_MODEL, DIGITS_WEIGHTS
+from lowpass.pipeline.checkpoints.heads import with_head
 from lowpass.pipeline.checkpoints.misfit import load_strictly
 from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, set_preprocessing
 from lowpass.pipeline.checkpoints.shape import channels_of, classes_of, fit_positions
@@ -85,6 +86,8 @@ def _built(
         sizes: dict[str, Any] = {"img_size": choices.img_size, "in_chans": choices.in_chans}
         return _created(name, settings | sizes).eval()
     state = tensors.state
+    if "patch_embed.proj.weight" in state and isinstance(getattr(plain, "head", None), nn.Linear):
+        state = with_head(state, "head", weights.name)
     if isinstance(plain, Eva):
         state = {eva_key(name): tensor for name, tensor in state.items()}
     settings = settings | {
@@ -132,12 +135,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_bytes())
     except OSError as error:
-        raise InputError(f"cannot read {folder / CONFIG}: {error.strerror}; is {folder} a model?") from None
+        raise InputError(f"cannot read {folder / CONFIG}: {error.strerror}; {_looks(folder)}") from None
     except ValueError:
         config = None
     if not isinstance(config, dict):
         raise InputError(f"{folder / CONFIG} is not a JSON object")
     return config
+
+
+def _looks(folder: Path) -> str:
+    """What a folder without a config looks like."""
+    if (folder / "adapter_config.json").exists():
+        return f"{folder} is a PEFT adapter: merge it into its model (merge_and_unload()), and save that"
+    if inside := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
+        return f"there is one in {', '.join(inside[:3])}: give that folder"
+    return f"is {folder} a model?"
 
 
 def _checked_tag(name: str) -> str:

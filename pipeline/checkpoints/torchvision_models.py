@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.converted import Conversion, vit_settings
+from lowpass.pipeline.checkpoints.heads import with_head
 from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, set_preprocessing
 from lowpass.pipeline.checkpoints.shape import channels_of, fit_positions
 
@@ -64,6 +65,7 @@ def from_torchvision(name: str, heads: int, state: dict[str, Tensor], source: ob
     Raises:
         InputError: the weights are not torchvision's, or do not fit.
     """
+    state = with_head(state, "heads.head", source)
     for key in ("conv_proj.weight", "encoder.pos_embedding", "class_token", "heads.head.weight"):
         if key not in state:
             raise InputError(f"{source} has no {key}, which torchvision's {name} needs; is it a checkpoint of {name}?")

@@ -47,6 +47,7 @@ from lowpass.pipeline.search.log_entries import ChannelDecision
 from lowpass.pipeline.search.search import search
 from lowpass.pipeline.search.settings import SearchSettings
 from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS
+from lowpass.pipeline.search.target import REFUSED_BEYOND
 
 WHOLE_HEADS = SHAPINGS["tensorrt"].model_copy(update={"align": 8, "token_stages": 1})
 HALVES = ((0, 1, 4, 7, 8, 9, 12, 15), (0, 2, 3, 5, 8, 10, 11, 13))  # other pairs in each head of 16
@@ -295,11 +296,10 @@ def test_from_the_command_to_an_engine(
     def by_macs(slim: Architecture, dense: Architecture, *_: object) -> tuple[float, float]:
         return 1.0, dense.macs() / slim.macs()
 
-    monkeypatch.setattr(
-        lowpass.benchmarks.latency.target, "against_dense", by_macs
-    )  # a busy machine's clock is no test
+    # A busy machine's clock is no test, and the plan is by a table of it.
+    monkeypatch.setattr(lowpass.benchmarks.latency.target, "against_dense", by_macs)
     told = answer(capsys, "compress", *source, "--target-latency", "0.6", *there, *few, "--out", f"{run}-2")
-    assert 0.5 < told["slim"]["macs"] / told["dense"]["macs"] <= 0.61
+    assert 0.3 < told["slim"]["macs"] / told["dense"]["macs"] <= 0.6 * (1 + REFUSED_BEYOND)
     with pytest.raises(SystemExit) as stop:
         main(["compress", *source, "--target-latency", "0.001", *there, *few, "--out", f"{run}-3"])
     assert stop.value.code == 2 and "out of reach" in capsys.readouterr().err.splitlines()[-1]

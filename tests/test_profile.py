@@ -9,11 +9,12 @@ import onnx
 import pytest
 import torch
 from conftest import MakeViT
+from families import ROTARY
 
 import lowpass.benchmarks.latency.setup
 import lowpass.benchmarks.latency.target
 from lowpass.benchmarks.latency import parts
-from lowpass.benchmarks.latency.part_graphs import repeat_part, with_tokens
+from lowpass.benchmarks.latency.part_graphs import places_of, repeat_part, with_places, with_tokens
 from lowpass.benchmarks.latency.parts import as_markdown, measure_table, token_grid
 from lowpass.benchmarks.latency.target import against_dense, latency_target
 from lowpass.export.graph.deployable import deployable
@@ -119,6 +120,54 @@ def test_parts_change_their_token_count_as_an_export_would(architecture: Archite
     assert with_tokens(whole, 17, 9).SerializeToString(deterministic=True) == short.SerializeToString(
         deterministic=True
     )
+
+
+@pytest.fixture(scope="module")
+def rotary(make_vit: MakeViT) -> SlimViT:
+    """A tiny DINOv3: 16 tokens behind 4 that have no place, one head of 24."""
+    changes = ROTARY["DINOv3 with biases, reads CLS"][0] | {"num_heads": 1, "mlp_ratio": 1}
+    return SlimViT.from_timm(make_vit(**changes), token_score="cls")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision"), [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("pytorch", "fp32")]
+)
+def test_a_table_of_rotary_positions(rotary: SlimViT, runtime: RuntimeName, precision: Precision) -> None:
+    table = measure_table(rotary.architecture, runtime, precision, 2, seconds=0.001)
+    assert (table.tokens, table.rows, table.hidden) == ((8, 16, 20), (48,), (24,))
+    every = (table.attention_ms, table.mlp_ms, table.last_ms, (table.selection_ms,))
+    assert all(math.isfinite(ms) and ms >= 0 for grid in every for row in grid for ms in row)
+    assert min(ms for (ms,) in (*table.attention_ms, *table.mlp_ms)) > 0
+    assert math.isfinite(total(table, rotary.architecture)) and total(table, rotary.architecture) > table.ends_ms
+
+
+@pytest.mark.parametrize("kind", ["attention", "last"])
+def test_fewer_tokens_look_their_places_up(rotary: SlimViT, kind: str) -> None:
+    """As an export would. The places are the same for all links, which no runtime can know in advance."""
+    model = parts._model(deployable(rotary))
+    last = model.vit.blocks[-1]
+    part = parts._Attention(model.blocks[0]) if kind == "attention" else parts._Closing(model.blocks[0], last)
+    whole, short = (
+        trace(part, torch.zeros(2, count, 24), places=torch.zeros(2, count, dtype=torch.int64)) for count in (19, 9)
+    )
+    del short.graph.value_info[:]
+    assert with_tokens(whole, 19, 9).SerializeToString(deterministic=True) == short.SerializeToString(
+        deterministic=True
+    )
+    assert "places" in {read for node in short.graph.node for read in node.input}
+    assert not {node.op_type for node in trace(part, torch.zeros(2, 20, 24)).graph.node} & {"Gather", "GatherElements"}
+    links = 3 if kind == "attention" else 1
+    chain = repeat_part(with_places(short, 20), links, torch.float32)
+    onnx.checker.check_model(chain, full_check=True)
+    assert [value.name for value in chain.graph.input] == ["images"]
+    tokens = np.random.default_rng(0).standard_normal((2, 9, 24), np.float32)
+    with torch.inference_mode():
+        seen = places_of(torch.from_numpy(tokens), 20)
+        expected = parts._Chain(part, links, 20)(torch.from_numpy(tokens)).numpy()
+        once, first = part(torch.from_numpy(tokens), seen), part(torch.from_numpy(tokens), torch.zeros_like(seen))
+        assert len(seen.unique()) > 5 and (once - first).abs().max() > 1e-3
+    found = logits_of(OnnxRuntime(chain.SerializeToString()), tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_rotary import families, pictures, rotary_vit
 from torch import Tensor
 
-from lowpass.benchmarks.latency.parts import measure_table
+import lowpass.benchmarks.latency.target
 from lowpass.benchmarks.peers.corp import prune_by_corp
 from lowpass.benchmarks.peers.evit import evit
 from lowpass.cli import main
@@ -37,14 +37,17 @@ from lowpass.export.torch_program import serialise
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.method.channels import ChannelChoice
 from lowpass.pipeline.method.sensitivity import ChannelCriterion
+from lowpass.pipeline.model.architecture import Architecture
 from lowpass.pipeline.model.removal import remove_channels
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.channel_criteria import CHANNEL_CRITERIA, CriterionContext
+from lowpass.pipeline.search.latency_table import LatencyTable
 from lowpass.pipeline.search.log import SearchLog
 from lowpass.pipeline.search.log_entries import ChannelDecision
 from lowpass.pipeline.search.search import search
 from lowpass.pipeline.search.settings import SearchSettings
 from lowpass.pipeline.search.shaping import AS_PUBLISHED, SHAPINGS
+from lowpass.pipeline.search.target import REFUSED_BEYOND
 
 WHOLE_HEADS = SHAPINGS["tensorrt"].model_copy(update={"align": 8, "token_stages": 1})
 HALVES = ((0, 1, 4, 7, 8, 9, 12, 15), (0, 2, 3, 5, 8, 10, 11, 13))  # other pairs in each head of 16
@@ -246,8 +249,6 @@ def test_what_does_not_take_them_says_so(make_vit: MakeViT) -> None:
     slim = SlimViT.from_timm(vit)
     with pytest.raises(InputError, match="onehot is not there for rotary positions"):
         deployable(slim, selection="onehot")
-    with pytest.raises(InputError, match="has rotary positions, of whose parts no latency is measured"):
-        measure_table(slim.architecture, "pytorch", "fp32", 1)
     with pytest.raises(InputError, match="has rotary positions, which CORP is not defined for"):
         prune_by_corp(slim, [pictures(slim)], 0.5)
     with pytest.raises(InputError, match="has rotary positions; the rivals take"):
@@ -255,8 +256,11 @@ def test_what_does_not_take_them_says_so(make_vit: MakeViT) -> None:
 
 
 @pytest.mark.slow
-def test_from_the_command_to_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Tokens dropped and heads thinned, trained, in every precision, built; weights under the names of `Eva`."""
+def test_from_the_command_to_an_engine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens dropped and heads thinned, trained, in every precision, built; weights under the names of `Eva`. Then to a
+    latency, planned by what its parts take."""
     torch.manual_seed(0)
     dense = timm.create_model("tiny_dinov3")
     with torch.no_grad():
@@ -284,7 +288,18 @@ def test_from_the_command_to_an_engine(tmp_path: Path, capsys: pytest.CaptureFix
         assert told["same_top1"] >= 97, precision
     built = answer(capsys, "build", run, "--precision", "fp16", "--runtime", "tensorrt-rtx")
     assert Path(built["plan"]).stat().st_size > 1e5
+    there = ("--runtime", "onnxruntime", "--batch", "2")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    table = LatencyTable.model_validate(answer(capsys, "profile", "--model", "tiny_dinov3", *there))
+    assert table.tokens[-1] == 67 and table.dense.rotary is not None
+
+    def by_macs(slim: Architecture, dense: Architecture, *_: object) -> tuple[float, float]:
+        return 1.0, dense.macs() / slim.macs()
+
+    # A busy machine's clock is no test, and the plan is by a table of it.
+    monkeypatch.setattr(lowpass.benchmarks.latency.target, "against_dense", by_macs)
+    told = answer(capsys, "compress", *source, "--target-latency", "0.6", *there, *few, "--out", f"{run}-2")
+    assert 0.3 < told["slim"]["macs"] / told["dense"]["macs"] <= 0.6 * (1 + REFUSED_BEYOND)
     with pytest.raises(SystemExit) as stop:
-        main(["compress", *source, "--target-latency", "0.01", "--runtime", "onnxruntime", *few, "--out", f"{run}-2"])
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "has rotary positions" in said and "--target-macs" in said
+        main(["compress", *source, "--target-latency", "0.001", *there, *few, "--out", f"{run}-3"])
+    assert stop.value.code == 2 and "out of reach" in capsys.readouterr().err.splitlines()[-1]

@@ -1,8 +1,11 @@
 """Parts of a model as small ONNX graphs: at other token counts, and several in a row."""
 
+import numpy as np
 import onnx
 import torch
+from torch import Tensor
 
+PLACES = "places"  # an input of parts, which all links of a chain share
 ELEMENT = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
@@ -33,8 +36,37 @@ def with_tokens(part: onnx.ModelProto, traced: int, wanted: int) -> onnx.ModelPr
     return graph
 
 
+def places_of(tokens: Tensor, count: int) -> Tensor:
+    """Some places below `count` for tokens [B, T, C], which no runtime can know before it runs: [B, T]."""
+    return (tokens[..., 0].sigmoid() * count).long()
+
+
+def with_places(part: onnx.ModelProto, count: int) -> onnx.ModelProto:
+    """A part with `places_of` its tokens in place of that input."""
+    graph = onnx.ModelProto()
+    graph.CopyFrom(part)
+    (given,) = (value for value in graph.graph.input if value.name == PLACES)
+    graph.graph.input.remove(given)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(graph.graph.input[0].type.tensor_type.elem_type)
+    names = [f"{PLACES}.{step}" for step in ("channel", "first", "share", "count", "any")]
+    channel, first, share, rows, any_ = names
+    for name, values in ((channel, np.array(0, np.int64)), (rows, np.array(count, dtype))):
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    nodes = [
+        onnx.helper.make_node("Gather", ["images", channel], [first], name=first, axis=2),
+        onnx.helper.make_node("Sigmoid", [first], [share], name=share),
+        onnx.helper.make_node("Mul", [share, rows], [any_], name=any_),
+        onnx.helper.make_node("Cast", [any_], [PLACES], name=PLACES, to=onnx.TensorProto.INT64),
+        *graph.graph.node,
+    ]
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    return graph
+
+
 def repeat_part(part: onnx.ModelProto, links: int, dtype: torch.dtype) -> onnx.ModelProto:
-    """`links` copies of a part in a row, each with weights of its own, as in a model; FP32 at either end."""
+    """`links` copies of a part in a row, each with weights of its own, as in a model; FP32 at either end. `places_of`
+    the first one's tokens are those of all."""
     chain = onnx.ModelProto()
     chain.CopyFrom(part)
     graph = chain.graph
@@ -50,13 +82,20 @@ def repeat_part(part: onnx.ModelProto, links: int, dtype: torch.dtype) -> onnx.M
             "images": first if link == 0 else f"between.{link}",
             "logits": last if link == links - 1 else f"between.{link + 1}",
         }
+        names |= {name: name for node in part.graph.node for name in (*node.input, *node.output) if _shared(name)}
         for node in part.graph.node:
+            if link and _shared(node.output[0]):
+                continue
             copied = graph.node.add()
             copied.CopyFrom(node)
             copied.name = f"{link}.{node.name}"
             copied.input[:] = [names.get(name, f"{link}.{name}") for name in node.input]
             copied.output[:] = [names.get(name, f"{link}.{name}") for name in node.output]
         for tensor in part.graph.initializer:
+            if _shared(tensor.name):
+                if not link:
+                    graph.initializer.add().CopyFrom(tensor)
+                continue
             weights = graph.initializer.add()
             weights.CopyFrom(tensor)
             weights.name = f"{link}.{tensor.name}"
@@ -65,3 +104,7 @@ def repeat_part(part: onnx.ModelProto, links: int, dtype: torch.dtype) -> onnx.M
     for value in (*graph.input, *graph.output):
         value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     return chain
+
+
+def _shared(value: str) -> bool:
+    return value == PLACES or value.startswith(f"{PLACES}.")

@@ -1,6 +1,7 @@
 """Latency tables: what the parts of a model's blocks take on one runtime of this machine, for `--target-latency`.
 
-Each part is exported as it is deployed, with random weights.
+Each part is exported as it is deployed, with random weights. Where positions are rotary, the tokens of a part that gets
+all of them are in order; fewer have been chosen, and what they are turned by is looked up by their places.
 """
 
 import copy
@@ -8,13 +9,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowpass.benchmarks.latency.part_graphs import repeat_part, with_tokens
+from lowpass.benchmarks.latency.part_graphs import places_of, repeat_part, with_places, with_tokens
 from lowpass.benchmarks.latency.setup import (
     QUANTILE,
     TimingSetup,
@@ -33,7 +34,6 @@ from lowpass.export.options import Precision
 from lowpass.export.runtimes.pytorch import TORCH, torch_session
 from lowpass.export.runtimes.registry import RuntimeName
 from lowpass.export.runtimes.session import Session
-from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.method.block_shape import BlockShape
 from lowpass.pipeline.model.architecture import Architecture, DenseViT
@@ -75,10 +75,6 @@ def measure_table(
         RunError: it cannot run a part.
     """
     refuse(runtime, precision)
-    if architecture.dense.rotary is not None:
-        raise InputError(
-            f"{architecture.dense.name} has rotary positions, of whose parts no latency is measured; give --target-macs"
-        )
     whole = architecture.dense.blocks()[0]
     tokens, heads, hidden = grids(architecture.dense)
     outermost = (heads[0], heads[-1])
@@ -175,35 +171,62 @@ def _model(deployed: nn.Module) -> SlimViT:
     return model
 
 
-class _Attention(nn.Module):
+class _Part(nn.Module):
+    """Of a deployed block: tokens [B, T, C] -> tokens. `places` [B, T] are theirs in the image, where positions are
+    rotary and tokens have been dropped."""
+
     def __init__(self, block: SlimBlock) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.block.mix(tokens)[0]
+    def forward(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        return self.block.stream.tokens(self.run(tokens if places is None else (tokens, places)))
+
+    def run(self, stream: Any) -> Any:
+        """See `Stream`."""
+        raise NotImplementedError
 
 
-class _Mlp(_Attention):
-    def forward(self, tokens: Tensor) -> Tensor:
-        mixed: Tensor = self.block.ls2(self.block.mlp(self.block.norm2(tokens)))
-        return tokens + mixed
+class _Attention(_Part):
+    def run(self, stream: Any) -> Any:
+        return self.block.mix(stream)[0]
 
 
-class _Selecting(_Attention):
-    def forward(self, tokens: Tensor) -> Tensor:
-        mixed, weights = self.block.mix(tokens)
-        return self.block.keep_tokens(mixed, self.block.scores(mixed, weights), self.block.keep)
+class _Mlp(_Part):
+    def run(self, stream: Any) -> Any:
+        return self.block.feed(stream)
 
 
-class _Closing(_Attention):
+class _Selecting(_Part):
+    """Without the places of the tokens that stay, which nobody reads here: few numbers beside the tokens."""
+
+    def run(self, stream: Any) -> Any:
+        return self.block.select(*self.block.mix(stream))
+
+
+class _Closing(_Part):
     def __init__(self, block: SlimBlock, last: nn.Module) -> None:
         super().__init__(block)
         self.last = last
 
+    def run(self, stream: Any) -> Any:
+        return self.last(self.block.mix(stream)[0])
+
+
+class _Chain(nn.Module):
+    """Copies of a part in a row, each with weights of its own. `choices`: where positions are rotary and tokens have
+    been dropped, of how many rows of the table each has one."""
+
+    def __init__(self, part: _Part, links: int, choices: int | None) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(copy.deepcopy(part) for _ in range(links))
+        self.choices = choices
+
     def forward(self, tokens: Tensor) -> Tensor:
-        left: Tensor = self.last(self.block.mix(tokens)[0])
-        return left
+        places = None if self.choices is None else places_of(tokens, self.choices)
+        for part in self.parts:
+            tokens = part(tokens, places)
+        return tokens
 
 
 class _Ends(nn.Module):
@@ -216,16 +239,30 @@ class _Ends(nn.Module):
 
 
 def _part_sessions(
-    part: nn.Module, counts: Sequence[int], links: int, dense: DenseViT, setup: TimingSetup
+    part: _Part, counts: Sequence[int], links: int, dense: DenseViT, setup: TimingSetup
 ) -> Iterator[tuple[int, Session]]:
-    """Warm sessions on a chain of parts, by token count. The part is exported once, at the last count."""
-    width = dense.embed_dim
+    """Warm sessions on a chain of parts, by token count."""
+    whole = dense.num_tokens + dense.num_prefix_tokens
+    chosen = [count for count in counts if dense.rotary is not None and not isinstance(part, _Mlp) and count < whole]
+    for some, choices in ((chosen, whole), ([count for count in counts if count not in chosen], None)):
+        if some:
+            yield from _chain_sessions(part, some, links, choices, dense.embed_dim, setup)
+
+
+def _chain_sessions(
+    part: _Part, counts: Sequence[int], links: int, choices: int | None, width: int, setup: TimingSetup
+) -> Iterator[tuple[int, Session]]:
+    """The same; see `_Chain` for `choices`. The part is exported once, at the last count."""
     if setup.runtime in TORCH:
-        chain = AtPrecision(nn.Sequential(*(copy.deepcopy(part) for _ in range(links))), setup.dtype)
+        chain = AtPrecision(_Chain(part, links, choices), setup.dtype)
         for count in counts:
             yield count, warm(torch_session(setup.runtime, chain), noise(setup.batch, count, width))
         return
-    traced = trace(part, torch.zeros(2, counts[-1], width, dtype=setup.dtype))
+    example = torch.zeros(2, counts[-1], width, dtype=setup.dtype)
+    if choices is None:
+        traced = trace(part, example)
+    else:
+        traced = with_places(trace(part, example, places=torch.zeros(2, counts[-1], dtype=torch.int64)), choices)
     if setup.precision == "int8":
         traced, _ = quantize(traced, Quantization([noise(2, counts[-1], width)]))
     for count in counts:

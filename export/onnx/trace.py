@@ -42,8 +42,9 @@ def to_onnx(slim: SlimViT, options: ExportOptions) -> onnx.ModelProto:
     return trace(module, example)
 
 
-def trace(module: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
-    """Any module from `images` to `logits` as an ONNX graph with a dynamic batch; `example` is a batch of 2.
+def trace(module: nn.Module, example: torch.Tensor, **more: torch.Tensor) -> onnx.ModelProto:
+    """Any module from `images` to `logits` as an ONNX graph with a dynamic batch; `example` is a batch of 2, and so are
+    `more` inputs by name.
 
     Raises:
         RunError: it holds a `DFT`, complex or data-dependent-shape node.
@@ -52,12 +53,12 @@ def trace(module: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
-            (example,),
+            (example, *more.values()),
             dynamo=True,
             opset_version=OPSET,
-            input_names=["images"],
+            input_names=["images", *more],
             output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=({0: torch.export.Dim("batch")},) * (1 + len(more)),
             verbose=False,
         )
     assert program is not None

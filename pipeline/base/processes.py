@@ -131,8 +131,8 @@ def same_everywhere(what: str, value: str | Mapping[str, Tensor]) -> None:
     if len(set(digests)) > 1:
         told = ", ".join(f"{number}: {digest[:8]}" for number, digest in enumerate(digests))
         raise RunError(
-            f"{what} is not the same in all processes ({told}): give all of them the same command and files, on machines "
-            "that are alike; a search goes on with --resume, with any number of them"
+            f"{what} is not the same in all processes ({told}): give all of them the same command and files, "
+            "on machines that are alike; a search goes on with --resume, with any number of them"
         )
 
 

@@ -11,6 +11,11 @@ class RunError(RuntimeError):
     """A step failed although its input was sound (an engine that does not build, say). Exit code 1."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, or else what it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def first_problem(error: ValidationError) -> str:
     """The first complaint of a pydantic error, on one line, with where it stands."""
     problem = error.errors(include_url=False)[0]

@@ -1,6 +1,7 @@
 """Models of other libraries, as those save them: the same logits."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -202,16 +203,112 @@ def test_names_of_torchvision_are_its_own() -> None:
     for name, known in NAMES.items():
         with torch.device("meta"):
             model = torchvision.models.get_model(name)
-        first = torchvision.models.get_model_weights(name).DEFAULT
-        if name == "vit_h_14":
-            first = torchvision.models.ViT_H_14_Weights.IMAGENET1K_SWAG_E2E_V1
-        elif name == "vit_b_16":
-            first = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1
-        transform = first.transforms()
         assert model.encoder.layers[0].num_heads == known.heads
         assert (model.hidden_dim, model.patch_size) == (known.dim, known.patch)
-        assert (transform.resize_size, transform.crop_size) == ([known.resize], [known.crop])
-        assert transform.interpolation.value == known.interpolation
+        for weights in torchvision.models.get_model_weights(name):
+            if "LINEAR" in weights.name and name != "vit_h_14":
+                continue  # nothing tells them from weights of the same size that see less of a picture
+            transform = weights.transforms()
+            found = known.preprocessing(transform.crop_size[0])
+            assert found["crop_pct"] == transform.crop_size[0] / transform.resize_size[0], weights
+            assert found["interpolation"] == transform.interpolation.value, weights
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda head: head,
+        lambda head: nn.Sequential(nn.Dropout(0.1), head),
+        lambda head: nn.Sequential(OrderedDict(classifier=head)),
+    ],
+    ids=["a layer", "a layer behind dropout", "a named layer"],
+)
+@torch.no_grad()
+def test_torchvision_with_a_head_of_one_s_own(head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tutorials put one on."""
+    model = torchvision.models.VisionTransformer(16, 4, 2, 3, 24, 40).eval()
+    model.heads = head(nn.Linear(24, 5)).eval()
+    agree(as_timm(model), noise(), model(noise()))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    monkeypatch.setitem(NAMES, "vit_b_16", Named(24, 4, 3))
+    agree(load_model("vit_b_16", tmp_path / "w.pth"), noise(), model(noise()))
+
+
+@torch.no_grad()
+def test_positions_of_a_known_size_are_resampled_to_another_of_as_many(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder of Transformers says that its 16 positions are 4 by 4: 2 by 8 are others. A name of timm's does not."""
+    model = saved("ViT", tmp_path)
+    with caplog.at_level("INFO", "lowpass"):
+        wide = load_model(str(tmp_path), img_size="8x32")
+    assert "positions: resampled from images of 16x16 to 8x32" in caplog.text
+    images = torch.randn(2, 3, 8, 32)
+    torch.testing.assert_close(wide(images), model(images, interpolate_pos_encoding=True).logits, rtol=0, atol=0.05)
+    with caplog.at_level("INFO", "lowpass"):
+        load_model("digits_deit", img_size="16x64")
+    assert "positions: 64, taken to be for 16x64 as --img-size says, not resampled" in caplog.text
+
+
+@torch.no_grad()
+def test_transformers_in_lightning_and_in_several_files(tmp_path: Path) -> None:
+    model = saved("ViT", tmp_path)
+    torch.save({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "last.ckpt")
+    (tmp_path / "model.safetensors").unlink()
+    agree(load_model(str(tmp_path), tmp_path / "last.ckpt"), noise(), model(noise()).logits)
+    with pytest.raises(InputError, match=r"holds no weights: none of .*, model\.safetensors\.index\.json"):
+        load_model(str(tmp_path))
+    state = model.state_dict()
+    for number in (1, 2):
+        part = {name: tensor for index, (name, tensor) in enumerate(state.items()) if index % 2 == number - 1}
+        torch.save(part, tmp_path / f"pytorch_model-{number:05d}-of-00002.bin")
+    listed = {name: f"pytorch_model-{1 + index % 2:05d}-of-00002.bin" for index, name in enumerate(state)}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": listed}))
+    agree(load_model(str(tmp_path)), noise(), model(noise()).logits)
+
+
+@pytest.mark.parametrize(
+    ("processor", "mean", "std"),
+    [
+        ({"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [0.5] * 3}, 0.5, 0.25),
+        ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51.0] * 3}, 0.5, 0.2),
+        ({"do_rescale": False, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}, 0.5, 0.25),
+        ({"image_mean": 0.5, "image_std": 0.25}, 0.5, 0.25),
+    ],
+    ids=["another factor", "pixels to 255", "scaled before", "one for all channels"],
+)
+def test_pixels_as_a_processor_scales_them(processor: Any, mean: float, std: float, tmp_path: Path) -> None:
+    saved("ViT", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    prep = SlimViT.from_timm(load_model(str(tmp_path))).architecture.preprocessing
+    assert prep.mean == pytest.approx((mean,) * 3) and prep.std == pytest.approx((std,) * 3)
+    assert prep.interpolation == "bilinear"  # as Transformers has it for a ViT where the file does not say
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image_mean": "half"}, "its mean is 'half'; give --mean, or mend it"),
+        ({"image_std": [0, 1, 1]}, r"preprocessor_config.json of .*: --std must be above 0"),
+    ],
+)
+def test_a_processor_that_makes_no_sense(change: Any, said: str, tmp_path: Path) -> None:
+    saved("ViT", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))
+    with pytest.raises(InputError, match=said):
+        load_model(str(tmp_path))
+    assert load_model(str(tmp_path), mean=(0.5,) * 3, std=(0.5,) * 3) is not None
+
+
+def test_folders_that_hold_no_model_are_told_apart(tmp_path: Path) -> None:
+    saved("ViT", tmp_path / "trained" / "checkpoint-500")
+    with pytest.raises(InputError, match="there is one in checkpoint-500: give that folder"):
+        load_model(str(tmp_path / "trained"))
+    with pytest.raises(InputError, match=r"model\.safetensors is a file: give it as --weights"):
+        load_model(str(tmp_path / "trained" / "checkpoint-500" / "model.safetensors"))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InputError, match=r"is a PEFT adapter: merge it into its model \(merge_and_unload"):
+        load_model(str(tmp_path))
 
 
 @torch.no_grad()
@@ -233,6 +330,32 @@ def test_a_folder_in_timm_s_hub_layout(tmp_path: Path) -> None:
         assert origin_of(loaded).classes == ("a", "b", "c")
         assert prep.source == str(tmp_path / "config.json")
         assert (prep.mean, prep.crop_pct) == ((0.1, 0.2, 0.3), 0.8)
+
+
+def test_older_configs_of_timm(tmp_path: Path) -> None:
+    """Flat, with their labels under another name, or by number."""
+    timm.models.save_for_hf(timm.create_model("tiny_deit", num_classes=3), tmp_path, safe_serialization=True)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    flat = {"architecture": "tiny_deit", "mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "crop_pct": 0.8}
+
+    def loaded(config: Any) -> Any:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return load_model(str(tmp_path))
+
+    prep = SlimViT.from_timm(loaded(flat | {"labels": ["a", "b", "c"]})).architecture.preprocessing
+    assert (prep.mean, prep.crop_pct, prep.source) == ((0.1, 0.2, 0.3), 0.8, str(tmp_path / "config.json"))
+    assert origin_of(load_model(str(tmp_path))).classes == ("a", "b", "c")
+    assert origin_of(loaded(whole | {"label_names": {"2": "c", "0": "a", "1": "b"}})).classes == ("a", "b", "c")
+    assert origin_of(loaded(whole | {"label_names": {"2": "c", "3": "a", "1": "b"}})).classes is None
+    for change, said in (
+        ({"pretrained_cfg": {"mean": "x"}}, "its mean is 'x'; give --mean"),
+        ({"pretrained_cfg": {"interpolation": "random"}}, "its interpolation is 'random'; give --interpolation"),
+        ({"pretrained_cfg": {"crop_pct": "all"}}, "its crop_pct is 'all'; give --crop-pct"),
+        ({"pretrained_cfg": [1]}, r"pretrained_cfg is \[1\], not settings"),
+        ({"model_args": [1]}, r"model_args are \[1\], not settings"),
+    ):
+        with pytest.raises(InputError, match=said):
+            loaded(whole | change)
 
 
 def test_a_hub_without_a_network_is_an_error_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

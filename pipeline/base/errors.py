@@ -19,6 +19,11 @@ class ElsewhereError(RunError):
         self.code = code
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, or else what it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def first_problem(error: ValidationError) -> str:
     """The first complaint of a pydantic error, on one line, with where it stands."""
     problem = error.errors(include_url=False)[0]

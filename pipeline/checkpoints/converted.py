@@ -43,7 +43,7 @@ class Conversion:
             InputError: the weights do not fit the settings.
         """
         channels, heads = self.settings["embed_dim"], self.settings["num_heads"]
-        if channels % heads:
+        if heads < 1 or channels % heads:
             raise InputError(f"{source}: {channels} channels cannot be divided into the {heads} heads of {name}")
         renamed = {self._renamed(key): tensor for key, tensor in state.items() if key not in self.dropped}
         model = self.kind(**self.settings)

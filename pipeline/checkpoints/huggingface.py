@@ -18,7 +18,7 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger
 from lowpass.pipeline.checkpoints.converted import ACTIVATIONS, Conversion, vit_settings
 from lowpass.pipeline.checkpoints.huggingface_dinov3 import DINOV3, check_dinov3, dinov3_conversion, dinov3_size
-from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, set_preprocessing
+from lowpass.pipeline.checkpoints.origin import Choices, Origin, labels, mark, set_preprocessing
 from lowpass.pipeline.checkpoints.shape import fit_positions
 from lowpass.pipeline.model.readout import TokenAndMeanViT
 
@@ -155,7 +155,7 @@ def _image_size(
         positions = {"pos_embed": state["embeddings.position_embeddings"]}
         asked = choices.img_size or (processed if dino else None)
         prefix = 2 if kind == "deit" else 1
-        size = fit_positions(positions, Path(str(source)), patch, prefix, own, asked, antialias=not dino)
+        size = fit_positions(positions, Path(str(source)), patch, prefix, own, asked, antialias=not dino, is_known=True)
         state["embeddings.position_embeddings"] = positions["pos_embed"]
     if size != own:
         logger.info("images of %dx%d, where %s was made for %dx%d", *size, source, *own)
@@ -166,16 +166,13 @@ def _preprocessing(kind: str, processor: Mapping[str, Any] | None) -> dict[str, 
     """A processor's settings in timm's words; its default for the kind where there is none."""
     half, imagenet = ((0.5,) * 3, (0.5,) * 3), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     mean, std = half if kind == "vit" else imagenet
+    whole = kind in ("vit", DINOV3)
+    interpolation = "bilinear" if whole else "bicubic"
     if processor is None:
-        whole = kind in ("vit", DINOV3)
         crop = 1.0 if whole else 224 / 256
         mode = "center" if kind.startswith("dinov2") else "squash"
-        interpolation = "bilinear" if whole else "bicubic"
         return {"mean": mean, "std": std, "crop_pct": crop, "crop_mode": mode, "interpolation": interpolation}
-    if not processor.get("do_normalize", True):
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    else:
-        mean, std = tuple(processor.get("image_mean") or mean), tuple(processor.get("image_std") or std)
+    mean, std = _normalisation(processor, mean, std)
     resized, cropped = processor.get("size"), processor.get("crop_size")
     crops = bool(processor.get("do_center_crop", cropped is not None and kind != "vit")) and cropped is not None
     final = _sides(cropped) if crops else _sides(resized)
@@ -184,21 +181,41 @@ def _preprocessing(kind: str, processor: Mapping[str, Any] | None) -> dict[str, 
     if crops and (before := _sides(resized)) is not None and final is not None:
         share = final[0] / before[0]
     found = {"mean": mean, "std": std, "crop_pct": share, "crop_mode": "squash" if squash else "center"}
-    resample = processor.get("resample")
-    if resample in RESAMPLING:
-        found["interpolation"] = RESAMPLING[resample]
+    found["interpolation"] = RESAMPLING.get(processor.get("resample", -1), interpolation)
     return found | ({"input_size": final} if final is not None else {})
+
+
+def _normalisation(processor: Mapping[str, Any], mean: Any, std: Any) -> tuple[Any, Any]:
+    """Mean and deviation of pixels from 0 to 1.
+
+    Transformers multiplies pixels of 0 to 255 by `rescale_factor` first. Where it does not, those of a mean above 1 are
+    of 0 to 255, and others were given pixels that something else had scaled.
+    """
+    if not processor.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    else:
+        mean, std = (
+            (value,) * 3 if isinstance(value, int | float) else value
+            for value in (processor.get("image_mean") or mean, processor.get("image_std") or std)
+        )
+    numbers = isinstance(mean, list | tuple) and all(isinstance(value, int | float) for value in mean)
+    top = 255 * processor.get("rescale_factor", 1 / 255)
+    if not processor.get("do_rescale", True):
+        top = 255 if numbers and max(mean) > 1 else 1
+    if abs(top - 1) < 1e-6 or not numbers:  # what are no numbers is refused later
+        return mean, std
+    return tuple(value / top for value in mean), tuple(value / top for value in std)
 
 
 def _classes(config: Mapping[str, Any], count: int) -> tuple[tuple[str, ...] | None, str]:
     """The names of `id2label`, unless they are only numbers that Transformers made up."""
-    labels = config.get("id2label")
-    if not isinstance(labels, Mapping):
+    named = config.get("id2label")
+    names = labels(named, count)
+    if names is None and named:
+        logger.info("classes: id2label does not name the %d that the model has, and is not used", count)
+    if names is None or names == tuple(f"LABEL_{number}" for number in range(count)):
         return None, ""
-    by_number = {int(number): str(name) for number, name in labels.items()}
-    if sorted(by_number) != list(range(count)) or all(n == f"LABEL_{i}" for i, n in by_number.items()):
-        return None, ""
-    return tuple(by_number[number] for number in range(count)), "id2label"
+    return names, "id2label"
 
 
 def read_processor(folder: Path) -> dict[str, Any] | None:

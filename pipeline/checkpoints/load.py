@@ -1,7 +1,7 @@
 """`load_model`: whatever people bring, as a dense timm ViT."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.files import INDEX, index_files
 from lowpass.pipeline.checkpoints.huggingface import PREPROCESSOR, from_huggingface, read_processor
-from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, origin_of, set_preprocessing
+from lowpass.pipeline.checkpoints.origin import Choices, Origin, labels, mark, origin_of, set_preprocessing
 from lowpass.pipeline.checkpoints.shape import parse_size
 from lowpass.pipeline.checkpoints.state_dict import Tensors, find_tensors, read_weights
 from lowpass.pipeline.checkpoints.timm_models import CONFIG, by_name, from_hub_folder, read_config
@@ -159,7 +159,7 @@ def _from_hub(name: str, choices: Choices) -> nn.Module:
         raise InputError(f"cannot get {name}: {reason}; a folder or a file works without a network") from None
     set_preprocessing(model, f"the config of {name}", {}, choices)
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    classes = tuple(map(str, names)) if isinstance(names, list | tuple) and len(names) == model.num_classes else None
+    classes = labels(names, int(cast(int, model.num_classes)))
     mark(model, Origin(classes, f"the config of {name}" if classes else ""))
     return model.eval()
 

@@ -1,6 +1,6 @@
 """A model's image size, channels and classes, read off its tensors."""
 
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 
 from timm.layers import resample_abs_pos_embed
@@ -42,6 +42,7 @@ def fit_positions(
     default: tuple[int, int],
     asked: tuple[int, int] | None,
     antialias: bool = True,
+    is_known: bool = False,
 ) -> tuple[int, int]:
     """The image size that positions are for, in place: they are resampled where another size was asked for.
 
@@ -53,6 +54,8 @@ def fit_positions(
         default: height and width that the model has when nobody says otherwise.
         asked: `--img-size`, or None.
         antialias: of the resampling.
+        is_known: the checkpoint itself says `default`. Otherwise as many positions as an `asked` size takes are taken
+            to be for that size, such as 64 for 8 by 8 patches and for 4 by 16.
 
     Raises:
         InputError: the positions form no square and no size was given, or the size is not whole patches.
@@ -65,21 +68,25 @@ def fit_positions(
     if positions is None or positions.ndim != 3:
         return asked or default
     tokens = positions.shape[1] - prefix
-    wanted = asked or default
-    if _grid(wanted, patch)[0] * _grid(wanted, patch)[1] == tokens:
-        return wanted
-    side = isqrt(max(tokens, 0))
-    if side == 0 or side**2 != tokens:
-        raise InputError(
-            f"{path}: pos_embed is {tuple(positions.shape)}: {tokens} image tokens do not form a square; give "
-            "--img-size HxW, the size that the model was trained at"
-        )
-    own = (side * patch[0], side * patch[1])
-    if asked is None:
+    own = default if prod(_grid(default, patch)) == tokens else None
+    if asked is not None and prod(_grid(asked, patch)) == tokens and not (is_known and own):
+        if own not in (None, asked):
+            logger.info("positions: %d, taken to be for %dx%d as --img-size says, not resampled", tokens, *asked)
+        return asked
+    if own is None:
+        side = isqrt(max(tokens, 0))
+        if side == 0 or side**2 != tokens:
+            raise InputError(
+                f"{path}: pos_embed is {tuple(positions.shape)}: {tokens} image tokens do not form a square; give "
+                "--img-size HxW, the size that the model was trained at"
+            )
+        own = (side * patch[0], side * patch[1])
+    if asked in (None, own):
         return own
+    assert asked is not None
     logger.info("positions: resampled from images of %dx%d to %dx%d", *own, *asked)
     state["pos_embed"] = resample_abs_pos_embed(
-        positions, list(_grid(asked, patch)), [side, side], num_prefix_tokens=prefix, antialias=antialias
+        positions, list(_grid(asked, patch)), list(_grid(own, patch)), num_prefix_tokens=prefix, antialias=antialias
     )
     return asked
 

@@ -3,7 +3,7 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.digits_deit import DIGITS_MODEL, DIGITS_WEIGHTS
 from lowpass.pipeline.checkpoints.heads import with_head
 from lowpass.pipeline.checkpoints.misfit import load_strictly
-from lowpass.pipeline.checkpoints.origin import Choices, Origin, mark, set_preprocessing
+from lowpass.pipeline.checkpoints.origin import Choices, Origin, labels, mark, set_preprocessing
 from lowpass.pipeline.checkpoints.shape import channels_of, classes_of, fit_positions
 from lowpass.pipeline.checkpoints.state_dict import Tensors, eva_key, read_weights
 
@@ -63,15 +63,20 @@ def from_hub_folder(folder: Path, choices: Choices, config: dict[str, Any], weig
     if not timm.is_model(name):
         raise InputError(f"{folder / CONFIG}: timm has no model {name!r}")
     tensors = read_weights(weights, choices.weights_key)
-    settings = dict(config.get("model_args") or {})
+    settings = config.get("model_args") or {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{folder / CONFIG}: model_args are {settings!r}, not settings by name")
+    settings = dict(settings)
     if config.get("global_pool"):
         settings.setdefault("global_pool", config["global_pool"])
     model = _built(name, settings, tensors, weights, choices)
-    found = config.get("pretrained_cfg") or {}
+    found = config.get("pretrained_cfg", config)  # timm's first configs were flat
+    if not isinstance(found, dict):
+        raise InputError(f"{folder / CONFIG}: pretrained_cfg is {found!r}, not settings by name")
     kept = {key: found[key] for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode") if key in found}
     set_preprocessing(model, str(folder / CONFIG) if kept else f"timm's default for {name}", kept, choices)
-    names = config.get("label_names") or found.get("label_names")
-    classes = tuple(map(str, names)) if isinstance(names, list) and len(names) == model.num_classes else None
+    named = (both.get(key) for both in (config, found) for key in ("label_names", "labels", "label_name"))
+    classes = labels(next(filter(None, named), None), int(cast(int, model.num_classes)))
     mark(model, _origin(tensors, classes, str(folder / CONFIG)))
     return model
 
@@ -97,7 +102,9 @@ def _built(
     patch = getattr(plain, "patch_embed", None)
     if patch is not None and hasattr(plain, "num_prefix_tokens"):
         prefix = 0 if plain.no_embed_class else plain.num_prefix_tokens
-        size = fit_positions(state, weights, patch.patch_size, prefix, patch.img_size, choices.img_size)
+        size = fit_positions(
+            state, weights, patch.patch_size, prefix, patch.img_size, choices.img_size, is_known="img_size" in settings
+        )
         if size != tuple(patch.img_size):
             settings["img_size"] = size
     model = _created(name, settings)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import VisionTransformer
@@ -33,22 +34,33 @@ RENAMES = (
 @dataclass(frozen=True)
 class Named:
     """What a name says: width and patch, by which its weights are known, and what they do not tell: the head count, and
-    how torchvision preprocesses."""
+    how torchvision preprocesses. `swag`: image sizes that only its SWAG weights have; those see the whole picture,
+    resized by `bicubic`."""
 
     dim: int
     patch: int
     heads: int
     resize: int = 256
     crop: int = 224
-    interpolation: str = "bilinear"
+    swag: tuple[int, ...] = ()
+
+    def preprocessing(self, side: int) -> dict[str, Any]:
+        """What torchvision does with pictures for weights of so many pixels, in timm's words."""
+        whole = side in self.swag
+        return {
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "crop_pct": 1.0 if whole else self.crop / self.resize,
+            "interpolation": "bicubic" if whole else "bilinear",
+        }
 
 
 NAMES = {
-    "vit_b_16": Named(768, 16, 12),
+    "vit_b_16": Named(768, 16, 12, swag=(384,)),
     "vit_b_32": Named(768, 32, 12),
-    "vit_l_16": Named(1024, 16, 16, resize=242),
+    "vit_l_16": Named(1024, 16, 16, resize=242, swag=(512,)),
     "vit_l_32": Named(1024, 32, 16),
-    "vit_h_14": Named(1280, 14, 16, resize=518, crop=518, interpolation="bicubic"),
+    "vit_h_14": Named(1280, 14, 16, swag=(224, 518)),
 }
 
 
@@ -82,18 +94,14 @@ def from_torchvision(name: str, heads: int, state: dict[str, Tensor], source: ob
     hidden = next((len(state[first + mlp]) for mlp in ("0.weight", "linear_1.weight") if first + mlp in state), 4 * dim)
     positions = {"pos_embed": state["encoder.pos_embedding"]}
     side = isqrt(max(positions["pos_embed"].shape[1] - 1, 0))
-    size = fit_positions(positions, Path(str(source)), patch, 1, (side * patch[0], side * patch[1]), choices.img_size)
+    own = (side * patch[0], side * patch[1])
+    size = fit_positions(positions, Path(str(source)), patch, 1, own, choices.img_size, is_known=True)
     state = state | {"encoder.pos_embedding": positions["pos_embed"]}
     channels = channels_of({"patch_embed.proj.weight": state["conv_proj.weight"]}, Path(str(source)), choices.in_chans)
     classes = len(state["heads.head.weight"])
     settings = vit_settings(size, patch, channels or 3, classes, dim, len(layers), heads, hidden, NORM_EPS)
     model = Conversion(VisionTransformer, settings, RENAMES).built(state, source, name)
-    found = {
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "crop_pct": known.crop / known.resize,
-        "interpolation": known.interpolation,
-    }
-    set_preprocessing(model, f"torchvision's {name}", found, choices)
+    of = " with SWAG's weights" if own[0] in known.swag else ""
+    set_preprocessing(model, f"torchvision's {name}{of}", known.preprocessing(own[0]), choices)
     mark(model, Origin())
     return model

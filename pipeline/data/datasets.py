@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from timm.data import create_transform
 from torch import Tensor
@@ -281,7 +282,8 @@ def data_in_memory(train: Any, test: Any, architecture: Architecture) -> Data:
         architecture: of the model that will see the images.
 
     Raises:
-        InputError: one is no such data set, is empty, or holds images of another shape.
+        InputError: one is no such data set, is empty, or holds other items, images of another shape or kind, or labels
+            that are no numbers.
     """
     dense = architecture.dense
     shape = (dense.in_chans, *dense.img_size)
@@ -292,10 +294,18 @@ def data_in_memory(train: Any, test: Any, architecture: Architecture) -> Data:
             raise InputError(f"the {name} images are a {type(given).__name__}; give a data set with a length")
         if not len(part):
             raise InputError(f"the {name} images are empty")
-        image = part[0][0]
+        item = part[0]
+        if not (isinstance(item, tuple | list) and len(item) == 2):
+            raise InputError(f"the first {name} item is a {type(item).__name__}; give pairs of an image and its label")
+        image, label = item
         if not isinstance(image, Tensor) or tuple(image.shape) != shape:
             seen = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise InputError(f"the first {name} image is {seen}; {dense.name} takes tensors of {shape}")
+        if image.dtype != torch.float32:
+            raise InputError(f"the first {name} image is of {image.dtype}; {dense.name} takes it normalised, in FP32")
+        number = label.item() if isinstance(label, Tensor | np.generic) and label.ndim == 0 else label
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise InputError(f"the first {name} label is {label!r}; give the number of its class, 0 and up")
         parts.append(cast(Images, part))
     names = getattr(parts[0], "classes", None)
     classes = tuple(map(str, names)) if names is not None and len(names) == dense.num_classes else None

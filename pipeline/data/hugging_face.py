@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.errors import InputError, first_line
 from lowpass.pipeline.data.folders import HELD_OUT, TEST_NAMES, TRAIN_NAMES
 from lowpass.pipeline.data.options import DataOptions
 from lowpass.pipeline.data.samples import Held, Sample
@@ -143,8 +143,3 @@ def _column(spec: str, table: Any, asked: str | None, option: str, kind: str, us
     if len(of_kind) > 1 or not found:
         raise InputError(f"{spec} has the columns {', '.join(names)}; name one with {option}")
     return found[0]
-
-
-def first_line(error: Exception) -> str:
-    """What it says, or else what it is."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lowpass.pipeline.base.errors import InputError
+from lowpass.pipeline.base.errors import InputError, first_line
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.data.hugging_face import (
     class_names,
     columns,
-    first_line,
     held,
     is_saved,
     library,

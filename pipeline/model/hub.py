@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from lowpass.pipeline.base.errors import InputError, RunError
+from lowpass.pipeline.base.errors import InputError, RunError, first_line
 
 HUB_PREFIX = "hf-hub:"
 
@@ -27,7 +27,7 @@ def download(name: str, files: list[str], **options: Any) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=files, **options))
     except Exception as error:  # whatever the hub's client raises: no network, no such name
-        raise InputError(f"cannot get {repo}: {_first_line(error)}; a folder works without a network") from None
+        raise InputError(f"cannot get {repo}: {first_line(error)}; a folder works without a network") from None
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:
@@ -44,7 +44,7 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         made = api.create_repo(repo, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Add a slim model of lowpass")
     except Exception as error:  # the client's own, those of its HTTP library, and the network's
-        raise RunError(f"the hub did not take {repo}: {_first_line(error)}") from None
+        raise RunError(f"the hub did not take {repo}: {first_line(error)}") from None
     return str(done.commit_url)
 
 
@@ -58,7 +58,7 @@ def checked_repo(name: str) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InputError(f"{name!r} cannot be a name on the hub: {_first_line(error)}") from None
+        raise InputError(f"{name!r} cannot be a name on the hub: {first_line(error)}") from None
     return repo
 
 
@@ -70,7 +70,3 @@ def check_token() -> None:
     """
     if get_token() is None:
         raise InputError("there is no token to upload with: run `hf auth login`, or set HF_TOKEN")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,5 @@
 """Everything a run begins with, read and checked before anything is written."""
 
-import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import nn
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger
+from lowpass.pipeline.checkpoints.in_memory import check_agrees, own_copy
 from lowpass.pipeline.checkpoints.load import as_timm, load_model
 from lowpass.pipeline.checkpoints.origin import Choices, Origin, origin_of, set_preprocessing
 from lowpass.pipeline.data.classes import read_class_names
@@ -51,8 +51,12 @@ def read_inputs(recipe: Recipe, model: nn.Module | None = None, in_memory: tuple
     Raises:
         InputError: the first that cannot be used.
     """
-    model = dense_model(recipe) if model is None else _in_memory(model, recipe)
+    own = None if model is None else own_copy(model)
+    model = dense_model(recipe) if own is None else _in_memory(own, recipe)
     origin, dense = origin_of(model), as_slim(model, recipe)
+    if own is not None:
+        described = dense.architecture.dense
+        check_agrees(own, dense, (described.in_chans, *described.img_size))
     if dense.architecture.dense.differential and not recipe.shaping.whole_heads:
         raise InputError(
             f"{dense.architecture.dense.name} has differential attention, whose heads go whole or not at all: leave "
@@ -80,8 +84,8 @@ def dense_model(recipe: Recipe) -> nn.Module:
 
 
 def _in_memory(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """A copy of a program's model as a timm ViT, with the preprocessing that the recipe chooses."""
-    copied = copy.deepcopy(as_timm(model))
+    """A program's model as a timm ViT, with the preprocessing that the recipe chooses."""
+    copied = as_timm(model)
     config = getattr(copied, "pretrained_cfg", None) or {}
     chosen = Choices(mean=recipe.mean, std=recipe.std, crop_pct=recipe.crop_pct, interpolation=recipe.interpolation)
     if isinstance(config, dict):

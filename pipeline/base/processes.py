@@ -79,7 +79,7 @@ def sum_over_processes(own: Tensor) -> Tensor:
 
 
 def sums_over_processes(own: Sequence[Tensor] | None) -> list[Tensor] | None:
-    """Tensors summed over all processes, the same bits in each: `AddUp` of `method/sums.py`.
+    """Tensors summed over all processes, the same bits in each: `AddUp` of `method/recovery.py`.
 
     Args:
         own: this process's, as many and of the same shapes in each; None: it has no images.

@@ -9,15 +9,13 @@ refit that does not lower the held-out error is not taken. Everything is in FP64
 Related: CORP (arXiv 2602.05243), Variance-Based Pruning (arXiv 2507.12988).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-
-from lowpass.pipeline.method.sums import AddUp, alone
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean square of a feature
 RIDGE_TOLERANCE = 0.01  # of the least held-out error
@@ -63,6 +61,13 @@ class Moments:
 
 
 Rows = tuple[Tensor, Tensor, Tensor]  # features [B, T, k], targets [B, T, C], weights of the tokens [T]
+# Where several processes have some of the images each: from sums over one's own to those over all. None: one has none.
+AddUp = Callable[[Sequence[Tensor] | None], Sequence[Tensor] | None]
+
+
+def alone(own: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
+    """`AddUp` of one process."""
+    return own
 
 
 def moments(

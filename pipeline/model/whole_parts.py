@@ -16,8 +16,7 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.block_shape import BlockShape
-from lowpass.pipeline.method.recovery import SMALLEST_SCALE, token_weights
-from lowpass.pipeline.method.sums import AddUp, alone
+from lowpass.pipeline.method.recovery import SMALLEST_SCALE, AddUp, alone, token_weights
 from lowpass.pipeline.model.architecture import DenseViT
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT

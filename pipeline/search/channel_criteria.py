@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.frequency import lowpass_images
+from lowpass.pipeline.method.recovery import AddUp, alone
 from lowpass.pipeline.method.sensitivity import ChannelCriterion, ChannelScores, channel_scores, sensitivity_loss
 from lowpass.pipeline.method.structured_obs import BlockMetric
-from lowpass.pipeline.method.sums import AddUp, alone
 from lowpass.pipeline.model.slim_vit import SlimViT
 from lowpass.pipeline.search.obs_scores import check_scored, obs
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from lowpass.pipeline.base.processes import Share
 from lowpass.pipeline.base.progress import track
+from lowpass.pipeline.method.recovery import AddUp, alone
 from lowpass.pipeline.method.structured_obs import BlockMetric
-from lowpass.pipeline.method.sums import AddUp, alone
 from lowpass.pipeline.model.slim_block import SlimBlock
 from lowpass.pipeline.model.slim_vit import SlimViT
 

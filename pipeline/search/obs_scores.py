@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lowpass.pipeline.base.errors import InputError
-from lowpass.pipeline.method.recovery import Readout, token_weights
+from lowpass.pipeline.method.recovery import AddUp, Readout, alone, token_weights
 from lowpass.pipeline.method.sensitivity import ChannelScores
 from lowpass.pipeline.method.structured_obs import BlockMetric, logit_gram, removal_costs
-from lowpass.pipeline.method.sums import AddUp, alone
 from lowpass.pipeline.model.slim_block import SlimBlock, layer_scale
 from lowpass.pipeline.model.slim_vit import SlimViT
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DiffAttention, GELUTanh, QuickGELU
+from timm.layers import DiffAttention, GELUTanh, GluMlp, QuickGELU, SwiGLU, SwiGLUPacked
 from timm.models import Eva, get_pretrained_cfg, model_entrypoint, split_model_name_tag
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
@@ -45,8 +45,17 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a learned query pools": ({"class_token": False, "global_pool": "map"}, "vit_so400m_patch14_siglip_378"),
     "differential attention": (DIFFERENTIAL, "vit_dlittle_patch16_reg1_gap_256"),
+    "SwiGLU, gate and value in one layer": (
+        {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "init_values": 0.5, "reg_tokens": 2, "mlp_ratio": 16 / 3},
+        "vit_giant_patch14_reg4_dinov2",
+    ),
+    "a gated MLP, its gate last": ({"mlp_layer": GluMlp, "mlp_ratio": 8.0}, "(none)"),
     "any size, fixed at one": ({"dynamic_img_size": True}, "test_vit"),
     "DINOv2's linear head: CLS and average": ({"kind": TokenAndMeanViT, "init_values": 0.5}, "(Hugging Face)"),
+    "DINOv2's linear head behind SwiGLU": (
+        {"kind": TokenAndMeanViT, "init_values": 0.5, "mlp_layer": SwiGLU, "act_layer": nn.SiLU},
+        "(Hugging Face)",
+    ),
 }
 AXIAL = {"kind": Eva, "use_rot_pos_emb": True}
 ROPE_VIT = AXIAL | {
@@ -88,6 +97,11 @@ ROTARY: dict[str, tuple[dict[str, Any], str]] = {
         "vit_pe_spatial_small_patch16_512",
     ),
     "rotary, query, key and value apart": (AXIAL | {"qkv_fused": False}, "(none)"),
+    "EVA-02: SwiGLU": (AXIAL | {"swiglu_mlp": True, "ref_feat_shape": (6, 6)}, "eva02_tiny_patch14_336"),
+    "DINOv3 plus: SwiGLU": (
+        DINOV3 | {"swiglu_mlp": True, "swiglu_align_to": 8, "qkv_bias": False},
+        "vit_small_plus_patch16_dinov3",
+    ),
 }
 FILES = ("timm.models.vision_transformer", "timm.models.deit")
 

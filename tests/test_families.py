@@ -144,7 +144,8 @@ def test_tokens_are_scored_by_what_the_classifier_reads(family: str, make_vit: M
 
 @families
 def test_channels_are_scored(family: str, make_vit: MakeViT) -> None:
-    """LFS by its definition: the gradient of one block's weights, for a batch."""
+    """LFS by its definition: the gradient of one block's weights, for a batch. What a gated MLP multiplies shares a
+    score, as a query and its key do."""
     slim = SlimViT.from_timm(dense_of(family, make_vit))
     images, labels = pictures(slim, 4), torch.tensor([0, 1, 2, 3])
     scores = low_frequency_sensitivity(slim, [(images, labels)], 1, cutoff=0.2, weight=0.3)
@@ -153,9 +154,12 @@ def test_channels_are_scored(family: str, make_vit: MakeViT) -> None:
         wanted = slim.summary(slim.vit.blocks(slim.embed(images)))
     leaving = slim.vit.blocks(low)
     loss = sensitivity_loss(slim.classify(leaving), labels, wanted, slim.summary(leaving), 0.3)
-    layer = slim.blocks[1].mlp.fc1
-    (gradient,) = torch.autograd.grad(loss, [layer.weight])
-    torch.testing.assert_close(scores.hidden, (gradient * layer.weight.detach()).square().sum(1), rtol=1e-4, atol=1e-9)
+    mlp, gated = slim.blocks[1].mlp, slim.architecture.dense.gated
+    weights = [mlp.fc1.weight] if mlp.gate is None else [mlp.fc1.weight, mlp.gate.weight]
+    assert gated == (len(weights) == 2) == scores.gated == ("gated" in family or "SwiGLU" in family)
+    rows = [(g * w.detach()).square().sum(1) for g, w in zip(torch.autograd.grad(loss, weights), weights, strict=True)]
+    torch.testing.assert_close(scores.hidden, sum(rows[1:], rows[0]), rtol=1e-4, atol=1e-9)
+    assert all(float(row.min()) > 0 for row in rows)
 
 
 @families

@@ -88,6 +88,7 @@ def agree(converted: nn.Module, model: Classifier, images: Tensor) -> None:
             "intermediate_size": st.integers(1, 60),
             "num_channels": st.integers(1, 3),
             "hidden_act": st.sampled_from(list(ACTIVATIONS)),
+            "use_gated_mlp": st.booleans(),
             "layer_norm_eps": st.sampled_from([1e-6, 1e-5, 1e-2]),
             "rope_theta": st.sampled_from([1.0, 10.0, 100.0, 10_000.0]),
             "patch_size": st.sampled_from([4, [4, 4], [2, 4], [8, 4]]),
@@ -174,9 +175,9 @@ def test_preprocessing(tmp_path: Path) -> None:
     [
         (
             {"use_gated_mlp": True},
-            r"use_gated_mlp in config.json is True: its MLPs are SwiGLU, .*; take a DINOv3 without",
+            r"use_gated_mlp in config.json is True, but the weights have no layer.0.*gate_proj; give",
         ),
-        ({"hidden_act": "silu"}, r"hidden_act in config.json is 'silu', but lowpass takes .*; train one of gelu, "),
+        ({"hidden_act": "relu"}, r"hidden_act in config.json is 'relu', but lowpass takes .*; train one of gelu, "),
         ({"num_attention_heads": 4}, r"num_attention_heads in config.json is 4: heads of 6 channels .*; take a model"),
         ({"num_attention_heads": 5}, "24 channels cannot be divided into the 5 heads"),
         ({"rope_theta": 0.0}, r"rope_theta in config.json is 0; give a number above 0"),
@@ -204,6 +205,16 @@ def test_what_it_cannot_follow_is_refused(changes: dict[str, Any], said: str, tm
     with pytest.raises(InputError, match=said) as refused:
         load_model(str(tmp_path))
     assert str(tmp_path) in str(refused.value)
+
+
+def test_a_gate_that_the_config_does_not_know(tmp_path: Path) -> None:
+    saved(tmp_path, use_gated_mlp=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_gated_mlp": False}))
+    with pytest.raises(
+        InputError, match=r"use_gated_mlp in config.json is False, but the weights have a layer.0.*; give"
+    ):
+        load_model(str(tmp_path))
 
 
 def test_sizes_that_are_not_whole_patches(tmp_path: Path) -> None:

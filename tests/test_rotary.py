@@ -12,7 +12,7 @@ from families import ROTARY, refused_rotary
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from timm.layers import apply_keep_indices_nlc
+from timm.layers import GatedMlp, apply_keep_indices_nlc
 from timm.models import Eva
 from torch import Tensor, nn
 from what_loads import rotary_agrees
@@ -132,7 +132,7 @@ def masked(block: SlimBlock, choice: ChannelChoice) -> SlimBlock:
         (block.attn.query, pairs),
         (block.attn.key, pairs),
         (block.attn.value, values),
-        (block.mlp.fc1, choice.hidden),
+        *((layer, choice.hidden) for layer in block.mlp.first.values()),
     )
     for layer, kept in layers:
         gone = [row for row in range(layer.out_features) if row not in set(kept)]
@@ -258,10 +258,8 @@ def test_the_table_by_hand() -> None:
         rotary_table(rotary, (2, 3), 3)
 
 
-SWIGLU = {"swiglu_mlp": True}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "SwiGLU": (SWIGLU, "its MLP is SwiGLU or another"),
-    "SwiGLU, DINOv3's own": (SWIGLU | {"swiglu_align_to": 8}, "its MLP is SwiGLU or another"),
+    "SwiGLU with a norm, EVA-02 Base": ({"swiglu_mlp": True, "scale_mlp": True}, "norms inside attention or MLP"),
     "mixed": ({"rope_type": "mixed", "rope_rotate_half": False}, "learned, of each block and head"),
     "M-RoPE": ({"rope_type": "mrope"}, r"of another kind \(RotaryEmbeddingMRope\)"),
     "normalised queries": ({"qk_norm": True}, "are normalised, or its output gated"),
@@ -299,6 +297,9 @@ def test_what_nobody_knows_is_refused(make_vit: MakeViT) -> None:
     refused(lambda m: m.blocks[1].add_module("adapter", nn.Linear(24, 24)), r"not all alike")
     refused(lambda m: [b.add_module("adapter", nn.Linear(2, 2)) for b in m.blocks], r"blocks\.0\.adapter")
     refused(lambda m: m.register_parameter("prompt", nn.Parameter(torch.zeros(1))), r"does not know \(prompt\)")
+    refused(lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()), "neither two linear layers with a GELU or SiLU")
+    refused(lambda m: setattr(m.blocks[1].mlp, "fc2", nn.Linear(96, 24, bias=False)), "with biases")
+    refused(lambda m: setattr(m.blocks[1], "mlp", GatedMlp(24, 96)), "nor a gated one")
     refused(lambda m: setattr(m.rope, "normalize_coords", "max"), "of another kind")
     refused(lambda m: setattr(m.rope, "temperature", None), "of another kind")
     refused(lambda m: m.rope.periods.mul_(1.1), "not what their settings say")

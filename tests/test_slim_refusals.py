@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeViT
-from timm.layers import Attention, DiffAttention, PatchEmbed, SwiGLUPacked
+from timm.layers import Attention, DiffAttention, Mlp, PatchEmbed, SwiGLUPacked
 from timm.models import Eva, ResNet, SwinTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnet import BasicBlock
@@ -126,7 +126,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "normalised differential attention": ({"attn_layer": DiffAttention, "scale_attn_norm": True}, "dual lambda"),
     "no projection bias": ({"proj_bias": False}, "bias"),
     "ReLU": ({"act_layer": "relu"}, "GELU"),
-    "SwiGLU": ({"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}, "MLP"),
+    "SwiGLU with a norm": ({"mlp_layer": SwiGLUPacked, "scale_mlp_norm": True}, "gated MLP has a norm over hidden"),
+    "SwiGLU and attention pooling": (
+        {"mlp_layer": SwiGLUPacked, "global_pool": "map", "class_token": False},
+        "attention pooling, and its MLP is gated",
+    ),
+    "an MLP without biases": (
+        {"mlp_layer": lambda *sizes, **settings: Mlp(*sizes, **settings | {"bias": False})},
+        "with biases",
+    ),
+    "another MLP": ({"mlp_layer": type("Own", (Mlp,), {})}, "MLP"),
     "norm after the branches": ({"block_fn": ResPostBlock, "init_values": 0.1}, "standard Block"),
     "parallel branches": ({"block_fn": ParallelScalingBlock}, r"side by side \(ParallelScalingBlock\)"),
     "distilled with registers": ({"kind": VisionTransformerDistilled, "reg_tokens": 1}, "register"),

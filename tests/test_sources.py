@@ -49,6 +49,16 @@ HUGGING_FACE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.Dinov2WithRegistersForImageClassification,
         {"mlp_ratio": 2, "num_register_tokens": 3},
     ),
+    "DINOv2 with SwiGLU": (
+        transformers.Dinov2Config,
+        transformers.Dinov2ForImageClassification,
+        {"mlp_ratio": 3, "use_swiglu_ffn": True},
+    ),
+    "DINOv2 with registers and SwiGLU": (
+        transformers.Dinov2WithRegistersConfig,
+        transformers.Dinov2WithRegistersForImageClassification,
+        {"mlp_ratio": 4, "use_swiglu_ffn": True, "num_register_tokens": 3},
+    ),
 }
 kinds = pytest.mark.parametrize("kind", HUGGING_FACE)
 

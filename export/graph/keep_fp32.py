@@ -14,9 +14,11 @@ from lowpass.pipeline.model.slim_attention import SlimAttention
 from lowpass.pipeline.model.slim_block import SlimBlock
 
 ATTENTION, MLP = ("attn.qkv", "attn.proj"), ("mlp.fc1", "mlp.fc2")
-# Any layer of a block by the names that nodes have: query, key and value are one or several GEMMs.
+# Any layer of a block by the names that nodes have: query, key and value are one or several GEMMs. The first of a gated
+# MLP are two, and the product of what they give.
 _LAYER = re.compile(
-    r"blocks\.(\d+)\.(?:attn\.|attn\.attention\.|mlp\.)?(qkv|query|key|value|key_value|proj|fc1|fc2)(?:\.linear)?(\.\w+)?"
+    r"blocks\.(\d+)\.(?:(?:attn\.|attn\.attention\.|mlp\.)?"
+    r"(qkv|query|key|value|key_value|proj|gate|fc1|fc2)(?:\.linear)?(?:\.\w+)?|mlp\.(Mul))"
 )
 
 
@@ -65,9 +67,9 @@ def layer_of(node: str) -> str | None:
     match = _LAYER.fullmatch(node)
     if match is None:
         return None
-    index, part = match[1], match[2]
-    whole = f"mlp.{part}" if part in ("fc1", "fc2") else "attn.proj" if part == "proj" else "attn.qkv"
-    return f"blocks.{index}.{whole}"
+    index, part = match[1], match[2] or match[3]
+    wholes = {"fc1": "mlp.fc1", "gate": "mlp.fc1", "Mul": "mlp.fc1", "fc2": "mlp.fc2", "proj": "attn.proj"}
+    return f"blocks.{index}.{wholes.get(part, 'attn.qkv')}"
 
 
 def kept_layers(names: Iterable[str], depth: int, gone: Sequence[str] = ()) -> tuple[str, ...]:
@@ -113,11 +115,14 @@ def keep_in_fp32(blocks: Sequence[SlimBlock], kept: Iterable[str], dtype: torch.
             continue
         mlp = block.mlp
         if fc1:
-            mlp.fc1 = WideLinear(mlp.fc1)
-            if not fc2:
+            for name, layer in mlp.first.items():
+                setattr(mlp, name, WideLinear(layer))
+            if not fc2 and mlp.gate is None:
                 mlp.act = Narrowed(mlp.act, dtype)
+            elif not fc2:
+                mlp.norm = Narrowed(mlp.norm, dtype)  # what the two layers give is multiplied before
             elif not isinstance(mlp.norm, nn.Identity):
                 mlp.norm = WideNorm(mlp.norm)
         if fc2:
-            mlp.fc2 = WideLinear(mlp.fc2)
+            mlp.fc2 = WideLinear(mlp.fc2)  # type: ignore[assignment]
             block.ls2 = Narrowed(block.ls2, dtype)

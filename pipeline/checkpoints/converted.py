@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.checkpoints.misfit import load_strictly
 
-# Transformers' names of what lowpass takes between the layers of an MLP.
+# Transformers' names of what lowpass takes between the layers of an MLP, or at the gate of one.
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_pytorch_tanh": GELUTanh,
     "gelu_new": GELUTanh,
     "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
 }
 
 

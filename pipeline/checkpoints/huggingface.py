@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import SwiGLU
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ RENAMES = (
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
+    (r"\.mlp\.up_proj\.", ".mlp.fc1_x."),
+    (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.fc2."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"^layernorm\.", "norm."),
     (r"^(?:cls_)?classifier\.", "head."),
@@ -73,9 +77,13 @@ def from_huggingface(
         check_dinov3(config, state, source)
     if "classifier.weight" not in state and "cls_classifier.weight" not in state:
         raise InputError(f"{source} is a Hugging Face {kind} without a classifier; save the ...ForImageClassification")
-    activation = str(config.get("hidden_act", "gelu"))
-    if activation not in ACTIVATIONS or config.get("use_swiglu_ffn"):
-        raise InputError(f"{source} has {'SwiGLU' if config.get('use_swiglu_ffn') else activation} MLPs, not GELU")
+    gated = kind.startswith("dinov2") and bool(config.get("use_swiglu_ffn"))
+    activation = "silu" if gated else str(config.get("hidden_act", "gelu"))
+    if activation not in ACTIVATIONS:
+        raise InputError(
+            f"{source} has {activation} MLPs, not GELU or SiLU: hidden_act in config.json is to be one of "
+            f"{', '.join(ACTIVATIONS)}"
+        )
     name = f"{kind} (Hugging Face)"
     found = _preprocessing(kind, processor)
     try:
@@ -106,6 +114,9 @@ def _converted(
     """Sizes and renames of one kind."""
     dim, patch, dino = int(config["hidden_size"]), _pair(config["patch_size"]), kind.startswith("dinov2")
     hidden = int(config["mlp_ratio"] * dim) if dino else int(config["intermediate_size"])
+    gated = dino and bool(config.get("use_swiglu_ffn"))
+    if gated:
+        hidden = -(-int(hidden * 2 / 3) // 8) * 8  # three layers are to cost about what two would
     size = _image_size(kind, config, state, source, choices, processed)
     channels = int(config.get("num_channels", 3))
     if choices.in_chans not in (None, channels):
@@ -122,6 +133,9 @@ def _converted(
     model: type[VisionTransformer] = VisionTransformer
     if dino:
         model, settings["init_values"] = TokenAndMeanViT, 1.0
+        if gated:
+            settings["mlp_layer"] = SwiGLU
+            _split_gates(state)
         if kind == "dinov2_with_registers":
             settings |= {"reg_tokens": int(config["num_register_tokens"]), "no_embed_class": True}
             # Registers join when positions have been added: what CLS was given becomes part of it.
@@ -136,6 +150,14 @@ def _converted(
         settings["reg_tokens"] = 1
         renames.append((r"^embeddings\.distillation_token$", "reg_token"))
     return Conversion(model, settings, tuple(renames), tuple(dropped))
+
+
+def _split_gates(state: dict[str, Tensor]) -> None:
+    """The gate and what it multiplies are one layer in files, two in the model: here two, in place."""
+    for name in [name for name in state if ".mlp.weights_in." in name]:
+        gate, value = state.pop(name).chunk(2)
+        state[name.replace("weights_in", "gate_proj")] = gate
+        state[name.replace("weights_in", "up_proj")] = value
 
 
 def _image_size(

@@ -28,6 +28,7 @@ BIASES = {
     "attention.k_proj": ("key_bias", False),
     "attention.v_proj": ("value_bias", True),
     "attention.o_proj": ("proj_bias", True),
+    "mlp.gate_proj": ("mlp_bias", True),
     "mlp.up_proj": ("mlp_bias", True),
     "mlp.down_proj": ("mlp_bias", True),
 }
@@ -42,10 +43,11 @@ RENAMES = (
     (r"\.attention\.v_proj\.", ".attn.value."),
     (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
-    (r"\.mlp\.up_proj\.", ".mlp.fc1."),
     (r"\.mlp\.down_proj\.", ".mlp.fc2."),
     (r"^classifier\.", "head."),
 )
+PLAIN = ((r"\.mlp\.up_proj\.", ".mlp.fc1."),)
+GATED = ((r"\.mlp\.gate_proj\.", ".mlp.fc1_g."), (r"\.mlp\.up_proj\.", ".mlp.fc1_x."))
 
 
 def check_dinov3(config: Mapping[str, Any], state: Mapping[str, Tensor], source: object) -> None:
@@ -64,15 +66,16 @@ def check_dinov3(config: Mapping[str, Any], state: Mapping[str, Tensor], source:
             f"{source} is a Hugging Face {DINOV3} without a classifier: its weights have no {CLASSIFIER}; train a "
             "linear layer `classifier` on CLS, beside a DINOv3ViTModel in one PreTrainedModel, and save that"
         )
-    if config.get("use_gated_mlp"):
-        raise InputError(
-            f"{source}: use_gated_mlp in config.json is {config['use_gated_mlp']}: its MLPs are SwiGLU, not two linear "
-            "layers with a GELU between; take a DINOv3 without (S, B and L have none, S+, H+ and 7B have)"
-        )
     if (activation := _activation(config)) not in ACTIVATIONS:
         raise InputError(
-            f"{source}: hidden_act in config.json is {activation!r}, but lowpass takes MLPs with a GELU between their "
-            f"layers; train one of {', '.join(ACTIVATIONS)}"
+            f"{source}: hidden_act in config.json is {activation!r}, but lowpass takes MLPs with a GELU or SiLU; train "
+            f"one of {', '.join(ACTIVATIONS)}"
+        )
+    gated = bool(config.get("use_gated_mlp"))
+    if gated != any(".mlp.gate_proj." in name for name in state):
+        raise InputError(
+            f"{source}: use_gated_mlp in config.json is {gated}, but the weights have {'no' if gated else 'a'} "
+            "layer.0.mlp.gate_proj; give the config.json that was saved with them"
         )
     rope = config.get("rope_parameters")
     if rope is not None:
@@ -142,7 +145,10 @@ def dinov3_conversion(
     _add_biases(config, state, source)
     if state.get("embeddings.register_tokens", torch.ones(1)).numel() == 0:  # saved even where there are none
         del state["embeddings.register_tokens"]
+    gated = bool(config.get("use_gated_mlp"))
     settings = dict(settings) | {
+        "swiglu_mlp": gated,
+        "swiglu_align_to": int(gated),  # timm then has two layers, as Transformers; to 1 changes no width
         "qkv_bias": any(_has_bias(config, layer) for layer in QKV),
         "attn_type": "rope",  # the one of timm's two whose key can have a bias
         "init_values": 1.0,
@@ -155,7 +161,7 @@ def dinov3_conversion(
         "rope_rotate_half": True,
     }
     kind = partial(_eva, TokenAndMeanEva if pooled else Eva, ACTIVATIONS[_activation(config)])
-    return Conversion(kind, settings, RENAMES, ("embeddings.mask_token",))
+    return Conversion(kind, settings, RENAMES + (GATED if gated else PLAIN), ("embeddings.mask_token",))
 
 
 def _eva(kind: type[Eva], activation: type[nn.Module], **settings: Any) -> Eva:

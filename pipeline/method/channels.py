@@ -44,7 +44,8 @@ def choose_channels(scores: ChannelScores, n: int) -> ChannelChoice:
     stay. For attention, with `Sq = Sk` and `Sv` rows at or above it, every head count h that can hold them is tried at
     `round((Sq + Sk) / h / 2)` query/key and `round(Sv / h)` value channels a head (at least one each); the h best heads
     with their best channels are taken, and the h that loses least score wins, the lower one at a tie. Where positions
-    are rotary, query and key channels go by twos, which count for four rows.
+    are rotary, query and key channels go by twos, which count for four rows; a hidden channel of a gated MLP counts for
+    two.
 
     Raises:
         ValueError: `n` is negative or leaves nothing.
@@ -91,9 +92,9 @@ def choose_for_shape(scores: ChannelScores, shape: BlockShape) -> ChannelChoice:
 
 
 def score_threshold(scores: ChannelScores, n: int) -> Tensor:
-    """The score below which `n` rows lie, a pair counted for its query and its key."""
-    pairs = scores.query_key.flatten()
-    everything = torch.cat([*(2 * scores.step * [pairs]), scores.value.flatten(), scores.hidden]).sort().values
+    """The score below which `n` rows lie, one that several share counted for each of them."""
+    pairs, hidden = 2 * scores.step * [scores.query_key.flatten()], scores.hidden_rows * [scores.hidden]
+    everything = torch.cat([*pairs, scores.value.flatten(), *hidden]).sort().values
     if not 0 <= n < len(everything):
         raise ValueError(f"cannot drop {n} of {len(everything)} channels")
     return everything[n]

@@ -169,6 +169,8 @@ def _ridge_solution(seen: Moments, now: Tensor, ridge: float) -> Tensor | None:
 
 def refit_together(layers: Sequence[nn.Linear], name: str, fitted: Moments, judged: Moments) -> Refit:
     """`refit` for layers that read the same; the targets are theirs side by side."""
+    if len(layers) == 1:
+        return refit(layers[0], name, fitted, judged)
     joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers)).to(layers[0].weight)
     sizes = [layer.out_features for layer in layers]
     with torch.no_grad():

@@ -23,7 +23,8 @@ class ChannelScores:
     otherwise it is the channel's own. All on the CPU, FP32.
 
     `step` 2: positions are rotary, and `query_key` [H, Dqk / 2] scores pairs of channels (i, i + Dqk / 2), of both
-    queries and keys, for they go together.
+    queries and keys, for they go together. `gated`: a hidden channel has two rows, which it multiplies (SwiGLU). They
+    share one score like a query and its key, the sum of the two.
     """
 
     query_key: Tensor
@@ -32,6 +33,7 @@ class ChannelScores:
     heads: Tensor | None = None
     cumulative: bool = False
     step: int = 1
+    gated: bool = False
 
     @property
     def qk_dim(self) -> int:
@@ -39,9 +41,15 @@ class ChannelScores:
         return self.query_key.shape[1] * self.step
 
     @property
+    def hidden_rows(self) -> int:
+        """Rows of a hidden channel."""
+        return 2 if self.gated else 1
+
+    @property
     def rows(self) -> int:
         """Rows of query, key, value and hidden."""
-        return 2 * self.step * self.query_key.numel() + self.value.numel() + len(self.hidden)
+        hidden = self.hidden_rows * len(self.hidden)
+        return 2 * self.step * self.query_key.numel() + self.value.numel() + hidden
 
 
 def sensitivity_loss(
@@ -64,14 +72,16 @@ def sensitivity_loss(
 
 
 def channel_scores(saliency: Iterable[Tensor], num_heads: int, step: int = 1) -> ChannelScores:
-    """The sum of squares over each row (eq. 5).
+    """The sum of squares over each row (eq. 5). Our extension, for the paper has no gated MLP: both rows of a hidden
+    channel share their sum, as a query and its key do.
 
     Args:
-        saliency: a matrix for each of query [H * Dqk, C], key [H * Dqk, C], value [H * Dv, C] and hidden [M, C]. For
-            LFS and Taylor it is gradient times weight; biases are left out.
+        saliency: a matrix for each of query [H * Dqk, C], key [H * Dqk, C], value [H * Dv, C] and hidden [M, C], of
+            which a gated MLP has two. For LFS and Taylor it is gradient times weight; biases are left out.
         num_heads: H.
         step: of `ChannelScores`.
     """
-    query, key, value, hidden = (matrix.square().sum(1).float().cpu() for matrix in saliency)
+    query, key, value, *first = (matrix.square().sum(1).float().cpu() for matrix in saliency)
     pairs = (query + key).unflatten(0, (num_heads, step, -1)).sum(1)
-    return ChannelScores(pairs, value.unflatten(0, (num_heads, -1)), hidden, step=step)
+    hidden = sum(first[1:], first[0])
+    return ChannelScores(pairs, value.unflatten(0, (num_heads, -1)), hidden, step=step, gated=len(first) == 2)

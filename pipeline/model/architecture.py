@@ -18,8 +18,13 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
-ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU}
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": GELUTanh,
+    "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,
+}
 # What the classifier reads, in timm's terms: CLS, the mean of the image tokens, or what a learned query gathers from
 # tokens; and, not in timm, CLS beside that mean, as the linear heads of DINOv2 do.
 GlobalPool = Literal["token", "avg", "map", "token+avg"]
@@ -30,7 +35,8 @@ class DenseViT(_Frozen):
     head), and which kind of block lies between.
 
     `pre_norm`: a norm before the blocks (CLIP). `final_norm`: one behind them; `fc_norm`: that one comes after pooling.
-    `attn_norm`, `mlp_norm`: one before each block's projection and second MLP layer (BEiT-3). `differential`: attention
+    `attn_norm`, `mlp_norm`: one before each block's projection and second MLP layer (BEiT-3). `gated`: what that layer
+    reads is the product of two layers, one of them behind the activation (SwiGLU). `differential`: attention
     is the difference of two softmaxes (Ye et al., 2024), whose heads go whole or not at all. `rotary`: angles by which
     each block turns queries and keys (None: it does not), whose channels go by pairs. `learned_positions`: a table of
     them is added to the tokens.
@@ -61,6 +67,7 @@ class DenseViT(_Frozen):
     activation: Activation = "gelu"
     attn_norm: bool = False
     mlp_norm: bool = False
+    gated: bool = False
     differential: bool = False
     rotary: Rotary | None = None
     learned_positions: bool = True
@@ -118,8 +125,8 @@ class DenseViT(_Frozen):
         return tokens * (2 * self.embed_dim + tokens) * shape.heads * (shape.qk_dim + shape.v_dim)
 
     def mlp_macs(self, tokens: int, hidden: int) -> int:
-        """MACs of both MLP layers over `tokens`, prefix tokens included."""
-        return tokens * self.embed_dim * 2 * hidden
+        """MACs of the MLP's two layers, or three where it is gated, over `tokens`, prefix tokens included."""
+        return tokens * self.embed_dim * (3 if self.gated else 2) * hidden
 
     def blocks(self) -> tuple[BlockShape, ...]:
         """The table of the dense model itself."""

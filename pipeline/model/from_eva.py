@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from timm.layers import AttentionRope, Mlp
+from timm.layers import AttentionRope
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import Tensor, nn
@@ -21,11 +21,12 @@ from lowpass.pipeline.method.rotary import Rotary, rotary_table
 from lowpass.pipeline.model.architecture import DenseViT, GlobalPool
 from lowpass.pipeline.model.stream import MOST
 from lowpass.pipeline.model.timm_parts import (
-    activation_of,
+    NO_MLP,
     alike,
     in_common,
     is_identity,
     is_layer_norm,
+    is_mlp,
     is_whole_patches,
 )
 
@@ -163,12 +164,9 @@ def _obstacles(vit: Any) -> Iterator[tuple[str, bool]]:
             for attention in attentions
         ),
     )
+    yield NO_MLP, not all(is_mlp(block.mlp) for block in blocks)
     yield (
-        "its MLP is SwiGLU or another, not two linear layers with a GELU between",
-        any(type(block.mlp) is not Mlp or activation_of(block.mlp.act) is None for block in blocks),
-    )
-    yield (
-        "it has norms inside attention or MLP",
+        "it has norms inside attention or MLP, which each channel that goes would change for the others",
         any(not (is_identity(block.attn.norm) and is_identity(block.mlp.norm)) for block in blocks),
     )
     yield (

@@ -4,7 +4,7 @@ positions."""
 from collections.abc import Iterator
 from typing import Any, cast
 
-from timm.layers import Attention, DiffAttention, LayerScale, Mlp
+from timm.layers import Attention, DiffAttention, LayerScale
 from timm.models import Eva, VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
@@ -15,18 +15,26 @@ from lowpass.pipeline.model.architecture import DenseViT
 from lowpass.pipeline.model.from_eva import describe_eva, eva_state
 from lowpass.pipeline.model.readout import TokenAndMeanEva, TokenAndMeanViT
 from lowpass.pipeline.model.timm_parts import (
-    activation_of,
+    NO_MLP,
     alike,
     in_common,
+    is_gated,
     is_identity,
     is_layer_norm,
+    is_mlp,
     is_whole_patches,
+    mlp_state,
 )
 
 
 def slim_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a timm model that `describe_dense` takes, under a `SlimViT`'s names."""
-    return eva_state(model) if isinstance(model, Eva) else _split_qkv(model.state_dict())
+    state = eva_state(model) if isinstance(model, Eva) else _split_qkv(model.state_dict())
+    for index, block in enumerate(cast(Any, model).blocks):
+        stem = f"blocks.{index}.mlp."
+        own = {name.removeprefix(stem): state.pop(name) for name in list(state) if name.startswith(stem)}
+        state |= {stem + name: tensor for name, tensor in mlp_state(block.mlp, own).items()}
+    return state
 
 
 def _split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,9 +135,12 @@ def obstacles(vit: VisionTransformer) -> Iterator[tuple[str, bool]]:
         ),
     )
     yield "its projections have no bias", any(block.attn.proj.bias is None for block in blocks)
+    yield NO_MLP, not all(is_mlp(block.mlp) for block in blocks)
+    gated = any(is_gated(block.mlp) for block in blocks)
     yield (
-        "its MLP is not two linear layers with a GELU between",
-        any(type(block.mlp) is not Mlp or activation_of(block.mlp.act) is None for block in blocks),
+        "its gated MLP has a norm over hidden channels, which each that goes would change for the others",
+        gated and any(not is_identity(block.mlp.norm) for block in blocks),
     )
+    yield "it reads out by attention pooling, and its MLP is gated", gated and pool == "map"
     yield "its norm is not a LayerNorm", not all(map(is_layer_norm, _norms(vit)))
     yield "its blocks, or the epsilons of its norms, are not all alike", not alike(vit.blocks, _norms(vit))

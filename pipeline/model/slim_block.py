@@ -5,7 +5,7 @@ from functools import partial
 from typing import cast
 
 import torch
-from timm.layers import LayerScale, Mlp
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from lowpass.pipeline.method.block_shape import BlockShape
@@ -13,8 +13,9 @@ from lowpass.pipeline.method.frequency import token_lowpass_matrix
 from lowpass.pipeline.method.rotary import rotary_table
 from lowpass.pipeline.method.token_choices import READING_ENERGY, EnergyNorm, TokenScore
 from lowpass.pipeline.method.token_scores import TOKEN_CRITERIA, SeenTokens, keep_tokens
-from lowpass.pipeline.model.architecture import ACTIVATIONS, Architecture, DenseViT
+from lowpass.pipeline.model.architecture import Architecture, DenseViT
 from lowpass.pipeline.model.slim_attention import DifferentialAttention, SlimAttention
+from lowpass.pipeline.model.slim_mlp import SlimMlp
 from lowpass.pipeline.model.stream import PlacedStream, PlainStream, Stream
 
 
@@ -30,7 +31,7 @@ class SlimBlock(nn.Module):
     attn: SlimAttention
     norm1: nn.LayerNorm
     ls1: nn.Module
-    mlp: Mlp
+    mlp: SlimMlp
     norm2: nn.LayerNorm
     ls2: nn.Module
 
@@ -57,8 +58,8 @@ class SlimBlock(nn.Module):
             self.ls1 = LayerScale(dim) if dense.layer_scale else nn.Identity()
         if shape.hidden:
             self.norm2 = layer_norm(dim)
-            norm = layer_norm if dense.mlp_norm else None
-            self.mlp = Mlp(dim, shape.hidden, act_layer=ACTIVATIONS[dense.activation], norm_layer=norm)
+            norm = layer_norm(shape.hidden) if dense.mlp_norm else None
+            self.mlp = SlimMlp(dim, shape.hidden, dense.activation, dense.gated, norm)
             self.ls2 = LayerScale(dim) if dense.layer_scale else nn.Identity()
         self.set_tokens(architecture.tokens_in(index), shape.keep)
 
@@ -107,7 +108,7 @@ class SlimBlock(nn.Module):
             heads=self.attn.num_heads if self.has_attention else 0,
             qk_dim=self.attn.qk_dim if self.has_attention else 0,
             v_dim=self.attn.v_dim if self.has_attention else 0,
-            hidden=cast(nn.Linear, self.mlp.fc1).out_features if self.has_mlp else 0,
+            hidden=self.mlp.fc1.out_features if self.has_mlp else 0,
             keep=self.keep,
         )
 

@@ -1,17 +1,48 @@
 """Parts of timm's models, by what they are."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
-from timm.layers import GELU, GELUTanh, PatchEmbed, QuickGELU
-from torch import nn
+from timm.layers import GELU, GELUTanh, GluMlp, Mlp, PatchEmbed, QuickGELU, SwiGLU
+from torch import Tensor, nn
+
+NO_MLP = "its MLP is neither two linear layers with a GELU or SiLU between nor a gated one (SwiGLU), with biases"
 
 
 def activation_of(module: nn.Module) -> str | None:
     """The name of an activation in `ACTIVATIONS`; None: it is none of those that a slim block has."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    kinds: dict[type[nn.Module], str] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
+    kinds: dict[type[nn.Module], str] = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.SiLU: "silu"}
     return kinds.get(type(module))
+
+
+def is_mlp(mlp: Any) -> bool:
+    """Whether an MLP is one that a slim block has: linear layers with biases, and an activation of `ACTIVATIONS`."""
+    layers = [part for name, part in mlp.named_children() if name.startswith("fc")]
+    return (
+        type(mlp) in (Mlp, GluMlp, SwiGLU)
+        and all(isinstance(layer, nn.Linear) and layer.bias is not None for layer in layers)
+        and activation_of(mlp.act) is not None
+    )
+
+
+def is_gated(mlp: nn.Module) -> bool:
+    """Whether an MLP of `is_mlp` multiplies two layers: timm's `SwiGLU`, or `GluMlp`, which has both in one."""
+    return isinstance(mlp, GluMlp | SwiGLU)
+
+
+def mlp_state(mlp: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an MLP of `is_mlp`, under a `SlimMlp`'s names."""
+    if isinstance(mlp, SwiGLU):
+        return {name.replace("fc1_g.", "gate.").replace("fc1_x.", "fc1."): tensor for name, tensor in state.items()}
+    if not isinstance(mlp, GluMlp):
+        return dict(state)
+    split = dict(state)
+    for part in ("weight", "bias"):
+        halves = split.pop(f"fc1.{part}").chunk(2)
+        split[f"gate.{part}"], split[f"fc1.{part}"] = halves[::-1] if mlp.gate_last else halves
+    return split
 
 
 def is_identity(module: nn.Module) -> bool:
@@ -52,7 +83,8 @@ def in_common(vit: Any, name: str) -> dict[str, Any]:
         "num_classes": vit.num_classes,
         "embed_dim": vit.embed_dim,
         "num_heads": block.attn.num_heads,
-        "hidden": block.mlp.fc1.out_features,
+        "hidden": block.mlp.fc2.in_features,
+        "gated": is_gated(block.mlp),
         "depth": len(vit.blocks),
         "norm_eps": block.norm1.eps,
         "no_embed_class": vit.no_embed_class,

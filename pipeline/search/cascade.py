@@ -147,9 +147,10 @@ def _uncut(state: SearchState, before: float) -> ChannelDecision:
 
 
 def _channel_count(block: SlimBlock) -> int:
-    """Channels of a block, a query/key pair counted twice."""
+    """Rows of a block's query, key, value and hidden layers."""
     shape = block.shape
-    return shape.heads * (2 * shape.qk_dim + shape.v_dim) + shape.hidden
+    hidden = sum(layer.out_features for layer in block.mlp.first.values()) if block.has_mlp else 0
+    return shape.heads * (2 * shape.qk_dim + shape.v_dim) + hidden
 
 
 def largest_amount(

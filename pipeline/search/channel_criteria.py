@@ -5,7 +5,6 @@ A new criterion is one function here, one line of `CHANNEL_CRITERIA` and its nam
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -133,11 +132,11 @@ def random_scores(slim: SlimViT, block: int, seed: int) -> ChannelScores:
     """Uniform noise: the floor for any criterion."""
     check_scored(slim, block)
     generator = torch.Generator().manual_seed(seed * len(slim.blocks) + block)
-    attention, hidden = slim.blocks[block].attn, cast(nn.Linear, slim.blocks[block].mlp.fc1)
-    heads, step = attention.num_heads, slim.architecture.dense.qk_step
-    sizes = ((heads, attention.qk_dim // step), (heads, attention.v_dim), (hidden.out_features,))
-    pairs, values, rows = (torch.rand(size, generator=generator) for size in sizes)
-    return ChannelScores(pairs, values, rows, step=step)
+    attention, dense = slim.blocks[block].attn, slim.architecture.dense
+    heads, step = attention.num_heads, dense.qk_step
+    sizes = ((heads, attention.qk_dim // step), (heads, attention.v_dim), (slim.blocks[block].shape.hidden,))
+    pairs, values, hidden = (torch.rand(size, generator=generator) for size in sizes)
+    return ChannelScores(pairs, values, hidden, step=step, gated=dense.gated)
 
 
 CHANNEL_CRITERIA: dict[
@@ -156,7 +155,7 @@ CHANNEL_CRITERIA: dict[
 def _layers(slim: SlimViT, block: int) -> list[nn.Linear]:
     check_scored(slim, block)
     attention = slim.blocks[block].attn
-    return [attention.query, attention.key, attention.value, cast(nn.Linear, slim.blocks[block].mlp.fc1)]
+    return [attention.query, attention.key, attention.value, *slim.blocks[block].mlp.first.values()]
 
 
 def _loss(slim: SlimViT, clean: Tensor, low: Tensor, labels: Tensor, block: int, weight: float) -> Tensor:

@@ -1,7 +1,6 @@
 """Structured OBS (`method/structured_obs.py`) run on a block: the scores of its channels and heads."""
 
 from collections.abc import Iterable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +54,7 @@ def obs(
     """
     check_scored(slim, block)
     part, dense = slim.blocks[block], slim.architecture.dense
-    attention, reader = part.attn, cast(nn.Linear, part.mlp.fc2)
+    attention, reader = part.attn, part.mlp.fc2
     last = block == len(slim.blocks) - 1
     sums = list[Tensor]()
     seen = 0
@@ -80,7 +79,7 @@ def obs(
     whole = removal_costs(mixed, value_weight, group=size, always=1)
     scores = (pairs, values, removal_costs(hidden, hidden_weight, always=1), whole)
     pairs, values, hidden, whole = ((score / score.mean().clamp_min(1e-300)).float().cpu() for score in scores)
-    return ChannelScores(pairs, values, hidden, whole, cumulative=True, step=step)
+    return ChannelScores(pairs, values, hidden, whole, cumulative=True, step=step, gated=dense.gated)
 
 
 def _moments(block: SlimBlock, tokens: Tensor, readout: Readout, last: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +91,7 @@ def _moments(block: SlimBlock, tokens: Tensor, readout: Readout, last: bool) -> 
         query, key = (side.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for side in (query, key))
     mixed, attention = block.features(tokens)
     middle = block.select(block.stream.add(tokens, block.ls1(block.attn.proj(mixed))), attention)
-    hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.hidden_input(middle))))
+    hidden = block.mlp.features(block.hidden_input(middle))
 
     def weights(like: Tensor) -> Tensor:
         return token_weights(like.shape[1], block.num_prefix_tokens, readout, last, like)

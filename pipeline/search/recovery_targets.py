@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowpass.pipeline.base.processes import Share, sums_over_processes
 from lowpass.pipeline.method.channels import ChannelChoice
@@ -122,7 +121,8 @@ class RecoveryTargets:
         if reads_other or block.attn.value.out_features < before.attn.value.out_features:
             hidden = range(before.shape.hidden) if choice is None else choice.hidden
             rows = self._mlp_input_rows(block, clean, list(hidden))
-            done.append(refit(cast(nn.Linear, block.mlp.fc1), "mlp.fc1", *self._moments(rows)))
+            first = block.mlp.first
+            done.append(refit_together(list(first.values()), f"mlp.{'/'.join(first)}", *self._moments(rows)))
         done.append(
             refit(block.mlp.fc2, "mlp.fc2", *self._moments(self._mlp_rows(block, clean)), layer_scale(block.ls2))
         )
@@ -169,12 +169,14 @@ class RecoveryTargets:
             yield block.normed(tokens), target, self._weights(block, tokens, last=False)  # attention reads all tokens
 
     def _mlp_input_rows(self, block: SlimBlock, clean: Sequence[Tensor], hidden: list[int]) -> Iterator[Rows]:
-        """What the first MLP layer reads, and what it should give; it has the dense one's channels `hidden`."""
+        """What the MLP's first layers read, and what they should give, side by side; they have the dense ones' channels
+        `hidden`."""
         dense = self.dense[self.index]
         for tokens, alive, middle in zip(self._visiting(clean), self.alive, self.middle, strict=True):
             now, left = self._selected(block, tokens, alive.to(self.device))
             wanted = dense.hidden_input(_pick(middle.to(self.device), left))
-            yield block.hidden_input(now), dense.mlp.fc1(wanted)[..., hidden], self._weights(block, now)
+            target = torch.cat([layer(wanted)[..., hidden] for layer in dense.mlp.first.values()], 2)
+            yield block.hidden_input(now), target, self._weights(block, now)
 
     def _attention_rows(self, block: SlimBlock, clean: Sequence[Tensor]) -> Iterator[Rows]:
         """What the projection reads, and what it should give: in a block without an MLP what the MLP gave, too."""
@@ -189,7 +191,7 @@ class RecoveryTargets:
         """What the second MLP layer reads, and what it should give."""
         for tokens, alive, leaving in zip(self._visiting(clean), self.alive, self.leaving, strict=True):
             middle, left = self._selected(block, tokens, alive.to(self.device))
-            hidden = block.mlp.norm(block.mlp.act(block.mlp.fc1(block.hidden_input(middle))))
+            hidden = block.mlp.features(block.hidden_input(middle))
             wanted = block.stream.tokens(_pick(leaving.to(self.device), left) - middle)
             target = unscaled(wanted, layer_scale(block.ls2), block.mlp.fc2, hidden)
             yield hidden, target, self._weights(block, middle)

@@ -11,14 +11,15 @@ NOTHING_GONE = frozenset[Part]()
 
 
 def least_liked_first(scores: ChannelScores) -> tuple[Part, Part]:
-    """The two parts of a block, that of the smaller sum of scores first; query and key count each."""
+    """The two parts of a block, that of the smaller sum of scores first; a score counts for each row that shares it."""
     attention = 2 * scores.step * float(scores.query_key.sum()) + float(scores.value.sum())
-    return ("attention", "mlp") if attention <= float(scores.hidden.sum()) else ("mlp", "attention")
+    mlp = scores.hidden_rows * float(scores.hidden.sum())
+    return ("attention", "mlp") if attention <= mlp else ("mlp", "attention")
 
 
 def gone_rows(scores: ChannelScores, gone: frozenset[Part]) -> int:
     """Query, key, value and hidden rows that go with whole parts."""
-    hidden = len(scores.hidden)
+    hidden = scores.hidden_rows * len(scores.hidden)
     return ("mlp" in gone) * hidden + ("attention" in gone) * (scores.rows - hidden)
 
 
@@ -29,7 +30,7 @@ def choose_of_the_rest(scores: ChannelScores, n: int, shaping: Shaping, gone: fr
         ValueError: `n` is negative or leaves nothing.
     """
     if gone == {"attention"}:
-        width = shaping.width(len(scores.hidden) - n, len(scores.hidden))
+        width = shaping.width(len(scores.hidden) - n // scores.hidden_rows, len(scores.hidden))
         return ChannelChoice((), (), (), best_channels(scores.hidden, width))
     if gone == {"mlp"}:
         return choose_shaped(replace(scores, hidden=scores.hidden[:0]), n, shaping)

@@ -5,7 +5,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
+from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import command, together
@@ -164,6 +166,28 @@ def test_the_first_alone_says_why() -> None:
         ((code, out, err), _), (other, seconds) = together(refused, *arguments.split())
         assert code == 2 and not out and err.count("lowpass: ") == len(err.splitlines()) == 1 and said in err
         assert other == (2, "", "") and seconds > 1
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would say no more than that its use is invalid."""
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="2 processes were started on this machine, which has 1 GPUs: start one for"):
+        sum_over_processes(torch.zeros(1))
+
+
+def test_processes_that_do_not_find_each_other_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a cluster sets WORLD_SIZE, and nobody has launched anything."""
+    for name in ("MASTER_ADDR", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # to which accelerate adds
+    with pytest.raises(RunError, match="WORLD_SIZE says that 2 processes were started, but they do not find each"):
+        sum_over_processes(torch.zeros(1))
 
 
 def test_that_another_failed_is_a_failure() -> None:

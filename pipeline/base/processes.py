@@ -6,6 +6,7 @@ be had once only is made `by_the_first`. To a process that is alone all of it do
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,9 +36,22 @@ def processes() -> PartialState:
     """This process among them.
 
     Raises:
+        InputError: there are more of them on this machine than GPUs.
         RunError: they do not find each other.
     """
-    state = PartialState(cpu=on_cpus(), timeout=WAIT)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if started_together() > 1 else 1
+    if torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise InputError(
+            f"{here} processes were started on this machine, which has {torch.cuda.device_count()} GPUs: start one for "
+            "each, or set CUDA_VISIBLE_DEVICES= to use CPUs"
+        )
+    try:
+        state = PartialState(cpu=on_cpus(), timeout=WAIT)
+    except (ValueError, RuntimeError) as error:
+        raise RunError(
+            f"WORLD_SIZE says that {started_together()} processes were started, but they do not find each other "
+            f"({_first_line(error)}): start them by torchrun or accelerate launch, or one without WORLD_SIZE"
+        ) from error
     if state.num_processes != started_together():
         raise RunError(f"{started_together()} processes were started, but {state.num_processes} work together")
     return state
@@ -207,10 +221,14 @@ def _finding_each_other() -> Iterator[PartialState]:
     except RunError:
         raise
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[0][:200]
         raise RunError(
-            f"the processes have lost each other, as where one has ended ({first}); --resume goes on with a search"
+            f"the processes have lost each other, as where one has ended ({_first_line(error)}); --resume goes on with "
+            "a search"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _digest(value: str | Mapping[str, Tensor]) -> str:

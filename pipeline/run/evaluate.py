@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from accelerate.utils import reduce
 
 from lowpass.pipeline.base.launched import started_together
-from lowpass.pipeline.base.processes import processes
+from lowpass.pipeline.base.processes import processes, sum_over_processes
 from lowpass.pipeline.data.datasets import Data, len_of, subset
 from lowpass.pipeline.data.streams import StreamImages
 from lowpass.pipeline.model.slim_vit import DENSE_WEIGHTS_FILE, WEIGHTS_FILE, SlimViT
@@ -33,7 +32,7 @@ def evaluate_run(directory: Path, data: DataSource) -> Metrics:
 
 def measured_top1(model: SlimViT | None, data: Data | None, batch_size: int, description: str) -> float | None:
     """Top-1 (percent) on the test split, on a GPU where there is one; None without a model or images. Processes that
-    train together share the images among them, but for streams, which each would read whole anyway."""
+    work together share the images among them, but for streams, which each would read whole anyway."""
     if model is None or data is None:
         return None
     if started_together() == 1 or isinstance(data.test, StreamImages):
@@ -41,8 +40,8 @@ def measured_top1(model: SlimViT | None, data: Data | None, batch_size: int, des
     together = processes()
     mine = range(together.process_index, len_of(data.test), together.num_processes)
     batches = data.loader(subset(data.test, mine), batch_size)
-    counts = torch.tensor(count_correct(model.to(together.device), batches, description), device=together.device)
-    correct, seen = reduce(counts, "sum").tolist()
+    counts = torch.tensor(count_correct(model.to(together.device), batches, description))
+    correct, seen = sum_over_processes(counts).tolist()
     return 100 * float(correct) / float(seen)
 
 

@@ -34,3 +34,11 @@ def tiny_dinov3(pretrained: bool = False, **kwargs: Any) -> Eva:
     """The same with rotary positions, heads of 12 channels and two registers, as DINOv3 has them."""
     model: Eva = build_model_with_cfg(Eva, "tiny_dinov3", pretrained, **(ROTARY | kwargs))
     return model
+
+
+@register_model
+def tiny_dinov3_plus(pretrained: bool = False, **kwargs: Any) -> Eva:
+    """The same with SwiGLU of 96 hidden channels."""
+    gated = ROTARY | {"swiglu_mlp": True, "swiglu_align_to": 8, "mlp_ratio": 8 / 3}
+    model: Eva = build_model_with_cfg(Eva, "tiny_dinov3_plus", pretrained, **(gated | kwargs))
+    return model

@@ -22,6 +22,8 @@ def describe_with_cls(model: VisionTransformer) -> DenseViT:
     dense = describe_dense(model)
     if dense.rotary is not None:
         raise InputError(f"{dense.name} has rotary positions; the rivals take a ViT with a table of them")
+    if dense.gated:
+        raise InputError(f"{dense.name} has gated MLPs (SwiGLU); the rivals take a ViT whose MLPs are two layers")
     if dense.num_prefix_tokens != 1:
         raise InputError(
             f"{dense.name} has {dense.num_prefix_tokens} prefix tokens; the rivals take a ViT with CLS alone"
@@ -59,6 +61,7 @@ def check_channels(model: SlimViT, rival: str) -> None:
         "differential attention": dense.differential,
         "rotary positions": dense.rotary is not None,
         "a norm before its second MLP layer": dense.mlp_norm,
+        "gated MLPs (SwiGLU)": dense.gated,
     }
     if what := next((what for what, present in has.items() if present), None):
         raise InputError(f"{dense.name} has {what}, which {rival} is not defined for")

@@ -1,7 +1,8 @@
 """What there is to compute: the kernels of a ViT in an engine, from its shape alone.
 
-An engine by TensorRT has the seven kernels a block that `layers.json` shows. torch.compile leaves GELU and both norms
-alone and keeps the residual stream in FP32 (autocast); eager PyTorch casts and moves besides.
+An engine by TensorRT has the seven kernels a block that `layers.json` shows; one more where the MLP is gated, whose
+first two layers it makes one. torch.compile leaves GELU and both norms alone and keeps the residual stream in FP32
+(autocast); eager PyTorch casts and moves besides.
 """
 
 import math
@@ -33,6 +34,12 @@ OF_MLP: dict[Engine, tuple[tuple[str, int], ...]] = {
     "tensorrt": (("e", 2 * HALF),),
     "pytorch-compiled": (("e", 2 * (FULL + HALF)), ("m", 2 * HALF), ("e", 2 * FULL + HALF)),
     "pytorch-eager": (("e", 2 * FULL), ("e", FULL + HALF), ("e", 2 * FULL + HALF), ("m", 2 * HALF)),
+}
+# What takes the place of the activation where the MLP is gated, and reads the layer twice.
+OF_GATE: dict[Engine, tuple[tuple[str, int], ...]] = {
+    "tensorrt": (("m", 3 * HALF),),
+    "pytorch-compiled": (("m", 3 * HALF),),
+    "pytorch-eager": (("m", 2 * HALF), ("m", 3 * HALF)),
 }
 MOVES = 2  # of query, key and value, where their product has a bias or rotary positions turn them
 SCORING = 5  # kernels more in a block that chooses tokens (counted in TensorRT-RTX's engines)
@@ -67,6 +74,11 @@ class Block:
     hidden: int
     scores: bool = False
     moves: int = 0
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP's first layers give more than its last one reads: what gates, and what is gated."""
+        return sum(columns for _, columns in self.layers[1:-1]) > self.hidden
 
 
 @dataclass(frozen=True)
@@ -115,12 +127,12 @@ def _blocks_of_timm(block: nn.Module, tokens: int, width: int) -> Iterator[Block
     linear = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
     first = [layer for layer in linear if layer.in_features == width and layer.out_features >= 3 * width]
     parallel = max(1, len(getattr(block, "attns", ())))
-    if not first or len(linear) % parallel:
+    names = [name for name, layer in block.named_modules() if isinstance(layer, nn.Linear)]
+    split = parallel == 1 and any(name.endswith(("q_proj", "k_proj", "v_proj")) for name in names)
+    if not (first or split) or len(linear) % parallel:
         return
     # Query, key and value may be one layer or three; the rest is the projection and the MLP.
     each = linear[: len(linear) // parallel] if parallel == 1 else [*linear[:2], *linear[-2:]]
-    names = [name for name, layer in block.named_modules() if isinstance(layer, nn.Linear)]
-    split = parallel == 1 and any(name.endswith(("q_proj", "k_proj", "v_proj")) for name in names)
     behind = each[3:] if split else each[1:]
     hidden = max(layer.in_features for layer in behind)
     layers = tuple((layer.in_features, layer.out_features) for layer in behind)
@@ -152,7 +164,8 @@ def block_of(dense: DenseViT, shape: BlockShape, image_tokens: int, is_last: boo
         dense.embed_dim,
         dense.num_prefix_tokens,
     )
-    layers = ((v, width), (width, shape.hidden), (shape.hidden, width))
+    first = ((width, shape.hidden),) * (2 if dense.gated else 1)
+    layers = ((v, width), *first, (shape.hidden, width))
     short = is_last and not dense.reads_image_tokens
     kept = image_tokens if short else shape.keep
     read = 1 + dense.distilled if short else None
@@ -211,9 +224,13 @@ def mlp_kernels(
     if not block.hidden:
         return
     rows = batch * (block.read or block.kept)
-    for depth, columns in block.layers[1:]:
+    *first, last = block.layers[1:]
+    if block.gated and engine == "tensorrt":
+        first = [(first[0][0], sum(columns for _, columns in first))]
+    for depth, columns in (*first, last):
         yield _gemm(rows, depth, columns, layer_bytes, index)
-    yield from _others(OF_MLP[engine], rows, block, index)
+    of = [one for one in OF_MLP[engine] if not (block.gated and one[0] == "m")]
+    yield from _others((*of, *(OF_GATE[engine] if block.gated else ())), rows, block, index)
 
 
 def _others(of: tuple[tuple[str, int], ...], rows: int, block: Block, index: int | None) -> Iterator[Kernel]:

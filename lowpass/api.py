@@ -219,6 +219,7 @@ class Run:
         restart: bool = False,
         save_minutes: float = SAVE_MINUTES,
         track: Tracker | None = None,
+        yes: bool = False,
         **settings: Any,
     ) -> Metrics:
         """Distil the dense model (or `teacher`) into the slim one, which takes its place: `epochs`, `lr`, `batch_size`,
@@ -226,14 +227,16 @@ class Run:
 
         `resume` goes on with a training that was interrupted, begins one where none was, and leaves one alone that has
         ended; `restart` begins from the searched weights. Within an epoch the state is saved every `save_minutes`.
-        `track`: `tensorboard`, `wandb` or `mlflow` are told of each epoch, too.
+        `track`: `tensorboard`, `wandb` or `mlflow` are told of each epoch, too. `yes`: go on although the dense model
+        is suspiciously bad on `data`, where those are other images than the run's.
 
         Raises:
             InputError: a setting is out of range, the data does not fit, or an interrupted training is in the way.
             RunError: training diverged, or its state cannot be saved; the run is as it was.
         """
         with report_to(self.progress):
-            return finetune_run(self.path, data or self.data, settings, seed, resume, restart, save_minutes, track)
+            source = data or self.data
+            return finetune_run(self.path, source, settings, seed, resume, restart, save_minutes, track, not yes)
 
     def evaluate(self, data: DataSource = None) -> Metrics:
         """Top-1 of dense and slim on the test images of `data`; nothing is written.

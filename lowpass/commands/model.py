@@ -12,6 +12,7 @@ from lowpass.commands.common import (
     MixedPrecisionOption,
     PrecisionOption,
     RunDirectory,
+    Yes,
     answer,
     say,
 )
@@ -67,6 +68,7 @@ def finetune(
         Literal["tensorboard", "wandb", "mlflow"] | None,
         typer.Option(help="Show each epoch there, too; tensorboard writes to DIR/tracking."),
     ] = None,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the slim model with the dense one as its teacher.
@@ -98,6 +100,7 @@ def finetune(
         restart=restart,
         save_minutes=save_minutes,
         track=track,
+        yes=yes,
         **{name: value for name, value in given.items() if value is not None},
     )
     if is_first():

@@ -54,8 +54,8 @@ def remove_parts(directory: Path) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """`write_bytes` of UTF-8 text."""
-    write_bytes(path, content.encode())
+    """`write_bytes` of UTF-8 text; what is no Unicode, as in a file's name, is written out."""
+    write_bytes(path, content.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -76,7 +76,10 @@ def load_model(
     if model.startswith("hf-hub:"):
         return _from_hub(model, choices)
     if (folder := _folder_of(model)) is not None:
-        return _from_folder(folder, file, choices)
+        try:
+            return _from_folder(folder, file, choices)
+        except PermissionError as error:
+            raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
     if model in NAMES:
         if file is None:
             raise InputError(f"{model} is torchvision's: give its state dict as --weights FILE")

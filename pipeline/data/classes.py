@@ -3,7 +3,9 @@
 A run keeps them in `classes.json` (`pipeline/model/classes.py`).
 """
 
+import codecs
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,12 @@ class Classes:
 
     names: tuple[str, ...]
     rows: tuple[int, ...] | None = None
+
+
+def spelled(name: str) -> str:
+    """A class name as it is compared and kept. Accents come in one character or two, by the system that a folder was
+    made on, and what is no Unicode at all is written out (`\\udce9`)."""
+    return unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
 
 
 def ordered(names: Iterable[str], order: ClassOrder) -> tuple[str, ...]:
@@ -51,8 +59,13 @@ def arrange(own: Sequence[str], num_classes: int, options: DataOptions, name: st
     Raises:
         InputError: the data has other classes than the model.
     """
-    named = options.classes
+    named = None if options.classes is None else tuple(map(spelled, options.classes))
     if named is not None and len(named) == num_classes:
+        if twice := [each for each, count in Counter(named).items() if count > 1 and each in set(own)]:
+            raise InputError(
+                f"{options.classes_from} calls {named.count(twice[0])} classes {twice[0]!r}, which {name} has; "
+                "tell them apart in --classes FILE, and in the data"
+            )
         unknown = [each for each in own if each not in set(named)]
         if not unknown:
             if len(own) == len(named) or not options.cut:
@@ -67,7 +80,8 @@ def arrange(own: Sequence[str], num_classes: int, options: DataOptions, name: st
             return Classes(tuple(named[row] for row in rows), rows)
         if options.exact:
             raise InputError(
-                f"{name} has classes that {options.classes_from} does not name, such as {', '.join(unknown[:SHOWN])}"
+                f"{name} has classes that {options.classes_from} does not name, such as {', '.join(unknown[:SHOWN])}; "
+                f"it names {', '.join(named[:SHOWN])} and so on"
             )
         logger.info(
             "classes: %s calls them otherwise (%s, where the data has %s); numbered by the data's own order",
@@ -78,7 +92,8 @@ def arrange(own: Sequence[str], num_classes: int, options: DataOptions, name: st
     if len(own) != num_classes:
         raise InputError(
             f"{name} has {len(own)} classes, but the model has {num_classes}; give the data the model was trained on, "
-            "weights trained on this data, or --classes FILE with the model's class names, a line each"
+            "weights trained on this data, or --classes FILE with the model's class names, a line each (the data's are "
+            f"called {', '.join(own[:SHOWN])}{'' if len(own) <= SHOWN else ' and so on'})"
         )
     return Classes(tuple(own))
 
@@ -89,16 +104,28 @@ def read_class_names(path: Path, num_classes: int) -> tuple[str, ...]:
     Raises:
         InputError: the file is missing, or does not name as many classes as the model has, each once.
     """
+    names = read_lines(path)
+    if len(names) != num_classes:
+        raise InputError(f"{path} names {len(names)} classes, but the model has {num_classes}; it takes a name a line")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"{path} names {twice[0]!r} twice")
+    return tuple(names)
+
+
+def read_lines(path: Path) -> list[str]:
+    """A file of class names, a line each, as they are kept. Its encoding is UTF-8, or UTF-16 as Windows marks it.
+
+    Raises:
+        InputError: it is missing, or no text.
+    """
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        content = path.read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read the class names {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(
             f"{path} is not text; --classes takes a class name a line, in the order of the logits"
         ) from None
-    if len(names) != num_classes:
-        raise InputError(f"{path} names {len(names)} classes, but the model has {num_classes}")
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"{path} names {twice[0]!r} twice")
-    return tuple(names)
+    return [spelled(line.strip()) for line in text.splitlines() if line.strip()]

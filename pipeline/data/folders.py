@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import logger, track
+from lowpass.pipeline.data.classes import spelled
 from lowpass.pipeline.data.options import DataOptions
 from lowpass.pipeline.data.pictures import EXTENSIONS, is_readable, open_picture
 
@@ -64,10 +66,16 @@ def read_splits(spec: str, mode: str, seed: int, options: DataOptions) -> tuple[
     """The images to train and to test on.
 
     Raises:
-        InputError: there is no such folder, it holds no images, its splits are not understood or hold different
-            classes, or one of the images that are opened to see cannot be read.
+        InputError: there is no such folder, it holds no images or cannot be read, its splits are not understood or hold
+            different classes, or one of the images that are opened to see cannot be read.
     """
-    root = Path(spec)
+    try:
+        return _read_splits(Path(spec), mode, seed, options)
+    except PermissionError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+def _read_splits(root: Path, mode: str, seed: int, options: DataOptions) -> tuple[Listed, Listed]:
     if not root.is_dir():
         raise InputError(
             f"there is no folder {root}; --data takes 'digits', a folder, hfds/NAME, hfids/NAME or wds/FOLDER"
@@ -107,13 +115,23 @@ def _splits(root: Path) -> tuple[Path, Path] | None:
     if train is not None and test is not None:
         return train, test
     own = [folder.name for folder in folders]
-    if train is not None or (own and all(name.lower() in (*TRAIN_NAMES, *TEST_NAMES) for name in own)):
+    # Vehicles are classes: `train` among several others, and it holds pictures.
+    is_class = train is not None and len(own) > 2 and not any(entry.is_dir() for entry in train.iterdir())
+    if (train is not None and not is_class) or (own and _are_splits(own)):
         raise InputError(
             f"{root} holds {', '.join(own)}: that looks like splits, of which one must be called train and another "
             f"{', '.join(TEST_NAMES[:-1])} or {TEST_NAMES[-1]}; give the folder of classes itself to have a fifth held "
             "out"
         )
     return None
+
+
+def _are_splits(names: Sequence[str]) -> bool:
+    """Whether each of these names one of a split, such as `training_set` and `test_set`, and no class."""
+    words = [set(re.split(r"[^a-z]+", name.lower())) for name in names]
+    exact = all(name.lower() in (*TRAIN_NAMES, *TEST_NAMES) for name in names)
+    both = all(any(seen.intersection(kind) for seen in words) for kind in (TRAIN_NAMES, (*TEST_NAMES, "testing")))
+    return exact or (both and all(seen.intersection((*TRAIN_NAMES, *TEST_NAMES, "testing")) for seen in words))
 
 
 def list_images(root: Path) -> Listed:
@@ -131,7 +149,7 @@ def list_images(root: Path) -> Listed:
         parts = path.relative_to(root).parts
         if len(parts) == 1:
             raise InputError(f"{path} lies outside any class folder; images belong in {root}/CLASS/")
-        files.append((path, parts[0]))
+        files.append((path, spelled(parts[0])))
     if passed:
         kinds = ", ".join(f"{count} {kind}" for kind, count in passed.most_common(5))
         logger.info("%s: passed over %d entries that are no images (%s)", root, sum(passed.values()), kinds)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowpass.pipeline.base.errors import InputError, first_line
+from lowpass.pipeline.data.classes import spelled
 from lowpass.pipeline.data.folders import HELD_OUT, TEST_NAMES, TRAIN_NAMES
 from lowpass.pipeline.data.options import DataOptions
 from lowpass.pipeline.data.samples import Held, Sample
@@ -40,6 +41,11 @@ def held(name: str, picture: Any, number: Any) -> Held:
     Raises:
         InputError: there is no picture, its file cannot be read, or the class is no number.
     """
+    if isinstance(number, str):
+        raise InputError(
+            f"{name} has no class number but {number!r}; name its column with --target-key, or number the names by "
+            "datasets' class_encode_column"
+        )
     if not isinstance(number, int) or isinstance(number, bool):
         raise InputError(f"{name} has no class number but {number!r}; name its column with --target-key")
     content, path = (picture.get(key) if isinstance(picture, dict) else None for key in ("bytes", "path"))
@@ -80,7 +86,7 @@ def read_tables(spec: str, options: DataOptions, seed: int) -> tuple[Rows, Rows,
         Rows(f"{spec} ({name})", table.cast_column(keys[0], as_files), keys)
         for name, table in ((train_name, train), (test_name or "held out", test))
     ]
-    return rows[0], rows[1], class_names(train, keys[1])
+    return rows[0], rows[1], agreed_names(spec, train, test, keys[1])
 
 
 def library(spec: str) -> Any:
@@ -128,7 +134,23 @@ def columns(spec: str, table: Any, options: DataOptions) -> tuple[str, str]:
 def class_names(table: Any, label_key: str) -> tuple[str, ...] | None:
     """By number; None: the column is of plain numbers."""
     names = getattr(table.features[label_key], "names", None)
-    return None if names is None else tuple(names)
+    return None if names is None else tuple(map(spelled, names))
+
+
+def agreed_names(spec: str, train: Any, test: Any, label_key: str) -> tuple[str, ...] | None:
+    """The names of the classes by number, of both splits; None: the columns are of plain numbers.
+
+    Raises:
+        InputError: a number is one class in the one split, and another in the other.
+    """
+    names, tested = (class_names(table, label_key) for table in (train, test))
+    for number, (one, other) in enumerate(zip(names or (), tested or (), strict=False)):
+        if one != other:
+            raise InputError(
+                f"{spec} numbers its classes in two ways: {number} is {one} to train on, and {other} to test on; cast "
+                f"{label_key} of both to one ClassLabel"
+            )
+    return names
 
 
 def _column(spec: str, table: Any, asked: str | None, option: str, kind: str, usual: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from lowpass.pipeline.base.errors import InputError, first_line
 from lowpass.pipeline.base.progress import track
 from lowpass.pipeline.data.hugging_face import (
-    class_names,
+    agreed_names,
     columns,
     held,
     is_saved,
@@ -122,7 +122,7 @@ def read_streams(spec: str, options: DataOptions) -> tuple[HubStream, HubStream,
         files = parquet.get(which, ())
         return HubStream(f"{spec} ({which})", stream, keys, files if _are_parquet(files) else ())
 
-    return split(train), split(test), class_names(whole[train], keys[1])
+    return split(train), split(test), agreed_names(spec, whole[train], whole[test], keys[1])
 
 
 def _are_parquet(files: tuple[str, ...]) -> bool:

@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lowpass.pipeline.base.errors import InputError
 
@@ -55,8 +55,10 @@ def read_picture(source: Path | BytesIO, name: str, mode: str, exif: bool = Fals
     try:
         return decode_picture(source, mode, exif)
     except UNREADABLE as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        said = "cannot identify it as a picture" if unknown else error
         raise InputError(
-            f"cannot read the image {name}: {error}; mend it, take it away, or leave such images out with "
+            f"cannot read the image {name}: {said}; mend it, take it away, or leave such images out with "
             "--skip-unreadable"
         ) from None
 
@@ -71,7 +73,8 @@ def decode_picture(source: Path | BytesIO, mode: str, exif: bool = False) -> Ima
 
 
 def as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """A picture in `mode`. Greys of 16 bits are scaled; Pillow's own conversion would clip them at 255."""
+    """A picture in `mode`. Greys of 16 bits are scaled, and so are real numbers up to 1; Pillow's own conversion would
+    clip the former at 255, and make the latter black."""
     return _eight_bits(image).convert(mode)
 
 
@@ -82,6 +85,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.float64)
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
             values /= 257
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        values = values * 255 if values.max(initial=0) <= 1 else values
         return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
     return image
 

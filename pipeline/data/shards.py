@@ -16,6 +16,7 @@ from typing import Any
 
 from lowpass.pipeline.base.errors import InputError
 from lowpass.pipeline.base.progress import track
+from lowpass.pipeline.data.classes import read_lines, spelled
 from lowpass.pipeline.data.folders import TEST_NAMES, TRAIN_NAMES
 from lowpass.pipeline.data.options import DataOptions
 from lowpass.pipeline.data.pictures import EXTENSIONS
@@ -23,6 +24,7 @@ from lowpass.pipeline.data.pictures import EXTENSIONS
 INFO_FILES = ("_info.json", "info.json")  # timm's description: splits, files, samples in each
 NAMES_FILE = "classnames.txt"  # a name a line, by class number
 CLASS = "cls"  # the member that holds the class number
+SHOWN = 6  # members that a message names
 META = re.compile(r"__[^/]*__($|/)")  # members that are no samples
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # base name and extension, which begins at the first dot
 
@@ -64,7 +66,9 @@ class ShardSample:
                 raise ValueError
             return picture, int(value)
         except (ValueError, KeyError, TypeError):
-            said = label[:40].decode(errors="replace") if self.field is None else f"the JSON field {self.field!r}"
+            text = label[:40].decode(errors="backslashreplace")
+            said = (text if text.isprintable() and text else repr(text)) if self.field is None else ""
+            said = said or f"the JSON field {self.field!r}"
             raise InputError(f"{self.name} has no class number: {said}; name what holds it with --target-key") from None
 
 
@@ -110,16 +114,21 @@ class Shards:
         picture = _picture(members, self.input_key)
         if picture is None:
             raise InputError(
-                f"{file}: {key} has no single picture but {', '.join(members)}; name its extension with --input-key"
+                f"{file}: {key} has no single picture but {_some(members)}; name its extension with --input-key (a "
+                "sample's name ends at the first dot)"
             )
         wanted = self.target_key or CLASS
         label, field = (wanted, None) if wanted in members or self.target_key is None else ("json", wanted)
         if label not in members:
             raise InputError(
-                f"{file}: {key} has no class: no .{wanted} among {', '.join(members)}; name what holds it, an "
+                f"{file}: {key} has no class: no .{wanted} among {_some(members)}; name what holds it, an "
                 "extension or a field of .json, with --target-key"
             )
         return ShardSample(file, key, members[picture], members[label], field)
+
+
+def _some(members: dict[str, Member]) -> str:
+    return ", ".join(list(members)[:SHOWN]) + (" and so on" if len(members) > SHOWN else "")
 
 
 def _picture(members: dict[str, Member], asked: str | None) -> str | None:
@@ -258,7 +267,8 @@ def _class_names(root: Path, info: dict[str, Any]) -> tuple[str, ...] | None:
     if not isinstance(names, list):
         if not path.is_file():
             return None
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = read_lines(path)
+    names = [spelled(str(name)) for name in names]
     if len(set(names)) != len(names):
         raise InputError(f"{root} names a class twice, in {INFO_FILES[0]} or {NAMES_FILE}; mend it")
-    return tuple(map(str, names))
+    return tuple(names)

@@ -17,6 +17,7 @@ from lowpass.pipeline.run.dense import has_dense
 from lowpass.pipeline.run.evaluate import measured_top1
 from lowpass.pipeline.run.images import DataSource, run_data
 from lowpass.pipeline.run.metrics import Metrics, slim_figures
+from lowpass.pipeline.run.readings import check_readings
 from lowpass.pipeline.run.recipe import Recipe
 from lowpass.pipeline.run.teacher import foreign_teacher, teacher_files
 from lowpass.pipeline.run.tracking import both, tracker
@@ -54,6 +55,7 @@ def finetune_run(
     restart: bool = False,
     save_minutes: float = SAVE_MINUTES,
     track: Tracker | None = None,
+    check: bool = False,
 ) -> Metrics:
     """Distil the dense model, or the settings' `teacher`, into the slim one and save it in its place. A run imported
     without its dense model, and given no other teacher, is trained on the labels alone.
@@ -67,6 +69,8 @@ def finetune_run(
         restart: begin from the searched weights, whatever was trained since.
         save_minutes: between two states within an epoch.
         track: where epochs are shown, too; None: in `training.csv` alone.
+        check: refuse other images than the run's on which its dense model is suspiciously bad, see `readings.py`;
+            otherwise it is only said.
 
     Raises:
         InputError: a setting is out of range, the data or the teacher does not fit, the tracker is not installed, or
@@ -106,6 +110,9 @@ def finetune_run(
     else:
         metrics, weights = _start(directory, restart)
         slim = SlimViT.load(directory, weights)
+        if metrics.data not in (None, images.name):
+            whose = ("slim", slim) if dense is None else ("dense", dense)
+            check_readings(whose[1], images, recipe, whose[0], are_named=True, is_run=True).insist(go_on=not check)
         settings = finetune_settings(images.name, changes, recipe.finetune)
         check_precision(settings.mixed_precision)  # before anything is written
         asked = Asked(

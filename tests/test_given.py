@@ -25,6 +25,7 @@ def takers() -> Iterator[tuple[str, Any]]:
 def test_nothing_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Such as `--repository "$UNSET"`: an empty path would be the present folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("typer.core.TyperCommand.invoke", None)  # one that is let through is not run
     seen = set()
     for command, parameter in takers():
         option = parameter.opts[0] if parameter.param_type_name == "option" else None

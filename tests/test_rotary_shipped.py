@@ -144,13 +144,28 @@ def test_obs_scores_what_a_pair_adds_to_the_logits(make_vit: MakeViT) -> None:
     assert scores.query_key[1].topk(2, largest=False).values.diff().abs() > 1e-3
 
 
+def without_ties(model: SlimViT, images: Tensor) -> Tensor:
+    """The first three for whom the last token kept and the first dropped are apart by what FP16 tells apart."""
+    clear = torch.ones(len(images), dtype=torch.bool)
+    with torch.no_grad():
+        stream = model.embed(images)
+        for block in model.blocks:
+            mixed = block.mix(stream)
+            if block.scores_tokens:
+                scores = block.scores(*mixed).sort(1, descending=True).values
+                clear &= (scores[:, block.keep - 1] - scores[:, block.keep]) > 2e-3 * scores[:, 0]
+            stream = block.feed(block.select(*mixed))
+    assert clear.sum() >= 3
+    return images[clear][:3]
+
+
 @families
 @pytest.mark.parametrize("score", ["cls", "full"])
 def test_exports_run(family: str, score: Any, make_vit: MakeViT) -> None:
     dense = slim_of(family, make_vit, score)
     tolerances: dict[Precision, float] = {"fp32": 1e-5, "fp16": 0.01}
     for model in (dense, cut(dense)):
-        images = pictures(model)
+        images = without_ties(model, pictures(model, 12))
         with torch.no_grad():
             wanted = model(images).numpy()
             np.testing.assert_allclose(deployable(model)(images).numpy(), wanted, atol=1e-5)

@@ -370,6 +370,6 @@ def test_a_data_set_that_is_empty_is_refused_by_the_command(
     written: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--model", "digits_deit", "--target-macs", "0.7", "--out", str(tmp_path / "run"))
-    assert "give --data" in refusal(capsys, "compress", *words, "--data", "")
+    assert "--data is empty" in refusal(capsys, "compress", *words, "--data", "")
     assert "there is no folder" in refusal(capsys, "compress", *words, "--data", f"wds/{tmp_path / 'none'}")
     assert picture(torch.zeros(3, 4, 4)).size == (4, 4)

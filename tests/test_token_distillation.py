@@ -207,7 +207,7 @@ def test_half_precision_hardly_changes_it_or_its_gradient(
         assert apart.dtype == torch.float32
         (scale * apart).backward()
         gradients = [weight.grad.flatten() for weight in student.parameters() if weight.grad is not None]
-        return float(apart), torch.cat(gradients) / scale
+        return float(apart.detach()), torch.cat(gradients) / scale
 
     (exact, gradient), (rough, its) = found(False), found(True)
     assert rough == pytest.approx(exact, rel=within) and rough != exact

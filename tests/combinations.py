@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_checkpoints import WRAPPED
+from test_checkpoints import WRAPPED, sharded
 from test_ends import TO_TORCHVISION, digits_of_transformers, renamed
 from test_trials import W, scenes
 from written import tables, write_parquet, write_shards
@@ -48,7 +49,11 @@ def make_things(root: Path) -> Things:
 def make_weights(root: Path) -> list[str]:
     """Checkpoints, the sound ones first."""
     sound: dict[str, Any] = {
-        name: WRAPPED[name] for name in ("bare", "EMA beside noise", "both in one table", "Lightning", "student alone")
+        name: WRAPPED[name]
+        for name in (
+            *("bare", "EMA beside noise", "both in one table", "Lightning", "student alone", "a head of another name"),
+            "blocks compiled, sharded and checkpointed one by one",
+        )
     }
     odd: dict[str, Any] = {
         "list": [1, 2],
@@ -59,17 +64,23 @@ def make_weights(root: Path) -> list[str]:
         "more": W | {"head.weight": torch.randn(12, 96), "head.bias": torch.zeros(12)},
         "scalar": W | {"head.weight": torch.tensor(1.0)},
         "torchvision": renamed(TO_TORCHVISION, "encoder.ln"),
+        "two heads": {f"backbone.{name}": tensor for name, tensor in W.items()} | {"head.weight": W["head.weight"]},
+        "LoRA": W | {"blocks.0.attn.qkv.lora_A": torch.ones(8, 96)},
+        "sparse": W | {"norm.bias": W["norm.bias"].to_sparse()},
         "integers": {name: tensor.long() for name, tensor in W.items()},
     }
     for name, content in (sound | odd).items():
         torch.save(content, root / f"{name}.pth")
     save_file({f"module.{name}": tensor for name, tensor in W.items()}, root / "ddp.safetensors")
     (root / "text.safetensors").write_text("not weights")
+    np.savez(root / "google.npz", cls=np.ones(3))
+    (root / "index").mkdir()
     return [
         *(str(root / f"{name}.pth") for name in sound),
         str(root / "ddp.safetensors"),
+        str(sharded(root / "index")),
         *(str(root / f"{name}.pth") for name in odd),
-        *(str(root / name) for name in ("text.safetensors", "none.pth", "")),
+        *(str(root / name) for name in ("text.safetensors", "google.npz", "none.pth", "")),
     ]
 
 
@@ -106,6 +117,8 @@ def make_data(root: Path) -> list[str]:
         "valid": scenes(root / "valid", DIGITS, 60, 60, ("train", "VALID")),
         "named": scenes(root / "named", names, 60, 60),
         "holdout": scenes(root / "holdout", DIGITS, 30, 30, ("train", "holdout")),
+        "sets": scenes(root / "sets", DIGITS, 30, 30, ("training_set", "test_set")),
+        "accents": scenes(root / "accents", [f"e\u0301{digit}" for digit in DIGITS], 60, 60),
         "three": scenes(root / "three", [*"012", *("012" * 3)][:10], 30, 30),
     }
     return [
@@ -114,6 +127,7 @@ def make_data(root: Path) -> list[str]:
         *(f"{reader}/{path}" for reader in ("hfds", "hfids") for path in (parquet, saved, numbered)),
         *(f"{reader}/{path}" for reader in ("wds", "hfids") for path in (good, root / "nothing", root / "none")),
         *(f"wds/{cut.parent}", "wds/", "hfids/", "hfds/", "", str(folders["holdout"]), str(folders["three"])),
+        *(str(folders["sets"]), str(folders["accents"])),
         *map(str, (broken, root / "single", root / "loose", root / "nothing", root / "none")),
     ]
 
@@ -122,9 +136,10 @@ def make_classes(root: Path) -> list[str]:
     """Files of class names, the sound ones first."""
     (root / "names.txt").write_text("\n".join(DIGITS))
     (root / "sorted.txt").write_text("\n".join(sorted(f"class{digit}" for digit in range(1, 11))))
+    (root / "wide.txt").write_bytes("\r\n".join(DIGITS).encode("utf-16"))
     (root / "twice.txt").write_text("\n".join("0012345678"))
     (root / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
-    return [str(root / name) for name in ("names.txt", "sorted.txt", "twice.txt", "binary.txt", "none.txt")]
+    return [str(root / name) for name in ("names.txt", "sorted.txt", "wide.txt", "twice.txt", "binary.txt", "none.txt")]
 
 
 OPTIONS: dict[str, list[str]] = {

@@ -208,7 +208,7 @@ def test_an_average_without_names_is_not_passed_over_in_silence(
     assert "ema.shadow_params of weights.pth is an average without names, which is not read" in caplog.text
 
 
-def _sharded(folder: Path, end: str = "safetensors") -> Path:
+def sharded(folder: Path, end: str = "safetensors") -> Path:
     """The weights in two files with their index, and between them what an earlier save left."""
     parts = [dict(list(W.items())[start::2]) for start in (0, 1)]
     names = [f"model-{number:05d}-of-00002.{end}" for number in (1, 2)]
@@ -224,7 +224,7 @@ def _sharded(folder: Path, end: str = "safetensors") -> Path:
 @pytest.mark.parametrize("end", ["safetensors", "bin"])
 def test_weights_in_several_files(end: str, tmp_path: Path) -> None:
     """The index says which: what else lies beside them is not taken."""
-    index = _sharded(tmp_path, end)
+    index = sharded(tmp_path, end)
     check(load_model("digits_deit", index))
     (tmp_path / f"model-00002-of-00002.{end}").rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match=rf"there is no .*00002\.{end}, which model\.{end}\.index\.json lists"):

@@ -194,7 +194,7 @@ def test_a_pulled_model_is_a_run(hub: Hub, slim_run: Path, tmp_path: Path, capsy
     assert "is not an empty directory" in refusal(capsys, "pull", "a/b", "--out", str(tmp_path / "run"))
     with pytest.raises(InputError, match="an imported run"):
         read_recipe(tmp_path / "run" / "recipe.yaml")
-    asked = commands(run.path, run.recipe, run.metrics, run.architecture, (), ())
+    asked = commands(run.path, run.recipe, run.metrics, run.architecture, (), (), None)
     assert "lowpass pull hf-hub:someone/digits --out" in asked[-1].lines
 
 

@@ -3,8 +3,8 @@
 import importlib
 import io
 import json
-import re
 import os
+import re
 import resource
 import struct
 import sys

@@ -152,3 +152,18 @@ def slim_run(first_slim_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def tuned_run(first_tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory of `first_tuned_run`; every test file gets one of its own."""
     return Path(shutil.copytree(first_tuned_run, tmp_path_factory.mktemp("tuned") / "digits"))
+
+
+@pytest.fixture(scope="module")
+def run(slim_run: Path) -> Path:
+    """A `slim_run` that can be deployed: its FP32 export is there."""
+    from served import exported  # here, for it takes what tests of serving alone need
+
+    exported(slim_run, "fp32")
+    return slim_run
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Where a test deploys to; it is not there yet."""
+    return tmp_path / "repo"

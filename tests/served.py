@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ from lowpass.export.runtimes.session import logits_of
 from lowpass.export.triton.address import Address
 from lowpass.export.triton.client import Client, Protocol
 from lowpass.export.triton.config import as_text, parse_config
+from lowpass.export.triton.decode import DecodeLimits
+from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.server import POLL_S, Supervisor, find_server
 from lowpass.export.triton.state import is_ready
 from lowpass.export.triton.version import CONFIG_FILE, serve_version, versions_of
@@ -30,6 +32,8 @@ from lowpass.pipeline.run.images import quantization_batches, verification_batch
 PROFILE = BatchProfile.parse("1:4:8")
 ROOT = Path(__file__).parent.parent
 TRITON = Path(os.environ.get("LOWPASS_TRITON", ROOT / ".venv-triton"))
+ONE = DeployOptions(instances=1, threads=1)
+PICTURES = replace(ONE, decode=DecodeLimits())
 
 
 def free_address() -> Address:

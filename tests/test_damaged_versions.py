@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from served import exported
+from served import ONE
 
 from lowpass.export.triton.canary import abort_canary, promote_canary, start_canary
 from lowpass.export.triton.decode import DecodeLimits
@@ -14,19 +14,6 @@ from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.repository import deploy, list_versions, prune_versions, roll_back
 from lowpass.export.triton.version import CONFIG_FILE, SUMS_FILE, served_version, unreadable_configs, versions_of
 from lowpass.pipeline.base.errors import InputError
-
-ONE = DeployOptions(instances=1, threads=1)
-
-
-@pytest.fixture(scope="module")
-def run(slim_run: Path) -> Path:
-    exported(slim_run, "fp32")
-    return slim_run
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    return tmp_path / "repo"
 
 
 def snapshot(model: Path) -> dict[str, bytes]:

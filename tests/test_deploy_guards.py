@@ -8,30 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from served import exported
+from served import ONE, PICTURES
 
 from lowpass.export.triton.canary import abort_canary, promote_canary, start_canary
 from lowpass.export.triton.config import as_text, parse_config
-from lowpass.export.triton.decode import AROUND_OF, DecodeLimits
+from lowpass.export.triton.decode import AROUND_OF
 from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.repository import deploy, prune_versions, roll_back
 from lowpass.export.triton.version import CONFIG_FILE, FACTS_FILE, SUMS_FILE, served_version, versions_of
 from lowpass.pipeline.base.errors import InputError
-
-ONE = DeployOptions(instances=1, threads=1)
-PICTURES = DeployOptions(instances=1, threads=1, decode=DecodeLimits())
-
-
-@pytest.fixture(scope="module")
-def run(slim_run: Path) -> Path:
-    exported(slim_run, "fp32")
-    return slim_run
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    return tmp_path / "repo"
-
 
 TOP = 'backend: "python"\nparameters { key: "top" value { string_value: "5" } }'
 ENSEMBLE = 'platform: "ensemble"'

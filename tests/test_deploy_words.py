@@ -15,13 +15,11 @@ from typing import Any
 import pytest
 from command_line import printed, refusal
 from mounts import private_mounts
-from served import ROOT, exported
+from served import ONE, PICTURES, ROOT
 
 from lowpass.cli import main
 from lowpass.export.triton.canary import abort_canary, promote_canary, start_canary
 from lowpass.export.triton.client import CANARY_SHARE
-from lowpass.export.triton.decode import DecodeLimits
-from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.removal import remove_decode
 from lowpass.export.triton.repository import deploy, list_versions, prune_versions, roll_back
 from lowpass.export.triton.version import (
@@ -35,21 +33,6 @@ from lowpass.export.triton.version import (
     versions_of,
 )
 from lowpass.pipeline.base.errors import InputError
-
-ONE = DeployOptions(instances=1, threads=1)
-PICTURES = replace(ONE, decode=DecodeLimits())
-
-
-@pytest.fixture(scope="module")
-def run(slim_run: Path) -> Path:
-    exported(slim_run, "fp32")
-    return slim_run
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    return tmp_path / "repo"
-
 
 KILLED = """
 import os, shutil, signal, sys

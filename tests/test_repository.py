@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from command_line import printed, refusal
 from mounts import private_mounts
-from served import ROOT, exported
+from served import ONE, ROOT, exported
 
 import lowpass.export.triton.repository
 from lowpass.cli import main
@@ -41,19 +41,11 @@ from lowpass.export.triton.version import (
 from lowpass.export.triton.writers import LOCK_FILE
 from lowpass.pipeline.base.errors import InputError
 
-ONE = DeployOptions(instances=1, threads=1)
-
 
 @pytest.fixture(scope="module")
-def run(slim_run: Path) -> Path:
-    exported(slim_run, "fp32")
-    exported(slim_run, "fp32", dense=True)
-    return slim_run
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    return tmp_path / "repo"
+def run(run: Path) -> Path:
+    exported(run, "fp32", dense=True)
+    return run
 
 
 def served_config(model: Path):  # type: ignore[no-untyped-def]

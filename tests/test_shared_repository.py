@@ -9,20 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import exported
+from served import ONE, PICTURES
 from users import FIRST, SECOND, TEAM, as_user
 
 from lowpass.export.triton.canary import abort_canary, promote_canary, start_canary
-from lowpass.export.triton.decode import DecodeLimits
-from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.removal import remove_decode
 from lowpass.export.triton.repository import damaged_models, deploy, list_versions, prune_versions, roll_back
 from lowpass.export.triton.version import served_version, versions_of
 from lowpass.export.triton.writers import LOCK_FILE, explained, locked
 from lowpass.pipeline.base.errors import InputError
-
-ONE = DeployOptions(instances=1, threads=1)
-PICTURES = DeployOptions(instances=1, threads=1, decode=DecodeLimits())
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +30,8 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def run(slim_run: Path, open_folder: Path) -> Path:
-    exported(slim_run, "fp32")
-    copy = Path(shutil.copytree(slim_run, open_folder / "run"))
+def run(run: Path, open_folder: Path) -> Path:
+    copy = Path(shutil.copytree(run, open_folder / "run"))
     deploy(copy, open_folder / "first", "digits", PICTURES)  # imports what it needs, while this is still root
     return copy
 

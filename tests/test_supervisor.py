@@ -17,17 +17,15 @@ import numpy as np
 import pytest
 from children import ended
 from command_line import refusal
-from served import ROOT, TRITON, Running, exported, free_address, serve_damaged, served, until
+from served import ONE, ROOT, TRITON, Running, exported, free_address, serve_damaged, served, until
 
 from lowpass.export.triton.address import EVERYWHERE, Address, check_free
 from lowpass.export.triton.leftovers import SHARED_MEMORY, Belongings, orphans, sweep
-from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.repository import deploy
 from lowpass.export.triton.server import Supervisor, find_server
 from lowpass.export.triton.state import News, VersionState, ask, broken_models, is_ready, serving_versions, versions_in
 from lowpass.pipeline.base.errors import InputError, RunError
 
-ONE = DeployOptions(instances=1, threads=1)
 # A supervisor in a process of its own, which says its token and its server's process, and then watches.
 SUPERVISE = """
 import sys

@@ -6,29 +6,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from command_line import printed
-from served import TRITON, exported, free_address, until
+from served import ONE, PICTURES, TRITON, free_address, until
 
 from lowpass.export.triton import backends
-from lowpass.export.triton.decode import DecodeLimits
-from lowpass.export.triton.prepared import DeployOptions
 from lowpass.export.triton.repository import deploy
 from lowpass.export.triton.server import STOP_S, Supervisor, find_server
 from lowpass.export.triton.state import is_ready, serving_versions, versions_in
 from lowpass.pipeline.base.errors import RunError
-
-ONE = DeployOptions(instances=1, threads=1)
-PICTURES = replace(ONE, decode=DecodeLimits())
-
-
-@pytest.fixture(scope="module")
-def run(slim_run: Path) -> Path:
-    exported(slim_run, "fp32")
-    return slim_run
 
 
 @dataclass

@@ -4,7 +4,8 @@ import os
 import shutil
 import unicodedata
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -21,7 +22,7 @@ from lowpass.pipeline.data.classes import arrange, read_class_names
 from lowpass.pipeline.data.folders import read_splits
 from lowpass.pipeline.data.options import DataOptions
 from lowpass.pipeline.data.pictures import open_picture
-from lowpass.pipeline.run.readings import Alternative, _trouble
+from lowpass.pipeline.run.readings import Alternative, _numbered_anew, _trouble
 
 DIGITS = list("0123456789")
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -189,3 +190,12 @@ def test_a_remedy_of_a_run_names_no_option() -> None:
     other = [Alternative("classes in another order", "--classes FILE", 98.0, True)]
     said = _trouble(right, 10, other, "dense", True)
     assert said.endswith("with classes in another order it is 98.0 %: the run's are fixed, so mend the data")
+
+
+def test_a_model_that_always_says_the_same_is_in_no_order() -> None:
+    """Whatever it is called, it is right as often as the most frequent class comes."""
+    labels = (torch.arange(300) % 5 > 1).long()  # 60 of 100 are of class 1
+    always = torch.zeros(300, dtype=torch.long)
+    data = SimpleNamespace(num_classes=2, classes=("a", "b"))
+    assert _numbered_anew(always, labels, cast(Any, data)) is None
+    assert _numbered_anew(1 - labels, labels, cast(Any, data)) is not None

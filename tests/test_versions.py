@@ -14,7 +14,7 @@ import tritonclient.grpc
 import tritonclient.http
 from command_line import answer
 from PIL import Image
-from served import Running, exported, served, still_right, until
+from served import ONE, Running, exported, served, still_right, until
 from tritonclient.utils import InferenceServerException
 
 from lowpass.export.artefacts import open_session
@@ -27,7 +27,6 @@ from lowpass.export.triton.version import CONFIG_FILE, FACTS_FILE, SUMS_FILE
 from lowpass.pipeline.base.errors import InputError, RunError
 from lowpass.pipeline.run.images import verification_batches
 
-ONE = DeployOptions(instances=1, threads=1)
 FAR = 0.05  # the two versions' logits differ by far more, a batch's rounding by far less
 
 

@@ -199,3 +199,4 @@ def test_a_model_that_always_says_the_same_is_in_no_order() -> None:
     data = SimpleNamespace(num_classes=2, classes=("a", "b"))
     assert _numbered_anew(always, labels, cast(Any, data)) is None
     assert _numbered_anew(1 - labels, labels, cast(Any, data)) is not None
+    assert _numbered_anew(always[:1], 1 - always[:1], cast(Any, data)) is None  # one image

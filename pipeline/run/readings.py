@@ -177,12 +177,14 @@ def _other_orders(data: Data, are_named: bool, labels: Tensor) -> Iterator[tuple
 def _numbered_anew(predicted: Tensor, labels: Tensor, data: Data) -> Alternative | None:
     """The numbering of the classes that suits half of the images best, on the other half; None: theirs does as well."""
     seen, judged = (torch.arange(len(labels)) % 2 == half for half in (0, 1))
+    if not judged.any():  # of a single image there is no other half
+        return None
     counts = torch.zeros(data.num_classes, data.num_classes)
     counts.index_put_((predicted[seen], labels[seen]), torch.ones(int(seen.sum())), accumulate=True)
     moved = torch.from_numpy(linear_sum_assignment(counts.numpy(), maximize=True)[1])  # of each logit, the label
     right, other = (answer[judged] == labels[judged] for answer in (predicted, moved[predicted]))
     # Who always says the most frequent class is right that often, whatever is seen.
-    frequent = 100 * float(labels[judged].bincount().max()) / max(1, int(judged.sum()))
+    frequent = 100 * float(labels[judged].bincount().max()) / int(judged.sum())
     if not _is_better(other, right) or is_a_guess(_top1(other), frequent, len(other)):
         return None
     names = [str(number) if data.classes is None else data.classes[number] for number in moved.tolist()[:NAMED]]

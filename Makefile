@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test`; `make real` for a real model. Each makes the environment first when it is missing.
+# Two commands: `make demo` and `make test`; `make test-all` for the slow tests as well, `make real` for a real model. Each
+# makes the environment first when it is missing.
 # A warm environment can be reused: make test VENV=/path/to/venv
 VENV ?= .venv
 PYTHON ?= python3
@@ -11,7 +12,7 @@ TRITON_READY := $(TRITON_VENV)/.lowpass-ready
 # Where the real model, its pictures and all that is made of them are kept.
 REAL ?= runs/real
 
-.PHONY: demo real test lint triton
+.PHONY: demo real test test-all lint triton
 
 demo: $(READY)
 	$(BIN)/lowpass demo --out $(OUT)
@@ -27,6 +28,10 @@ SEED ?= $(shell date +%s)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --randomly-seed $(SEED) --durations 20
 
 test: lint $(TRITON_READY)
+	@echo 'order of tests: SEED=$(SEED); those marked `slow` are left to make test-all'
+	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(PYTEST) -m 'not slow'
+
+test-all: lint $(TRITON_READY)
 	@echo 'order of tests: SEED=$(SEED)'
 	LOWPASS_TRITON=$(abspath $(TRITON_VENV)) $(PYTEST)
 

@@ -122,6 +122,7 @@ def test_what_is_known_of_the_dense_model_is_shared(tiny_source: dict[str, objec
         assert (runs / "both-seed0" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_study_runs_resumes_and_takes_amounts_over(tmp_path: Path) -> None:
     reference = Variant("lfe", "tokens", {"prune": "tokens", "token_criterion": "lfe"})
     rival = Variant("by chance", "tokens", {"prune": "tokens", "token_criterion": "random"}, amounts_of="lfe")
@@ -145,6 +146,7 @@ def test_studies_can_be_made(tmp_path: Path) -> None:
         assert len({variant.name for variant in study.variants}) == len(study.variants)
 
 
+@pytest.mark.slow
 def test_noise_reaches_the_criteria_alone(tmp_path: Path) -> None:
     """Without noise both measures are the pruned model's top-1; tokens chosen on pure noise cost some."""
     dense = SlimViT.from_timm(load_model("digits_deit"))

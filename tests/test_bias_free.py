@@ -76,6 +76,7 @@ def test_the_real_model_is_what_its_file_computes(crops: Tensor) -> None:
         np.testing.assert_allclose(dinov2_small(224).forward_features(images).numpy(), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["digits", "dinov2"])
 def test_half_precision_loses_nothing(

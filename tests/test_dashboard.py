@@ -194,6 +194,7 @@ def made_up(index: list[dict[str, str]], metrics: str) -> Iterator[Address]:
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     escaped = EVIL.replace("\\", r"\\").replace('"', r"\"")

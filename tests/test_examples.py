@@ -46,7 +46,6 @@ def test_an_example_says_what_it_shows_and_how_to_run_it(path: Path) -> None:
     assert f"({path.relative_to(EXAMPLES)})" in (EXAMPLES / "README.md").read_text()
 
 
-@pytest.mark.slow
 def test_the_quickstart_runs(tmp_path: Path) -> None:
     said = ran("quickstart.py", tmp_path)
     assert "model.fp32.onnx: the largest logit difference" in said and "MACs: 0.49" in said

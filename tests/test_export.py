@@ -118,6 +118,7 @@ def test_graph(slim_run: Path, precision: Precision, score: TokenScore) -> None:
     assert any(node.name.startswith("blocks.0.mlp.fc1.") for node in model.graph.node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("source", ["float32", "uint8"])
 def test_every_lowering_and_input_agrees(tuned_run: Path, images: Batches, selection: Selection, source: Input) -> None:
@@ -136,6 +137,7 @@ def test_every_lowering_and_input_agrees(tuned_run: Path, images: Batches, selec
         np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_same_tokens_are_kept(tuned_run: Path, images: Batches) -> None:
     """Whichever lowering runs, in PyTorch or in a file: the score of every token and the rows that are passed on."""
     slim = SlimViT.load(tuned_run)
@@ -185,12 +187,14 @@ def test_metadata(slim_run: Path, images: Batches) -> None:
     assert json.loads(written["versions"])["torch"] == torch.__version__.partition("+")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_same_weights_same_bytes(slim_run: Path, precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowpass.export.onnx.file, "to_onnx", to_onnx)  # traced anew, see `traces.py`
     assert serialise(slim_run, options(precision)) == serialise(slim_run, options(precision))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_file_that_disagrees_is_not_written(
     slim_run: Path, images: Batches, precision: Precision, monkeypatch: pytest.MonkeyPatch
@@ -325,6 +329,7 @@ def test_engine_and_its_manifest(slim_run: Path, images: Batches) -> None:
         current_plan(slim_run, "fp16", "tensorrt-rtx")
 
 
+@pytest.mark.slow
 def test_engine_is_refused_without_padding(slim_run: Path, images: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     """What makes the build a proof: TensorRT has no fused kernel for unequal heads, and does not fall back."""
     monkeypatch.setattr(lowpass.export.graph.deployable, "fused_head_dim", lambda attention: None)

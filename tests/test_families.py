@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import MakeViT
 from families import FAMILIES, pretrained_classifiers, refused
+from marks import few
 from torch import nn
 from what_loads import DOCUMENT, agrees
 
@@ -33,6 +34,7 @@ from lowpass.pipeline.search.settings import SearchSettings
 from lowpass.pipeline.search.shaping import SHAPINGS
 
 families = pytest.mark.parametrize("family", FAMILIES)
+EXPORTED = ("DeiT distilled", "averages, no CLS", "SwiGLU, gate and value in one layer")  # by `make test`
 
 
 def dense_of(family: str, make_vit: MakeViT, **changes: Any) -> nn.Module:
@@ -180,7 +182,7 @@ def test_a_search_goes_through(family: str, make_vit: MakeViT, tmp_path: Any) ->
         torch.testing.assert_close(SlimViT.load(tmp_path)(images), slim.eval()(images))
 
 
-@families
+@pytest.mark.parametrize("family", few(FAMILIES, *EXPORTED))
 def test_exports_run_and_build(family: str, make_vit: MakeViT) -> None:
     """Heads of 16 channels: TensorRT fuses none of 8."""
     slim = SlimViT.from_timm(dense_of(family, make_vit, embed_dim=48), token_score="cls")

@@ -112,6 +112,7 @@ def test_macs_of_a_run_are_those_of_its_table(slim_run: Path) -> None:
     assert work_of(architecture).macs() == pytest.approx(architecture.macs(), rel=0.03)  # scoring is left out
 
 
+@pytest.mark.slow
 def test_a_run_is_forecast_by_the_kernels_of_its_engine(slim_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_shape = answer(capsys, "forecast", str(slim_run), "--gpu", "a100", "--batch", "1,4,64")
     assert by_shape["kind"] == "forecast" and by_shape["slim"]["kernels_from"] == "the model's shape"

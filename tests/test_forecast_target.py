@@ -145,6 +145,7 @@ def test_parts_go_in_small_batches_and_tokens_in_large_ones() -> None:
     assert found[128][0] >= 2 > found[128][1]
 
 
+@pytest.mark.slow
 def test_a_throughput_is_reached_in_the_batch_that_is_named(tmp_path: Path) -> None:
     """The plan's own engine, in the batch that the log names, gives what was asked for within the limit."""
     run = tmp_path / "run"

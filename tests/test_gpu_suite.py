@@ -218,6 +218,7 @@ def of(rows: list[dict[str, str]], figure: str) -> set[tuple[str, str]]:
     return {(row["batch"], row["candidate"]) for row in rows if row["figure"] == figure}
 
 
+@pytest.mark.slow
 def test_a_failure_costs_its_candidate_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(batch: int, what: str) -> None:
         if batch == 2 and what == "load":
@@ -236,6 +237,7 @@ def test_a_failure_costs_its_candidate_alone(tmp_path: Path, monkeypatch: pytest
     )
 
 
+@pytest.mark.slow
 def test_one_that_fails_while_all_are_timed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = iter(range(10**9))
 
@@ -250,6 +252,7 @@ def test_one_that_fails_while_all_are_timed_is_found(tmp_path: Path, monkeypatch
     ]
 
 
+@pytest.mark.slow
 def test_without_dense_there_are_times_and_no_speedups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def always(batch: int, what: str) -> None:
         raise RuntimeError("no")
@@ -259,6 +262,7 @@ def test_without_dense_there_are_times_and_no_speedups(tmp_path: Path, monkeypat
     assert not of(rows, "speedup") and not of(rows, "efficiency")
 
 
+@pytest.mark.slow
 def test_wrong_logits_are_seen_at_the_first_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "logits", lambda session: np.zeros((len(session.images), 1000), np.float32))
     with pytest.raises(RunError, match="nothing could be timed"):
@@ -279,6 +283,7 @@ def test_what_was_measured_before_a_kill_is_there(tmp_path: Path, monkeypatch: p
     assert of(rows, "p50_ms") == {("1", "dense"), ("1", "lowpass"), ("1", "evit")}
 
 
+@pytest.mark.slow
 def test_clocks_stand_beside_the_batch_they_were_read_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowpass.benchmarks.speed.measure, "gpu_state", lambda: GpuState(sm_clock_mhz=1755))
     rows = timed_with({}, monkeypatch, tmp_path, (1,))

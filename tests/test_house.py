@@ -99,7 +99,6 @@ def test_the_wheel_holds_one_name(wheel: Path) -> None:
     assert not [name for name in names if "/results/" in name or "/tests/" in name]
 
 
-@pytest.mark.slow
 def test_it_works_beside_folders_of_the_same_names(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True, symlinks=True)
     python = tmp_path / "env" / "bin" / "python"

@@ -91,6 +91,7 @@ def test_figures() -> None:
     assert one.speedup == 2 and one.efficiency == 0.8  # the one bad round does not move the median
 
 
+@pytest.mark.slow
 def test_of_a_run(slim_run: Path) -> None:
     done = benchmark(slim_run, batches=(1, 3), seconds=0.05)
     written = json.loads((slim_run / "benchmark.json").read_text())

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import timm
 import torch
+from marks import few
 
 from lowpass.export.batch import BatchProfile
 from lowpass.export.graph.deployable import deployable
@@ -92,6 +93,7 @@ def test_blocks_that_score(digits_slim: SlimViT, stages: int) -> None:
     assert extra_kernels(layers) == expected
 
 
+@pytest.mark.slow
 def test_blocks_that_score_in_a_range_of_batches(digits_slim: SlimViT) -> None:
     """They cost no more than that there, where a block has more kernels than seven."""
     slim = SlimViT(digits_slim.architecture.model_copy(update={"token_score": "cls"})).eval()
@@ -100,8 +102,7 @@ def test_blocks_that_score_in_a_range_of_batches(digits_slim: SlimViT) -> None:
     assert max(kernels) - min(kernels) <= 5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("size", few(["tiny", "small", "base"], "tiny"))
 def test_deit(size: str) -> None:
     """At most 92 kernels dense, 105 as in the paper or with three token stages, 95 with one."""
     models = dense(size), as_the_paper(size), in_stages(dense(size), 3), in_stages(dense(size), 1)

@@ -85,7 +85,6 @@ def noise(batch: int) -> Any:
     return np.random.default_rng(batch).standard_normal((batch, 3, 32, 32), np.float32)
 
 
-@pytest.mark.slow
 def test_training_after_every_runtime_is_what_it_was_before() -> None:
     pytest.importorskip("openvino")
     before = [trained(seed) for seed in range(ROUNDS)]

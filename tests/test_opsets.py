@@ -64,6 +64,7 @@ def test_every_opset_agrees_with_pytorch(tuned_run: Path, images: Batches, opset
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [17, 20, 22])
 def test_bf16_and_int8(tuned_run: Path, opset: Opset) -> None:
     images = verification_batches(tuned_run, None)[0]

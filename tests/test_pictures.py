@@ -290,7 +290,6 @@ def asked(running: Running, model: str, protocol: Protocol, pictures: list[bytes
         return {name: answer.as_numpy(name) for name in ("probabilities", "labels", "indices")}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_server_takes_pictures(running: Running, tmp_path: Path, protocol: Protocol) -> None:
     """The same classes and probabilities as `predict` finds, for files of every kind and mode."""
@@ -341,7 +340,6 @@ def test_a_bad_picture_spoils_no_other_request(running: Running) -> None:
     assert is_ready(running.address)
 
 
-@pytest.mark.slow
 def test_more_pictures_than_there_is_place_for_are_refused(running: Running, tuned_run: Path) -> None:
     """Else they would wait in memory, as large as they were sent."""
     exported(tuned_run, "fp32")

@@ -106,6 +106,7 @@ class Kernels:
         return 0.0 if last else 0.4
 
 
+@pytest.mark.slow
 @given(of=curves(), share=st.floats(0.25, 1))
 def test_the_plan_loses_least_of_all_tables_within_the_target(
     architecture: Architecture, of: list[BlockCurve], share: float

@@ -258,7 +258,6 @@ def test_an_overloaded_server_is_asked_again(
     assert full and len(full) + len(late) == len(said), said
 
 
-@pytest.mark.slow
 def test_labels_and_scores_are_of_one_version(running: Running, tmp_path: Path) -> None:
     """Slim and dense take turns under other labels, and no answer mixes them."""
     options, wanted = [], {}

@@ -154,6 +154,7 @@ def refused(*arguments: str) -> tuple[tuple[int, str, str], float]:
     return command(*arguments), time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_the_first_alone_says_why() -> None:
     """The others wait until it has: a launcher ends all of them with the first that goes."""
     compress = "compress --model digits_deit --data digits"

@@ -129,6 +129,7 @@ def rotary(make_vit: MakeViT) -> SlimViT:
     return SlimViT.from_timm(make_vit(**changes), token_score="cls")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runtime", "precision"), [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("pytorch", "fp32")]
 )

@@ -77,22 +77,26 @@ def test_agrees_on_real_images(tuned_run: Path, images: Batches, quantization: Q
     assert (logits_of(open_session("openvino", tuned_run, "int8", dense), batch).argmax(-1) == wanted).mean() >= 0.98
 
 
+@pytest.mark.slow
 def test_tensorrt_accepts_it(tuned_run: Path, images: Batches, unjudged: Quantization) -> None:
     export_verified(tuned_run, INT8, images, made_images=True, calibration=unjudged)
     assert build(tuned_run, "int8", "tensorrt-rtx").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_same_images_same_bytes(tuned_run: Path, quantization: Quantization) -> None:
     few = Quantization(quantization.calibration, quantization.judging[:1])
     assert serialise(tuned_run, INT8, False, few) == serialise(tuned_run, INT8, False, few)
 
 
+@pytest.mark.slow
 def test_pixels(tuned_run: Path, images: Batches, quantization: Quantization) -> None:
     asked = INT8.model_copy(update={"input": "uint8"})
     few = Quantization(quantization.calibration, quantization.judging[:2])
     assert export_verified(tuned_run, asked, images, calibration=few).same_top1 >= 99
 
 
+@pytest.mark.slow
 def test_layers_left_out_are_as_they_were(
     tuned_run: Path, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +112,7 @@ def test_layers_left_out_are_as_they_were(
     np.testing.assert_allclose(*both, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_dearest_layer_goes_first(
     tuned_run: Path, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
 ) -> None:

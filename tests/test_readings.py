@@ -42,6 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scenes(tmp_path_factory.mktemp("images"), DIGITS)
 
 
+@pytest.mark.slow
 def test_better_weights_are_found_out_far_above_chance(folder: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": worn(0.5), "state_dict_ema": W}, tmp_path / "weights.pth")
     options: dict[str, Any] = {"weights": tmp_path / "weights.pth", "weights_key": "state_dict"}
@@ -129,6 +130,7 @@ def words(released: Path, data: Path, out: Path, *more: str) -> tuple[str, ...]:
     return ("import-vtc", str(released), *options, *pixels, *more)
 
 
+@pytest.mark.slow
 def test_an_imported_model_of_other_classes_is_found_out(
     released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -187,7 +187,6 @@ def test_reference_logits(imported: Path, reference: tuple[np.ndarray, np.ndarra
         np.testing.assert_allclose(SlimViT.load(imported)(torch.from_numpy(images)), logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_reference_logits_exported(
     imported: Path, reference: tuple[np.ndarray, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -343,6 +343,7 @@ def test_made_twice_it_is_the_same(run: Path) -> None:
     assert write_report(run).read_bytes() == first
 
 
+@pytest.mark.slow
 def test_by_command(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Path(shutil.copytree(bare, tmp_path / "run"))
     command = [sys.executable, "-m", "lowpass", "report", str(run), "--images", "20", "--json"]

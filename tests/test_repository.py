@@ -351,6 +351,7 @@ def test_onto_a_mount_of_its_own_and_a_disk_that_is_read_only(run: Path, reposit
     assert said == 2 * [f"cannot write to the repository {repository}: Read-only file system; {remedy}"]
 
 
+@pytest.mark.slow
 def test_an_engine_is_served_at_the_sizes_it_is_fast_at(run: Path, repository: Path) -> None:
     exported(run, "fp16")
     plan = build(run, "fp16", "tensorrt-rtx")

@@ -55,7 +55,6 @@ def results(directory: Path) -> dict[str, bytes]:
     return {name: (directory / name).read_bytes() for name in RESULTS}
 
 
-@pytest.mark.slow
 def test_ten_kills_change_nothing(tiny_source: dict[str, object], tmp_path: Path) -> None:
     """Killed at ten random moments, in the making of files too: what is there is whole, and each resumed run ends with
     the very same bytes."""
@@ -115,7 +114,6 @@ print(*[file.name for file in run.iterdir() if file.name.startswith(".")])
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
 def test_a_disk_in_trouble_is_said_and_the_run_goes_on_later(
     trouble: str, tiny_source: dict[str, object], tmp_path: Path
@@ -152,6 +150,7 @@ def test_a_disk_in_trouble_is_said_and_the_run_goes_on_later(
     assert [bytes.fromhex(file) for file in files] == list(results(whole).values())
 
 
+@pytest.mark.slow
 def test_changed_inputs_are_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     compress(small(**GOALS[1]), run)
@@ -169,6 +168,7 @@ def test_changed_inputs_are_named(tmp_path: Path) -> None:
             compress(small(**GOALS[1]), run, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goal", GOALS)
 def test_a_memory_budget_changes_nothing(goal: dict[str, float], tmp_path: Path) -> None:
     """Past the budget activations are mapped files, which leave nothing behind."""
@@ -202,6 +202,7 @@ def test_mixed_precision_measures_alike(tmp_path: Path) -> None:
     assert all(abs(one - two) <= 100 * 2 / 128 for one, two in zip(of_exact, of_rough, strict=True))
 
 
+@pytest.mark.slow
 def test_mixed_precision_spends_no_more_than_is_allowed(tmp_path: Path) -> None:
     """What is decided hangs on single images here, and may differ; that each block keeps to its floor may not."""
     compress(small(allowable_drop=20.0, mixed_precision=True), tmp_path / "run")

@@ -12,6 +12,8 @@ import timm
 import torch
 from command_line import answer
 from conftest import MakeViT
+from families import ROTARY
+from marks import few
 from safetensors.torch import save_file
 from test_rotary import families, pictures, rotary_vit
 from torch import Tensor
@@ -159,7 +161,7 @@ def without_ties(model: SlimViT, images: Tensor) -> Tensor:
     return images[clear][:3]
 
 
-@families
+@pytest.mark.parametrize("family", few(ROTARY, "DINOv3", "EVA-02: SwiGLU"))
 @pytest.mark.parametrize("score", ["cls", "full"])
 def test_exports_run(family: str, score: Any, make_vit: MakeViT) -> None:
     dense = slim_of(family, make_vit, score)
@@ -182,6 +184,7 @@ def test_exports_run(family: str, score: Any, make_vit: MakeViT) -> None:
                 np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["DINOv3", "DINOv3 with biases, reads CLS"])
 def test_engines_fuse_attention(family: str, make_vit: MakeViT) -> None:
     """That of every block but the last where CLS alone is read: it is written out, one row of it. Where the mean is

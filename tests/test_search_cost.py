@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import MakeViT
 
@@ -61,6 +62,7 @@ def test_the_authors_schedule_keeps_to_the_allowance(make_vit: MakeViT) -> None:
     assert before - top1(model, batches) <= 30
 
 
+@pytest.mark.slow
 def test_ours_costs_less(make_vit: MakeViT, tmp_path: Path) -> None:
     model, batches = labelled(make_vit)
     done = compare("tiny", model, batches[:1], batches, 30.0, tmp_path)
@@ -76,6 +78,7 @@ def test_random_models_see_several_classes() -> None:
     assert len(torch.cat([labels for _, labels in batches]).unique()) > 3
 
 
+@pytest.mark.slow
 def test_a_sweep_point_counts_blocks() -> None:
     one, more = sweep_point(2, 32), sweep_point(2, 64)
     assert (one.depth, one.images) == (2, 32) and one.block_forwards < more.block_forwards

@@ -173,6 +173,7 @@ def killed(recipe: Recipe, directory: Path, block: int, resume: bool) -> None:
     search(recipe, directory, resume)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["planned by LFS", "a cascade"])
 def test_one_that_dies_ends_all_and_any_number_goes_on(
     name: str, recipes: dict[str, Recipe], alone: Path, shared: Path, tmp_path: Path

@@ -71,7 +71,6 @@ def running(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield server
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_the_same_logits_as_the_bare_session(running: Running, protocol: Protocol) -> None:
     for name, precision, dense in (("digits", "fp32", False), ("digits-dense", "fp32", True), ("int8", "int8", False)):
@@ -168,7 +167,6 @@ def test_truncated_and_oversized_bodies(running: Running) -> None:
     still_right(running)
 
 
-@pytest.mark.slow
 def test_five_thousand_malformed_requests(running: Running) -> None:
     draw = random.Random(0)
     good, headers = request_body(running.images[:1])
@@ -214,7 +212,6 @@ def test_load_is_counted_by_client_and_server_alike(running: Running) -> None:
         closed_loop(url, "digits", running.images[:1, :2], 1, 0.1)
 
 
-@pytest.mark.slow
 def test_a_thousand_malformed_messages_over_grpc(running: Running) -> None:
     draw = random.Random(1)
     message = service_pb2.ModelInferRequest(model_name="digits")
@@ -253,7 +250,6 @@ def test_a_thousand_malformed_messages_over_grpc(running: Running) -> None:
     still_right(running)
 
 
-@pytest.mark.slow
 def test_a_corrupt_version_leaves_the_old_one_serving(running: Running, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     deploy(running.run, repository, "corrupt", DeployOptions(instances=1, threads=1))

@@ -84,7 +84,6 @@ def watched(code: str, home: Path) -> tuple[list[list[str]], list[str]]:
     return events, sorted(str(file.relative_to(home)) for file in home.rglob("*") if file.is_file())
 
 
-@pytest.mark.slow
 def test_nothing_is_sent_forked_or_written(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     assert watched(THROUGH_LOWPASS, tmp_path / "home") == ([], [])

@@ -312,6 +312,7 @@ def test_rows_of_the_hub(reader: str, tmp_path: Path, digits_slim: SlimViT) -> N
         whole(read(f"{reader}/{tmp_path / 'secret'}", digits_slim))
 
 
+@pytest.mark.slow
 def test_imagenets_number_of_shards_is_read_one_at_a_time(
     tmp_path: Path, digits_slim: SlimViT, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_the_loss_of_a_part_is_that_of_the_model_without_it(dense: SlimViT, batc
             assert loss > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.3, 0.1])
 def test_a_target_may_cost_whole_parts(dense: SlimViT, batches: Batches, target: float) -> None:
     settings = asked(target_macs=target)
@@ -128,6 +129,7 @@ def test_the_last_block_with_attention_is_paid_as_the_last(dense: SlimViT, batch
     assert model.architecture.blocks == next(entry for entry in made if isinstance(entry, Plan)).blocks
 
 
+@pytest.mark.slow
 def test_what_may_be_spent_goes_to_whole_parts_first(dense: SlimViT, batches: Batches) -> None:
     """Parts go where top-1 stays above the floor, and not where it does not."""
     unlabelled = [(images, torch.full_like(labels, -1)) for images, labels in batches]  # so that nothing can be lost

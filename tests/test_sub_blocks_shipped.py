@@ -12,6 +12,7 @@ from conftest import MakeViT
 from gone_parts import MODELS, NO_ATTENTION, NO_MLP, NOTHING, cut_from, images_for, some_vit, tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import few
 
 import lowpass
 from lowpass.export.forecast.forecast import forecast_of
@@ -66,7 +67,7 @@ def images(run: Path) -> Batches:
     return verification_batches(run, None)[0][:4]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int8-fp16", "fp8"])
+@pytest.mark.parametrize("precision", few(["fp32", "fp16", "bf16", "int8", "int8-fp16", "fp8"], "fp32", "int8"))
 def test_nothing_of_a_part_is_exported(run: Path, images: Batches, precision: Precision) -> None:
     calibration = None
     if precision not in ("fp32", "fp16", "bf16"):
@@ -91,6 +92,7 @@ def test_an_older_opset(run: Path, images: Batches) -> None:
         assert done.same_top1 == 100 if precision == "fp32" else done.same_top1 >= 99
 
 
+@pytest.mark.slow
 def test_a_run_is_reported_and_its_layers_are_named(
     run: Path, images: Batches, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ def test_a_suite_is_written(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_model_that_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         lowpass.benchmarks.latency.timing,
@@ -111,6 +112,7 @@ def test_missing_runtimes_are_named() -> None:
         assert reason is None or runtime in reason or "NVIDIA GPU" in reason or "provider" in reason, (runtime, reason)
 
 
+@pytest.mark.slow
 def test_memory_is_what_the_model_adds() -> None:
     """A larger batch needs more, and a file that does not load has no figure."""
     kind = onnx.TensorProto.FLOAT
@@ -133,6 +135,7 @@ def test_memory_is_what_the_model_adds() -> None:
     assert peak_memory(b"no model", "onnxruntime", "fp32", 1, (3, 32, 32)) is None
 
 
+@pytest.mark.slow
 def test_precisions_are_timed_against_fp32() -> None:
     rivals = candidates("deit_tiny", ("dense", "lowpass"))
     [(batch, gains)] = measure(rivals, "onnxruntime", (2,), 0.05, {})

@@ -107,6 +107,7 @@ def test_another_server_is_not_taken_for_ours(running: Running) -> None:
     assert not is_ready(running.address, "lowpass-0000000000000000")
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_dies_is_given_up(repository: Path, tmp_path: Path) -> None:
     told: list[str] = []
     errors: list[BaseException] = []
@@ -225,7 +226,6 @@ def test_a_stranger_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(tmp_path.glob(f"*{alive.token}*"))
 
 
-@pytest.mark.slow
 def test_readiness_and_news(
     running: Running, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def saved(model: nn.Module, path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_dense_model_by_its_name_teaches_the_same(slim_run: Path, tmp_path: Path, few: Images) -> None:
     """And one that takes 3 for 5 teaches otherwise."""
     by_itself = trained(slim_run, tmp_path / "dense", few, distill_weight=0.5)
@@ -147,6 +148,7 @@ def test_the_first_block_is_always_there(model: SlimViT) -> None:
     torch.testing.assert_close(through[kept], 2 * tokens[kept])
 
 
+@pytest.mark.slow
 def test_dropped_paths_are_drawn_by_the_seed(slim_run: Path, tmp_path: Path, few: Images) -> None:
     one, two = (trained(slim_run, tmp_path / name, few, drop_path=0.3) for name in ("one", "two"))
     assert one == two != trained(slim_run, tmp_path / "none", few)

@@ -346,6 +346,7 @@ def test_what_has_no_tokens_of_the_dense_model_is_refused(slim_run: Path, tmp_pa
     assert not (run / "training").exists()
 
 
+@pytest.mark.slow
 def test_another_teacher_s_file_replaced_is_noticed(
     slim_run: Path, tmp_path: Path, few: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ assert not {"lowpass", "timm", "onnx"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_plain_pytorch_gives_the_same_logits(
     slim_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

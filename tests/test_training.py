@@ -78,7 +78,6 @@ def test_what_training_leaves(searched: Path, trained: Path) -> None:
     assert all(0 <= float(row["reading_share"]) < 1 and float(row["images_per_s"]) > 0 for row in rows)
 
 
-@pytest.mark.slow
 def test_ten_kills_change_nothing(searched: Path, trained: Path, tmp_path: Path) -> None:
     """At ten random moments, in mid-epoch and in the making of files too; the last of each three is let go on."""
     forks = multiprocessing.get_context("forkserver")
@@ -129,7 +128,6 @@ def test_a_kill_in_the_making_of_the_result_leaves_no_part(
     assert results(run) == results(trained) and not list(run.glob(".*"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_goes_on_where_it_was(
     searched: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
@@ -231,6 +229,7 @@ def fill_the_disk(run: Path, told: Path) -> None:
         told.write_text(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_are_trained_on_to_the_end(searched: Path, tmp_path: Path, workers: int) -> None:
     """Processes that read drop what fills no batch: an epoch has fewer of them than was thought."""
@@ -245,7 +244,6 @@ def test_shards_are_trained_on_to_the_end(searched: Path, tmp_path: Path, worker
     assert [int(row["epoch"]) for row in rows] == [0, 1, 2] and {int(row["images"]) for row in rows} == {70 - workers}
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_state(
     searched: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +261,6 @@ def test_a_full_disk_leaves_the_last_state(
 COMMAND = "import sys; sys.path.append('tests'); import tiny; from lowpass.cli import main; main()"
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_of_twice_the_batch(searched: Path, tmp_path: Path) -> None:
     one, two = copy(searched, tmp_path / "one"), copy(searched, tmp_path / "two")
     finetune_run(one, None, SETTINGS, None)

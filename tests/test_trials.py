@@ -165,6 +165,7 @@ def test_names_that_a_model_brings(tmp_path: Path) -> None:
         read_class_names(tmp_path / "none.txt", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "splits", [("train", "valid"), ("Train", "Validation"), ("training", "dev"), ("TRAIN", "eval")]
 )

@@ -178,6 +178,7 @@ def test_pytorch_in_doubt_is_asked_in_fp64(tuned_run: Path, images: Batches) -> 
     assert compared(session, slim, [batch], bound).differences.min() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [20, 1000])
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 0.002), ("fp16", 0.02), ("bf16", 0.1), ("int8", 0.1)])
 def test_a_slightly_different_model_is_refused(

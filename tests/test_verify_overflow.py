@@ -15,6 +15,7 @@ import torch
 from command_line import answer
 from conftest import MakeViT
 from families import FAMILIES
+from marks import few
 from PIL import Image
 from test_families import cut, dense_of, pictures
 from test_trials import scenes
@@ -135,6 +136,7 @@ MENDED = {  # in block 1 tokens are scored, in the last only CLS is computed
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MENDED)
 def test_mended(case: str, spoilt: Callable[[Spoil], Path], images: Batches, caplog: pytest.LogCaptureFixture) -> None:
     spoil, names = MENDED[case]
@@ -173,6 +175,7 @@ def test_onnx_runtime_sees_an_overflow_once_it_is_rounded(spoilt: Callable[[Spoi
     assert not np.isfinite(logits_of(OnnxRuntime(rounded(content)), batch)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "wrong"),
     [
@@ -191,6 +194,7 @@ def test_the_residual_stream_is_refused(spoilt: Callable[[Spoil], Path], spoil: 
     assert not onnx_path(run, "fp16").exists()
 
 
+@pytest.mark.slow
 def test_too_many_layers_are_refused_and_named(spoilt: Callable[[Spoil], Path]) -> None:
     """Whoever names them gets them."""
 
@@ -202,6 +206,7 @@ def test_too_many_layers_are_refused_and_named(spoilt: Callable[[Spoil], Path]) 
     assert len(named) == 6 and export_run(run, asked).kept_fp32 == asked.keep_fp32
 
 
+@pytest.mark.slow
 def test_half_way_is_warned_of(spoilt: Callable[[Spoil], Path], caplog: pytest.LogCaptureFixture) -> None:
     def near(slim: SlimViT, images: Tensor) -> None:
         larger_hidden(3, 40_000 / largest_output(slim, slim.blocks[3].mlp.fc1, images)[1])(slim, images)
@@ -215,6 +220,7 @@ def test_half_way_is_warned_of(spoilt: Callable[[Spoil], Path], caplog: pytest.L
     assert "--keep-fp32 blocks.3.mlp.fc1" in caplog.text and not done.kept_fp32
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_a_sound_file(tuned_run: Path, images: Batches, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "lowpass"):
         done = export_run(tuned_run, FP16)
@@ -274,7 +280,7 @@ def test_other_precisions_keep_nothing(tuned_run: Path, precision: Precision) ->
         export_run(tuned_run, ExportOptions(precision=precision, keep_fp32=("blocks.3.mlp.fc1",)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "registers", "SwiGLU, gate and value in one layer"))
 def test_every_layer_of_every_family_can_be_kept(family: str, make_vit: MakeViT) -> None:
     """One by one and all at once: real half precision stays as near to FP32."""
     slim = cut(SlimViT.from_timm(dense_of(family, make_vit), token_score="cls"))
@@ -294,6 +300,7 @@ def test_every_layer_of_every_family_can_be_kept(family: str, make_vit: MakeViT)
     assert np.median(np.abs(got - exact.numpy())) < 2 * plain
 
 
+@pytest.mark.slow
 def test_command(tuned_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("--keep-fp32", "blocks.2.mlp.fc2", "--keep-fp32", "blocks.0.attn.qkv.MatMul")  # a node's name will do
     told = answer(capsys, "export", str(tuned_run), "--precision", "fp16", *names)

@@ -3,6 +3,7 @@
 Digits: scikit-learn's copy of the UCI optical digits (1,797 scans of 8x8). Texture: its two sample photographs. A
 scene is one digit, enlarged to 16x16, at a random place on a dimmed 32x32 crop of a photograph. Test digits and test
 photo regions are disjoint from those of training, so neither a scan nor a background patch is seen twice.
+scikit-learn takes a second to import, which those who have images of their own are spared.
 """
 
 from functools import lru_cache
@@ -11,8 +12,6 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,6 +28,9 @@ Split = Literal["train", "test"]
 @lru_cache
 def _scans(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Ink in [0, 1] as [n, DIGIT, DIGIT] and labels [n] of one split, stratified by class."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     train, test = train_test_split(
         np.arange(len(data.target)), test_size=TEST_DIGITS, stratify=data.target, random_state=0
@@ -44,6 +46,8 @@ def _scans(split: Split) -> tuple[np.ndarray, np.ndarray]:
 @lru_cache
 def _photographs(split: Split) -> tuple[np.ndarray, ...]:
     """The split's region of each photograph, [h, w, 3] in [0, 1], halved in size so that crops hold texture."""
+    from sklearn.datasets import load_sample_images
+
     regions = []
     for photo in load_sample_images().images:
         small = Image.fromarray(photo).resize((photo.shape[1] // 2, photo.shape[0] // 2), Image.Resampling.BOX)

@@ -235,6 +235,21 @@ def real(results: Path) -> str:
     return markdown(header, lines, 2)
 
 
+def real_merging(results: Path) -> str:
+    """Merging tokens against dropping them."""
+    rows, lines = study(results, "real_merging"), []
+    for tokens, share, way, images in different(rows, "tokens", "macs_share", "way", "images"):
+        of = {"tokens": tokens, "way": way}
+        top1s = [number(one(rows, figure, **of), "{:.2f}") for figure in ("top1_dense", "top1")]
+        gained = one(rows, "better_than_dropped", **of)
+        assert gained is not None
+        value, low, high = (float(gained[name]) for name in ("value", "low", "high"))
+        apart = "-" if low == high else f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+        lines.append([tokens, share, way, images, *top1s, apart])
+    header = ["image tokens", "share of MACs", "the others are", "images", "dense", "top-1", "better than dropped"]
+    return markdown(header, lines, 3)
+
+
 def real_precisions(results: Path) -> str:
     """What every precision of the real model costs, dense and slim."""
     rows = study(results, "real_precisions")
@@ -281,6 +296,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "settings": accuracy("accuracy_settings"),
     "noise": noise,
     "real": real,
+    "real-merging": real_merging,
     "real-precisions": real_precisions,
     "speed-small": speed("deit_small"),
     "speed-tiny": speed("deit_tiny"),

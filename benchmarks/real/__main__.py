@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch.utils.data import Subset
 
 from lowpass.benchmarks.latency.machine import describe
 from lowpass.benchmarks.real.convert import convert
 from lowpass.benchmarks.real.dense import SETTINGS, make_dense
+from lowpass.benchmarks.real.merging import measure_merging
 from lowpass.benchmarks.real.methods import METHODS
 from lowpass.benchmarks.real.packages import CLIPART, FASHION, fetch
 from lowpass.benchmarks.real.pictures import DATA, image_folder
 from lowpass.benchmarks.real.plot import plot_rows
 from lowpass.benchmarks.real.precisions import PRECISIONS, measure_precisions
 from lowpass.benchmarks.real.show import write_pictures
-from lowpass.benchmarks.real.table import Request, finished_rows, listed, measure_rows
-from lowpass.benchmarks.rows import origin_of, write_rows
+from lowpass.benchmarks.real.table import BATCH, Request, finished_rows, listed, measure_rows, open_bench
+from lowpass.benchmarks.rows import RESULTS, Row, origin_of, write_rows
 from lowpass.pipeline.base.allocator import keep_freed_memory
 from lowpass.pipeline.base.exits import exit_codes
 from lowpass.pipeline.base.progress import console
@@ -113,6 +115,26 @@ def precisions(
     for done in measure_precisions(run, cache, origin_of(machine, command), listed(names, "--precisions", str)):
         if out is not None:
             write_rows(out, done, machine, command)
+
+
+@app.command()
+def merging(
+    setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = Request.setting,
+    test_images: Annotated[int, typer.Option(min=1, help="Drawn from the test split.")] = 2000,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    cache: Cache = CACHE,
+) -> None:
+    """Merge tokens in place of dropping them, and compare top-1 without training."""
+    bench = open_bench(Request(setting=setting, test_images=test_images), cache)
+    batches = list(bench.data.loader(Subset(bench.data.test, bench.tested), BATCH))
+    machine, found = describe(), list[Row]()
+    words = ["merging", "--setting", setting, "--test-images", str(test_images)]
+    for row in measure_merging(bench.model, batches):
+        found.append(row)
+        if row.figure == "better_than_dropped":
+            console.print(f"{row.of['tokens']}: {row.of['way']}, {row.value:+.2f} points")
+    command = shlex.join(["python", "-m", "lowpass.benchmarks.real", *words])
+    write_rows(out / "real_merging.csv", found, machine, command)
 
 
 @app.command()

@@ -106,7 +106,7 @@ def measure_rows(request: Request, cache: Path, origin: Origin) -> Iterator[None
         InputError: something is unknown, or the setting's packages cannot be had.
     """
     request.check()
-    bench = _bench(request, cache)
+    bench = open_bench(request, cache)
     wanted = list(request.rows())
     for number, (method, level, seed) in enumerate(wanted, 1):
         recipe = _recipe(bench, method, level, seed)
@@ -155,7 +155,12 @@ def _name(method: str, level: float, seed: int) -> str:
     return f"{method}-macs{level:g}-seed{seed}"
 
 
-def _bench(request: Request, cache: Path) -> Bench:
+def open_bench(request: Request, cache: Path) -> Bench:
+    """The setting's dense model, made if it is not there yet, and its data.
+
+    Raises:
+        InputError: something is unknown, or the setting's packages cannot be had.
+    """
     checkpoint = make_dense(request.setting, cache)
     meta = json.loads((cache / request.setting / META).read_text())
     model = cast(VisionTransformer, load_model(meta["model"], checkpoint))

@@ -7,7 +7,7 @@ import pytest
 
 import lowpass.benchmarks.training.recipes as recipes
 from lowpass.benchmarks.latency.machine import describe
-from lowpass.benchmarks.rows import Origin, Row, read_rows, write_rows
+from lowpass.benchmarks.rows import Origin, Row, kept_rows, read_rows, write_rows
 from lowpass.pipeline.base.files import sha256
 from lowpass.pipeline.run.compress import compress
 from lowpass.pipeline.run.recipe import make_recipe
@@ -61,3 +61,14 @@ def test_what_is_finished_is_not_trained_again(searched: Path, tmp_path: Path, m
     assert not trained
     rows(searched, tmp_path, lr=1e-3)  # another training of the same length
     assert len(trained) == 2
+
+
+def test_rows_of_other_recipes_stay(searched: Path, tmp_path: Path) -> None:
+    found = rows(searched, tmp_path / "work")
+    csv = tmp_path / "rows.csv"
+    write_rows(csv, found, describe(), "a command")
+    anew = [row for row in found if row.of["variant"] == "default"]
+    merged = recipes.beside(kept_rows(csv, {"figure": ""}), anew)
+    assert [(row.of["variant"], row.figure) for row in merged] == [
+        (variant, figure) for variant in ("labels alone", "default") for figure in recipes.FIGURES
+    ]

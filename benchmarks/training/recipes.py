@@ -127,6 +127,16 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def beside(before: list[Row], found: list[Row]) -> list[Row]:
+    """What was measured earlier, but for what is measured anew, and that."""
+
+    def what(row: Row) -> tuple[str, ...]:
+        return *(str(value) for value in row.of.values()), row.figure
+
+    anew = {what(row) for row in found}
+    return [row for row in before if what(row) not in anew] + found
+
+
 def training_recipes(results: Path) -> str:
     """The table of the documents."""
     found, lines = study(results, "training_recipes"), []
@@ -165,9 +175,8 @@ def main(
     words = [Path(word).name if Path(word).is_dir() else word for word in sys.argv[1:]]
     command = shlex.join(["python", "-m", "lowpass.benchmarks.training", *words])
     found = list[Row]()
-    first = Recipe.load(next(iter(of.values())))
-    before = kept_rows(csv, {"model": str(first.model), "target": str(first.target_macs)})
+    before = kept_rows(csv, {"figure": ""})  # all of them
     for row in compared(of, names, changes, train_images, test_images, work, origin_of(machine, command)):
         found.append(row)
-        write_rows(csv, [*before, *found], machine, command)
+        write_rows(csv, beside(before, found), machine, command)
     console.print(training_recipes(out), soft_wrap=True, markup=False)
